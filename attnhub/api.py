@@ -1,0 +1,372 @@
+"""The public calls: `attention`, `scaled_dot_product_attention`, `explain`, `backends`.
+
+Arguments are normalised here, once; errors name the argument, what it was, what is allowed, and the fix.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, Optional, Union
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from attnhub import ops, runtime, spec
+from attnhub.backend import Call
+from attnhub.decision import Decision
+from attnhub.kv_cache import KVCache, append_kv
+from attnhub.layouts import Varlen, lse_dtype
+from attnhub.mask import FULL, BoolMask, Causal, Mask, SeqLens
+from attnhub.mask import Bias as BiasMask
+
+Layout = Literal["bhsd", "bshd"]
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def attention(
+    q: Tensor,
+    k: Optional[Tensor] = None,
+    v: Optional[Tensor] = None,
+    mask: Optional[Mask] = None,
+    *,
+    softmax_scale: Optional[float] = None,
+    softcap: float = 0.0,
+    sinks: Optional[Tensor] = None,
+    dropout_p: float = 0.0,
+    varlen: Optional[Varlen] = None,
+    kv_cache: Optional[KVCache] = None,
+    return_lse: bool = False,
+    layout: Layout = "bhsd",
+    backend: Optional[str] = None,
+) -> Union[Tensor, tuple[Tensor, Tensor]]:
+    """softmax(softmax_scale * q k^T + ...) v by the best backend for this problem.
+
+    In this order, accumulated in fp32: ``s = softmax_scale * q k^T``; ``s = softcap * tanh(s / softcap)``; biases of the
+    mask are added; masked pairs are removed; softmax, whose denominator also holds ``exp(sinks[h])``; dropout; ``@ v``.
+    A query without any key gives 0 (and lse -inf).
+
+    q: [B, Hq, Sq, D], k: [B, Hk, Sk, D], v: [B, Hk, Sk, Dv], fp16, bf16, fp32 or fp64; Hq is a multiple of Hk (GQA). With
+        ``layout="bshd"`` heads and tokens are exchanged, in q, k, v and out. With ``varlen``: [T, H, D], whatever the layout.
+    mask: parts joined by ``&`` (`attnhub.Causal`, `Window`, `BoolMask`, ...). None attends to everything.
+    softmax_scale: default 1 / sqrt(D). softcap: 0 is off. sinks: [Hq], differentiable. dropout_p: probability of dropping.
+    varlen: packed sequences. kv_cache: k and v (or None) are appended to it in place, and q attends to all of the cache.
+    return_lse: also return the fp32 (fp64 for fp64 inputs) natural logarithm of the softmax denominator, [B, Hq, Sq] (varlen: [Hq, T]), differentiable.
+    backend: a name or a list ("cuda,triton", "cuda,auto"): strict, see docs/choosing.md.
+
+    Raises ValueError or TypeError for arguments that do not fit, `attnhub.NoBackendError` if no admitted backend can serve
+    the call, with every reason.
+    """
+    call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout)
+    out, lse = _run(call, backend or "", return_lse)
+    if varlen is not None:
+        out = out[0].transpose(0, 1)
+        return (out, lse[0]) if lse is not None else out
+    if layout == "bshd":
+        out = out.transpose(1, 2)
+    return (out, lse) if lse is not None else out
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor] = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: Optional[float] = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention's contract, served by attnhub.
+
+    query [..., Hq, L, E], key [..., H, S, E], value [..., H, S, Ev]: any leading dimensions that broadcast. is_causal is
+    aligned top left. attn_mask: bool (True attends) or floating, broadcastable to [..., Hq, L, S]. Unlike torch in some
+    versions, a row without keys always gives 0.
+    """
+    if attn_mask is not None and is_causal:
+        raise ValueError("scaled_dot_product_attention: attn_mask must be None when is_causal=True (as in torch); combine them into one mask")
+    if query.ndim < 2 or key.ndim < 2 or value.ndim < 2:
+        raise ValueError(f"scaled_dot_product_attention: q, k, v need at least 2 dimensions, got {query.ndim}, {key.ndim}, {value.ndim}")
+    mask = Causal("top_left") if is_causal else FULL
+    if query.ndim == 4 and key.ndim == 4 and value.ndim == 4 and query.shape[0] == key.shape[0] == value.shape[0] and key.shape[1] == value.shape[1]:
+        if query.shape[1] == key.shape[1] or (enable_gqa and key.shape[1] and query.shape[1] % key.shape[1] == 0):
+            if attn_mask is not None:
+                mask = BoolMask(attn_mask) if attn_mask.dtype == torch.bool else BiasMask(attn_mask)
+            out = attention(query, key, value, mask, softmax_scale=scale, dropout_p=dropout_p)
+            assert isinstance(out, Tensor)
+            return out
+    if enable_gqa:
+        heads = query.shape[-3] if query.ndim > 2 else 1
+        kv_heads = key.shape[-3] if key.ndim > 2 else 1
+        if kv_heads == 0 or heads % kv_heads:
+            raise ValueError(f"scaled_dot_product_attention(enable_gqa=True): {heads} query heads are not a multiple of {kv_heads} key heads")
+        key, value = (t.repeat_interleave(heads // t.shape[-3], -3) if t.ndim > 2 and t.shape[-3] != heads else t for t in (key, value))
+    lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    batch, heads = math.prod(lead[:-1]), (lead[-1] if lead else 1)
+    q4, k4, v4 = (t.expand(*lead, *t.shape[-2:]).reshape(batch, heads, *t.shape[-2:]) for t in (query, key, value))
+    if attn_mask is not None:
+        full = (query.shape[-2], key.shape[-2])
+        if attn_mask.ndim > 2 or len(lead) > 1:
+            attn_mask = attn_mask.expand(*lead, *full).reshape(batch, heads, *full) if attn_mask.ndim > 2 else attn_mask
+        mask = BoolMask(attn_mask) if attn_mask.dtype == torch.bool else BiasMask(attn_mask)
+    out = attention(q4, k4, v4, mask, softmax_scale=scale, dropout_p=dropout_p)
+    assert isinstance(out, Tensor)
+    return out.reshape(*lead, *out.shape[-2:])
+
+
+def explain(
+    q: Tensor,
+    k: Optional[Tensor] = None,
+    v: Optional[Tensor] = None,
+    mask: Optional[Mask] = None,
+    *,
+    softmax_scale: Optional[float] = None,
+    softcap: float = 0.0,
+    sinks: Optional[Tensor] = None,
+    dropout_p: float = 0.0,
+    varlen: Optional[Varlen] = None,
+    kv_cache: Optional[KVCache] = None,
+    return_lse: bool = False,
+    layout: Layout = "bhsd",
+    backend: Optional[str] = None,
+) -> Decision:
+    """The decision for the call that `attention` with the same arguments would make; nothing runs, no cache is appended to.
+
+    Every installed backend is in it, accepted or with all its reasons. Never raises for "no backend": ``chosen`` is None.
+    """
+    if kv_cache is not None:
+        new = 0 if k is None else k.shape[2 if layout == "bhsd" else 1]
+        k, v, mask, table = _cached(kv_cache, mask, new)
+        call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, None, None, return_lse, layout, table)
+    else:
+        call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, None, return_lse, layout)
+    return runtime.explain(call, backend or "", _wants_grad(call), _grad_bits(call, return_lse))
+
+
+def _run(call: Call, backend: str, return_lse: bool) -> tuple[Tensor, Optional[Tensor]]:
+    grad = _wants_grad(call)
+    if not torch.compiler.is_compiling() and _is_eager(call):
+        if not grad:
+            return runtime.forward(call, backend)
+        if not runtime.is_empty(call):
+            chosen = runtime._served.chosen = runtime.prepared(call, backend, True, _grad_bits(call, return_lse))
+            if chosen.plan.differentiable and not return_lse:
+                return chosen.forward(call)[0], None
+            call.need_lse = True
+            result = ops.EagerAttention.apply(call.q, call.k, call.v, call.mask.bias, call.sinks, call, chosen, return_lse)
+            return result if return_lse else (result, None)
+    flat, sizes, data = spec.encode(call.mask, call.softcap, call.dropout_p, call.rng, call.varlen, call.block_table)
+    out, lse = ops.forward_op(
+        call.q, call.k, call.v, call.mask.bias, call.sinks, data, flat, sizes, call.softmax_scale, return_lse, grad, backend
+    )  # fmt: skip
+    return out, lse if return_lse else None
+
+
+def _wants_grad(call: Call) -> bool:
+    return torch.is_grad_enabled() and (
+        call.q.requires_grad or call.k.requires_grad or call.v.requires_grad
+        or (call.mask.bias is not None and call.mask.bias.requires_grad) or (call.sinks is not None and call.sinks.requires_grad)
+    )  # fmt: skip
+
+
+def _grad_bits(call: Call, return_lse: bool) -> int:
+    bits = 0
+    if torch.is_grad_enabled():
+        if call.mask.bias is not None and call.mask.bias.requires_grad:
+            bits |= runtime._BIAS_GRAD
+        if call.sinks is not None and call.sinks.requires_grad:
+            bits |= runtime._SINKS_GRAD
+        if return_lse and _wants_grad(call):
+            bits |= runtime._LSE_GRAD
+    return bits
+
+
+def _is_eager(call: Call) -> bool:
+    """Whether the operator layer can be left out: plain tensors, and no mode, transform, trace, autocast or dual number."""
+    if type(call.q) not in _PLAIN or type(call.k) not in _PLAIN or type(call.v) not in _PLAIN:
+        return False
+    if call.mask is not FULL and any(type(t) not in _PLAIN for t in call.mask.tensors()):
+        return False
+    if (call.sinks is not None and type(call.sinks) not in _PLAIN) or (call.rng is not None and type(call.rng) not in _PLAIN):
+        return False
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in (call.q, call.k, call.v)):
+        raise RuntimeError("attnhub.attention has no forward-mode derivative: use reverse mode, or torch's math SDPA for dual numbers")
+    return not (
+        torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
+    )  # fmt: skip
+
+
+# -- normalising ---------------------------------------------------------------------------------------------------------
+
+
+def _normalise(
+    q: Tensor, k: Optional[Tensor], v: Optional[Tensor], mask: Optional[Mask], softmax_scale: Optional[float], softcap: float,
+    sinks: Optional[Tensor], dropout_p: float, varlen: Optional[Varlen], kv_cache: Optional[KVCache], need_lse: bool, layout: str,
+    block_table: Optional[Tensor] = None,
+) -> Call:  # fmt: skip
+    if mask is None:
+        mask = FULL
+    elif not isinstance(mask, Mask):
+        raise TypeError(
+            f"mask is a {type(mask).__name__}: an attnhub.Mask or None is needed; wrap a bool tensor in attnhub.BoolMask(...), "
+            "an additive one in attnhub.Bias(...)"
+        )
+    if layout != "bhsd":
+        if layout != "bshd":
+            raise ValueError(f"layout={layout!r}: allowed are 'bhsd' and 'bshd'")
+        if varlen is None:
+            q, k, v = (None if t is None else t.transpose(1, 2) if t.ndim == 4 else t for t in (q, k, v))  # type: ignore[assignment]
+    if kv_cache is not None:
+        if varlen is not None:
+            raise ValueError("kv_cache and varlen cannot be given together: pad the new tokens and say their number in SeqLens")
+        k, v, mask, block_table = _append_and_read(q, k, v, mask, kv_cache)
+    if k is None or v is None:
+        raise TypeError("k and v are needed unless kv_cache is given")
+    if varlen is not None:
+        q, k, v = _unpack(q, k, v, varlen)
+    _check_shapes(q, k, v, block_table, varlen)
+    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
+        # Kernels read rows of head_dim; a strided last dimension is copied once, here.
+        q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    if softmax_scale is None:
+        softmax_scale = q.shape[3] ** -0.5
+    elif not isinstance(softmax_scale, (int, float)):
+        raise TypeError(f"softmax_scale is a {type(softmax_scale).__name__}: a number or None is needed (call .item() on a tensor)")
+    call = Call(q, k, v, mask, float(softmax_scale), 0.0, None, 0.0, None, varlen, block_table, need_lse)
+    if softcap:
+        if softcap < 0 or not math.isfinite(softcap):
+            raise ValueError(f"softcap={softcap}: 0 (off) or a positive number is needed")
+        call.softcap = float(softcap)
+    if sinks is not None:
+        if sinks.shape != (q.shape[1],):
+            raise ValueError(f"sinks has shape {tuple(sinks.shape)}: [Hq] = [{q.shape[1]}] is needed, one sink a query head")
+        wide = lse_dtype(q.dtype)
+        call.sinks = sinks if sinks.dtype == wide else sinks.to(wide)
+    if dropout_p:
+        if not 0.0 <= dropout_p < 1.0:
+            raise ValueError(f"dropout_p={dropout_p}: 0 <= dropout_p < 1 is needed")
+        call.dropout_p = float(dropout_p)
+        call.rng = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)
+    if mask is not FULL:
+        _check_mask(mask, call)
+    return call
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, block_table: Optional[Tensor], varlen: Optional[Varlen]) -> None:
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            f"q, k and v need 4 dimensions ([B, H, S, D]; [T, H, D] goes with varlen=), got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    batch, q_heads, _, head_dim = q.shape
+    kv_batch, kv_heads, seqlen_k, k_dim = k.shape
+    v_shape = v.shape
+    if k_dim != head_dim:
+        raise ValueError(f"head_dim of q is {head_dim} and of k {k_dim} (q {tuple(q.shape)}, k {tuple(k.shape)}): they must be equal")
+    if v_shape[0] != kv_batch or v_shape[1] != kv_heads or v_shape[2] != seqlen_k:
+        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must agree in batch, heads and length")
+    if block_table is None and kv_batch != batch:
+        raise ValueError(f"q has batch {batch} and k {kv_batch}: they must be equal; use k.expand({batch}, -1, -1, -1) to share K/V, which copies nothing")
+    if kv_heads != q_heads and (kv_heads == 0 or q_heads % kv_heads):
+        raise ValueError(f"q has {q_heads} heads and k {kv_heads}: the heads of q must be a multiple of those of k (grouped-query attention)")
+    if head_dim == 0 or v_shape[3] == 0:
+        raise ValueError(f"head_dim must be at least 1, got {head_dim} for q and k, {v_shape[3]} for v")
+    dtype = q.dtype
+    if k.dtype != dtype or v.dtype != k.dtype:
+        if not torch._C._is_any_autocast_enabled():
+            raise ValueError(f"q is {dtype}, k {k.dtype}, v {v.dtype}: they must be of one dtype; cast them, or run under torch.autocast")
+    if dtype not in _FLOATS:
+        raise ValueError(f"q is {dtype}: float16, bfloat16, float32 or float64 is needed")
+    if k.device != q.device or v.device != q.device:
+        raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}: they must be on one device")
+
+
+def _unpack(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor, Tensor]:
+    if q.ndim != 3 or k.ndim != 3 or v.ndim != 3:
+        raise ValueError(f"with varlen, q, k and v are packed tokens [T, H, D], got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    if varlen.cu_seqlens_q.device != q.device or varlen.cu_seqlens_k.device != q.device:
+        raise ValueError(f"cu_seqlens are on {varlen.cu_seqlens_q.device}/{varlen.cu_seqlens_k.device} and q on {q.device}: move them to {q.device}")
+    return q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
+
+
+def _check_mask(mask: Mask, call: Call) -> None:
+    """Every tensor of the mask fits the problem; a misfit would read out of bounds or broadcast silently."""
+    q = call.q
+    batch, q_heads, seqlen_q, _ = q.shape
+    seqlen_k = call.k.shape[2]
+    if call.varlen is not None:
+        batch, seqlen_q, seqlen_k = call.varlen.cu_seqlens_q.shape[0] - 1, call.varlen.max_seqlen_q, call.varlen.max_seqlen_k
+    elif call.block_table is not None:
+        seqlen_k = call.block_table.shape[1] * seqlen_k
+    for name in ("prefix", "seqused_k", "leftpad"):
+        value = getattr(mask, name)
+        if value is not None and value.shape[0] != batch:
+            raise ValueError(f"mask: {name} has {value.shape[0]} entries; the batch has {batch} sequences")
+    for name in ("segments", "blocks"):
+        pair = getattr(mask, name)
+        if pair is not None and (pair[0].shape != (batch, seqlen_q) or pair[1].shape != (batch, seqlen_k)):
+            raise ValueError(
+                f"mask: segment ids have shapes {tuple(pair[0].shape)} and {tuple(pair[1].shape)}; [{batch}, {seqlen_q}] and [{batch}, {seqlen_k}] are needed"
+            )
+    for name in ("bool_mask", "bias"):
+        value = getattr(mask, name)
+        if value is not None and any(have not in (1, want) for have, want in zip(value.shape, (batch, q_heads, seqlen_q, seqlen_k))):
+            raise ValueError(
+                f"mask: {name} has shape {tuple(value.shape)}, which does not broadcast to [B, Hq, Sq, Sk] = [{batch}, {q_heads}, {seqlen_q}, {seqlen_k}]"
+            )
+    if mask.alibi is not None and (mask.alibi.shape[-1] != q_heads or mask.alibi.ndim == 2 and mask.alibi.shape[0] != batch):
+        raise ValueError(f"mask: ALiBi slopes have shape {tuple(mask.alibi.shape)}; [{q_heads}] or [{batch}, {q_heads}] is needed")
+    if mask.block_sparse is not None:
+        bq, bk = mask.block_size
+        want = (batch, q_heads, -(-seqlen_q // bq), -(-seqlen_k // bk))
+        have = mask.block_sparse.shape
+        if have[0] not in (1, batch) or have[1] not in (1, q_heads) or tuple(have[2:]) != want[2:]:
+            raise ValueError(f"mask: BlockSparse has shape {tuple(have)}; [{batch} or 1, {q_heads} or 1, {want[2]}, {want[3]}] is needed for blocks of {mask.block_size}")
+    for value in mask.tensors():
+        if value.device != q.device:
+            raise ValueError(f"mask: a tensor is on {value.device} and q on {q.device}: move it to {q.device}")
+
+
+def _cached(cache: KVCache, mask: Optional[Mask], new: int) -> tuple[Tensor, Tensor, Mask, Optional[Tensor]]:
+    if mask is not None and mask.seqused_k is not None:
+        raise ValueError("mask: SeqLens and kv_cache cannot be given together: the cache's cache_seqlens say which keys exist")
+    keys, values = cache.heads_first()
+    lengths = SeqLens(cache.cache_seqlens + new if new else cache.cache_seqlens)
+    return keys, values, lengths if mask is None or mask is FULL else mask & lengths, cache.table()
+
+
+def _append_and_read(
+    q: Tensor, k: Optional[Tensor], v: Optional[Tensor], mask: Mask, cache: KVCache
+) -> tuple[Tensor, Tensor, Mask, Optional[Tensor]]:
+    if (k is None) != (v is None):
+        raise TypeError("kv_cache: give both k and v (the new tokens), or neither")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v)):
+        raise ValueError("kv_cache writes the new keys in place and has no gradient: call under torch.no_grad(), or pass k and v without a cache")
+    if q.shape[0] != cache.cache_seqlens.shape[0]:
+        raise ValueError(f"q has batch {q.shape[0]} and the cache's cache_seqlens {cache.cache_seqlens.shape[0]} entries: they must agree")
+    new = 0
+    if k is not None and v is not None:
+        append_kv(cache, k, v)
+        new = k.shape[2]
+    return _cached(cache, mask, new)
+
+
+def backends() -> dict[str, dict[str, Any]]:
+    """Every installed backend: what it declares and whether it can run on this machine (``reasons`` is empty then)."""
+    from attnhub.registry import registry
+
+    found: dict[str, dict[str, Any]] = {}
+    for name, (backend, probe) in registry.candidates().items():
+        entry: dict[str, Any] = {"available": backend is not None and not probe, "reasons": [r.to_json() for r in probe]}
+        entry["distribution"] = registry.distribution(name)
+        if backend is not None:
+            c = backend.capability
+            entry["automatic"] = backend.automatic
+            entry["devices"] = sorted({r.type for r in c.devices})
+            entry["features"] = sorted(f.value for f in c.features)
+            entry["backward"] = sorted(f.value for f in c.backward_features) if c.backward_features is not None else None
+        found[name] = entry
+    return found
+
+

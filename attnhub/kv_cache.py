@@ -1,0 +1,121 @@
+"""K/V caches: contiguous or paged, appended in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Optional
+
+import torch
+from torch import Tensor
+
+from attnhub.mask import _check_ints, _register
+
+Layout = Literal["bhsd", "bshd"]
+
+
+@dataclass(frozen=True, eq=False)
+class KVCache:
+    """A cache that `attention` reads and appends to.
+
+    - Contiguous: k_cache [B, Hk, S_max, D], v_cache [B, Hk, S_max, Dv] (``layout="bshd"``: [B, S_max, Hk, D]). With
+      ``cache_batch_idx`` [B] the cache may hold more rows than the batch, and row b of the batch is row cache_batch_idx[b].
+    - Paged: k_cache [pages, Hk, page_size, D] (``"bshd"``: [pages, page_size, Hk, D]) and block_table [B, max_pages]:
+      token t of sequence b lies in page block_table[b, t // page_size] at t % page_size.
+
+    cache_seqlens: [B] int32, tokens already in the cache *before* this call's new ones. `attention` does not change it;
+    `advance` does, once all layers have appended.
+    """
+
+    k_cache: Tensor
+    v_cache: Tensor
+    cache_seqlens: Tensor
+    block_table: Optional[Tensor] = None
+    cache_batch_idx: Optional[Tensor] = None
+    layout: Layout = "bhsd"
+
+    def __post_init__(self) -> None:
+        if self.layout not in ("bhsd", "bshd"):
+            raise ValueError(f"KVCache(layout={self.layout!r}): allowed are 'bhsd' and 'bshd'")
+        if self.k_cache.ndim != 4 or self.v_cache.ndim != 4 or self.k_cache.shape[:3] != self.v_cache.shape[:3]:
+            raise ValueError(
+                f"KVCache: k_cache {tuple(self.k_cache.shape)} and v_cache {tuple(self.v_cache.shape)} must be 4-D and agree in all but head_dim"
+            )
+        if self.block_table is not None and self.cache_batch_idx is not None:
+            raise ValueError("KVCache: give block_table or cache_batch_idx, not both: a block table already says which rows are used")
+        object.__setattr__(self, "cache_seqlens", _check_ints("KVCache(cache_seqlens)", self.cache_seqlens, 1))
+        if self.block_table is not None:
+            object.__setattr__(self, "block_table", _check_ints("KVCache(block_table)", self.block_table, 2))
+        elif self.cache_batch_idx is not None:
+            object.__setattr__(self, "cache_batch_idx", _check_ints("KVCache(cache_batch_idx)", self.cache_batch_idx, 1))
+
+    @classmethod
+    def empty(
+        cls, batch: int, kv_heads: int, max_seqlen: int, head_dim: int, *, v_head_dim: Optional[int] = None, page_size: int = 0,
+        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    ) -> KVCache:  # fmt: skip
+        """A new, empty cache for ``max_seqlen`` tokens a sequence; paged with its own pages in order if ``page_size`` > 0."""
+        block_table = None
+        rows, length = batch, max_seqlen
+        if page_size:
+            per_sequence = -(-max_seqlen // page_size)
+            rows, length = batch * per_sequence, page_size
+            block_table = torch.arange(rows, dtype=torch.int32, device=device).view(batch, per_sequence)
+        k = torch.zeros(rows, kv_heads, length, head_dim, dtype=dtype, device=device)
+        v = torch.zeros(rows, kv_heads, length, v_head_dim or head_dim, dtype=dtype, device=device)
+        return cls(k, v, torch.zeros(batch, dtype=torch.int32, device=device), block_table)
+
+    def heads_first(self) -> tuple[Tensor, Tensor]:
+        """(k, v) as views [rows or pages, Hk, S_max or page_size, head_dim]."""
+        if self.layout == "bhsd":
+            return self.k_cache, self.v_cache
+        return self.k_cache.transpose(1, 2), self.v_cache.transpose(1, 2)
+
+    def table(self) -> Optional[Tensor]:
+        """The block table; a cache with cache_batch_idx is one whose pages are whole rows."""
+        return self.cache_batch_idx.unsqueeze(1) if self.cache_batch_idx is not None else self.block_table
+
+    def capacity(self) -> int:
+        """Tokens that one sequence can hold."""
+        length = self.heads_first()[0].shape[2]
+        table = self.table()
+        return length if table is None else table.shape[1] * length
+
+    def advance(self, tokens: int) -> None:
+        """Count ``tokens`` more in cache_seqlens, in place, once every layer has appended them."""
+        self.cache_seqlens.add_(tokens)
+
+
+_FIELDS = ("k_cache", "v_cache", "cache_seqlens", "block_table", "cache_batch_idx")
+
+
+def _unflatten(children: Any, context: tuple[Any, ...]) -> KVCache:
+    cache = object.__new__(KVCache)
+    for name, child in zip(_FIELDS, children):
+        object.__setattr__(cache, name, child)
+    object.__setattr__(cache, "layout", context[0])
+    return cache
+
+
+_register(KVCache, lambda cache: ([getattr(cache, name) for name in _FIELDS], (cache.layout,)), _unflatten)
+
+
+def append_kv(
+    cache: KVCache, k: Tensor, v: Tensor, *, rotary: Optional[tuple[Tensor, Tensor]] = None, interleaved: bool = False
+) -> None:
+    """Write the new tokens k [B, Hk, S, D], v [B, Hk, S, Dv] behind cache_seqlens, in place.
+
+    rotary: (cos, sin), each [max_positions, R]: k is rotated at its positions first (`attnhub.rotary.apply_rotary`).
+    cache_seqlens stays as it is (see `KVCache.advance`). Raises ValueError where shapes disagree and, on CPU, where the
+    tokens do not fit; on other devices the indices are asserted by the device.
+    """
+    keys, values = cache.heads_first()
+    batch = cache.cache_seqlens.shape[0]
+    for name, new, old in (("k", k, keys), ("v", v, values)):
+        if new.ndim != 4 or new.shape[0] != batch or new.shape[1] != old.shape[1] or new.shape[3] != old.shape[3]:
+            raise ValueError(f"append_kv({name}): got {tuple(new.shape)}; the cache needs [{batch}, {old.shape[1]}, S, {old.shape[3]}]")
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"append_kv: k has {k.shape[2]} new tokens and v {v.shape[2]}")
+    cos, sin = rotary if rotary is not None else (None, None)
+    from attnhub import ops
+
+    ops.append_kv(keys, values, k, v, cache.cache_seqlens, cache.table(), cos, sin, interleaved)

@@ -1,0 +1,77 @@
+"""Layouts of tokens in memory: packed sequences, and the one rule for output strides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnhub.mask import _check_ints, _register
+
+
+@dataclass(frozen=True, eq=False)
+class Varlen:
+    """Sequences packed one after another: q [Tq, Hq, D], k [Tk, Hk, D], v [Tk, Hk, Dv]; lse [Hq, Tq].
+
+    cu_seqlens_q, cu_seqlens_k: [N + 1] int32, cumulative lengths starting with 0. max_seqlen_q, max_seqlen_k: the longest
+    (an upper bound is enough). Zero-length sequences are fine. Tokens behind cu_seqlens[-1] belong to no sequence: their
+    output is 0.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+    def __post_init__(self) -> None:
+        for name in ("cu_seqlens_q", "cu_seqlens_k"):
+            object.__setattr__(self, name, _check_ints(f"Varlen({name})", getattr(self, name), 1))
+        if self.cu_seqlens_q.shape != self.cu_seqlens_k.shape or self.cu_seqlens_q.shape[0] < 1:
+            raise ValueError(
+                f"Varlen: cu_seqlens_q {tuple(self.cu_seqlens_q.shape)} and cu_seqlens_k {tuple(self.cu_seqlens_k.shape)} "
+                "must both be [N + 1] for the same N sequences"
+            )
+
+    @classmethod
+    def from_lengths(cls, lengths_q: Tensor, lengths_k: Tensor | None = None) -> Varlen:
+        """From the lengths of the sequences ([N] integers each). Synchronises with the device once, for the maxima."""
+
+        def cumulate(lengths: Tensor) -> tuple[Tensor, int]:
+            cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+            return cu, int(lengths.max()) if lengths.numel() else 0
+
+        cu_q, max_q = cumulate(lengths_q)
+        cu_k, max_k = (cu_q, max_q) if lengths_k is None else cumulate(lengths_k)
+        return cls(cu_q, cu_k, max_q, max_k)
+
+
+def _flatten(varlen: Varlen) -> tuple[list[Any], tuple[Any, ...]]:
+    return [varlen.cu_seqlens_q, varlen.cu_seqlens_k, varlen.max_seqlen_q, varlen.max_seqlen_k], ()
+
+
+def _unflatten(children: Any, context: tuple[Any, ...]) -> Varlen:
+    varlen = object.__new__(Varlen)
+    for name, child in zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), children):
+        object.__setattr__(varlen, name, child)
+    return varlen
+
+
+_register(Varlen, _flatten, _unflatten)
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32; fp64 for fp64 inputs, whose gradients would otherwise lose half of their digits."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_out(q: Tensor, v_head_dim: int) -> Tensor:
+    """The output [B, Hq, Sq, Dv], uninitialised: always with the heads inside the tokens in memory ([B, Sq, Hq, Dv] dense).
+
+    The only place where output strides are decided; real kernels and the fake one both call it. Models go on with
+    ``out.transpose(1, 2).reshape(B, S, H * Dv)``, which this order makes free, and torch's own flash kernels return it.
+    """
+    batch, heads, length, _ = q.shape
+    row = heads * v_head_dim
+    return q.new_empty_strided((batch, heads, length, v_head_dim), (length * row, v_head_dim, row, 1))

@@ -1,0 +1,293 @@
+"""Masks: which query may attend to which key, and what is added to a score.
+
+A `Mask` is an immutable normal form: one field per kind of part, each holding structure (numbers) or data (tensors), so
+that a kernel reads what it needs without ever seeing an N x N tensor. Parts are made by the functions below and combined
+with ``&``; ``True`` means attend, everywhere.
+
+Positions. Query row ``i`` of a sequence stands at position ``p = i + offset`` on the key axis. The offset is 0 when the
+mask is aligned ``top_left`` and ``len_k - len_q`` when aligned ``bottom_right`` (the default: the last query stands at the
+last key, as with a K/V cache). ``len_k`` is the length of the sequence that the row belongs to: ``seqused_k[b]`` if given,
+else the packed length, else Sk. Causal, Window, Chunk, Prefix and ALiBi all use ``p``, and one mask has one alignment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Optional
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from attnhub.problem import Feature
+
+Align = Literal["bottom_right", "top_left"]
+_ALIGNMENTS = ("bottom_right", "top_left")
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """The normal form. Build it with `Causal`, `Window`, ... and ``&``; read it in a backend field by field.
+
+    ==============  ==========================================================================================
+    field           pair (b, h, i, j) is allowed only if (p as in the module's text)
+    ==============  ==========================================================================================
+    causal          j <= p, unless ``prefix`` or ``blocks`` widens it
+    window          p - left <= j <= p + right; -1 is unlimited; (-1, -1) is no window
+    chunk           floor(p / chunk) == floor(j / chunk); 0 is no chunking
+    prefix          [B] int32: widens causal to ``j <= p or j < prefix[b]``
+    segments        ids_q [B, Sq], ids_k [B, Sk] int32: ids_q[b, i] == ids_k[b, j]
+    blocks          ids_q, ids_k as above: widens causal to ``j <= p or ids_q == ids_k >= 0`` (image blocks)
+    seqused_k       [B] int32: j < seqused_k[b]
+    leftpad         [B] int32: j >= leftpad[b]
+    bool_mask       bool, broadcastable to [B, Hq, Sq, Sk]: bool_mask[b, h, i, j]
+    block_sparse    bool [B or 1, Hq or 1, ceil(Sq/bq), ceil(Sk/bk)] with ``block_size = (bq, bk)``
+    ==============  ==========================================================================================
+
+    ``bias`` (floating, broadcastable to [B, Hq, Sq, Sk]; differentiable; -inf masks a pair out) and ``alibi`` (fp32
+    slopes, [Hq] or [B, Hq]: adds ``-slope * |p - j|``) are added to the scaled, soft-capped score.
+    Equality is identity: a mask may hold tensors.
+    """
+
+    causal: bool = False
+    align: Align = "bottom_right"
+    window: tuple[int, int] = (-1, -1)
+    chunk: int = 0
+    prefix: Optional[Tensor] = None
+    segments: Optional[tuple[Tensor, Tensor]] = None
+    blocks: Optional[tuple[Tensor, Tensor]] = None
+    seqused_k: Optional[Tensor] = None
+    leftpad: Optional[Tensor] = None
+    bool_mask: Optional[Tensor] = None
+    bias: Optional[Tensor] = None
+    alibi: Optional[Tensor] = None
+    block_sparse: Optional[Tensor] = None
+    block_size: tuple[int, int] = (0, 0)
+
+    def __and__(self, other: Mask) -> Mask:
+        """Both masks hold: pairs allowed by both, biases added."""
+        if not isinstance(other, Mask):
+            raise TypeError(f"mask & other: other must be an attnhub.Mask, got {type(other).__name__}")
+        if self._uses_position() and other._uses_position() and self.align != other.align:
+            raise ValueError(
+                f"mask & other: one is aligned {self.align}, the other {other.align}; one mask has one alignment. "
+                "Pass the same align= to both, or turn one into BoolMask(other.to_dense(...))."
+            )
+        changes: dict[str, Any] = {"causal": self.causal or other.causal}
+        changes["align"] = self.align if self._uses_position() else other.align
+        changes["window"] = tuple(_tighter(a, b) for a, b in zip(self.window, other.window))
+        for name, combine in _COMBINE.items():
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is None or theirs is None:
+                changes[name] = theirs if mine is None else mine
+            else:
+                changes[name] = combine(mine, theirs)
+        for name in ("chunk", "prefix", "segments", "blocks", "alibi", "block_sparse", "block_size"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            default = _DEFAULTS[name]
+            if mine is not default and mine != default and theirs is not default and theirs != default and mine is not theirs:
+                raise ValueError(
+                    f"mask & other: both hold {name}; attnhub combines {name} parts only when they are the same object. "
+                    "Turn one into BoolMask(other.to_dense(...)), or give one combined part."
+                )
+            changes[name] = theirs if (mine is default or mine == default) else mine
+        return replace(self, **changes)
+
+    def _uses_position(self) -> bool:
+        return bool(self.causal or self.window != (-1, -1) or self.chunk or self.prefix is not None
+                    or self.blocks is not None or self.alibi is not None)  # fmt: skip
+
+    def features(self) -> frozenset[Feature]:
+        """The features that a backend must list to serve this mask. Computed once per mask."""
+        found: frozenset[Feature] | None = self.__dict__.get("_found")
+        if found is None:
+            found = _features(self)
+            self.__dict__["_found"] = found
+        return found
+
+    def to_dense(self, *, batch: int, q_heads: int, seqlen_q: int, seqlen_k: int, device: torch.device | str = "cpu") -> tuple[Tensor, Optional[Tensor]]:
+        """(allowed, bias): bool [B or 1, Hq or 1, Sq, Sk] and the sum of Bias and ALiBi in fp32 (or None). Sq x Sk memory."""
+        from attnhub.dense import allowed_pairs, added_bias
+
+        rows = (0, seqlen_q)
+        where = torch.device(device)
+        return (
+            allowed_pairs(self, batch, seqlen_q, seqlen_k, rows, where),
+            added_bias(self, q_heads, seqlen_q, seqlen_k, rows, where, torch.float32),
+        )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors that the mask holds."""
+        for name in _TENSOR_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                yield from value
+            elif value is not None:
+                yield value
+
+
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Mask)}
+_TENSOR_FIELDS = ("prefix", "segments", "blocks", "seqused_k", "leftpad", "bool_mask", "bias", "alibi", "block_sparse")
+_COMBINE = {
+    "seqused_k": torch.minimum,
+    "leftpad": torch.maximum,
+    "bool_mask": torch.logical_and,
+    "bias": torch.add,
+}
+
+
+def _tighter(a: int, b: int) -> int:
+    return b if a < 0 else a if b < 0 else min(a, b)
+
+
+def _features(mask: Mask) -> frozenset[Feature]:
+    found = set()
+    if mask.causal:
+        found.add(Feature.CAUSAL_BOTTOM_RIGHT if mask.align == "bottom_right" else Feature.CAUSAL_TOP_LEFT)
+    elif mask._uses_position() and mask.align == "top_left":
+        found.add(Feature.CAUSAL_TOP_LEFT)
+    if mask.window != (-1, -1):
+        found.add(Feature.WINDOW)
+    if mask.chunk:
+        found.add(Feature.CHUNK)
+    for name, feature in _TENSOR_FEATURES.items():
+        if getattr(mask, name) is not None:
+            found.add(feature)
+    return frozenset(found)
+
+
+_TENSOR_FEATURES = {
+    "prefix": Feature.PREFIX,
+    "segments": Feature.SEGMENTS,
+    "blocks": Feature.SEGMENTS,
+    "seqused_k": Feature.SEQLENS,
+    "leftpad": Feature.LEFTPAD,
+    "bool_mask": Feature.BOOL_MASK,
+    "bias": Feature.BIAS,
+    "alibi": Feature.ALIBI,
+    "block_sparse": Feature.BLOCK_SPARSE,
+}
+
+#: The mask that masks nothing.
+FULL = Mask()
+
+
+def _check_align(align: str) -> None:
+    if align not in _ALIGNMENTS:
+        raise ValueError(f"align={align!r}: allowed are {_ALIGNMENTS}")
+
+
+def _check_ints(name: str, value: Tensor, ndim: int) -> Tensor:
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool or value.ndim != ndim:
+        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} must be an integer tensor with {ndim} dimension(s), got {got}")
+    return value if value.dtype == torch.int32 else value.to(torch.int32)
+
+
+def Causal(align: Align = "bottom_right") -> Mask:  # noqa: N802 - parts read as types
+    """Query i attends to keys up to its own position. ``bottom_right`` is flash-attn's, ``top_left`` torch's is_causal."""
+    _check_align(align)
+    return Mask(causal=True, align=align)
+
+
+def Window(left: int = -1, right: int = -1, align: Align = "bottom_right") -> Mask:  # noqa: N802
+    """Sliding window, both ends inclusive, -1 unlimited. HuggingFace's ``sliding_window=W`` is ``Causal() & Window(W - 1)``."""
+    _check_align(align)
+    if left < -1 or right < -1:
+        raise ValueError(f"Window(left={left}, right={right}): each must be -1 (unlimited) or at least 0")
+    return Mask(window=(left, right), align=align)
+
+
+def Chunk(size: int, align: Align = "bottom_right") -> Mask:  # noqa: N802
+    """Attention inside chunks of ``size`` consecutive positions (Llama 4)."""
+    _check_align(align)
+    if size < 1:
+        raise ValueError(f"Chunk(size={size}): size must be at least 1")
+    return Mask(chunk=size, align=align)
+
+
+def Prefix(lengths: Tensor) -> Mask:  # noqa: N802
+    """The first lengths[b] keys are visible to every query of sequence b: widens Causal. lengths: [B] integers."""
+    return Mask(prefix=_check_ints("Prefix(lengths)", lengths, 1))
+
+
+def Segments(ids_q: Tensor, ids_k: Optional[Tensor] = None, *, widen_causal: bool = False) -> Mask:  # noqa: N802
+    """Segment ids [B, Sq] and [B, Sk] (default: the same).
+
+    By default a pair must be of one segment (packed documents). With ``widen_causal=True`` they restrict nothing: pairs of
+    one segment with id >= 0 are allowed even where Causal forbids them (bidirectional image blocks; id -1: no block).
+    """
+    q = _check_ints("Segments(ids_q)", ids_q, 2)
+    k = q if ids_k is None else _check_ints("Segments(ids_k)", ids_k, 2)
+    return Mask(blocks=(q, k)) if widen_causal else Mask(segments=(q, k))
+
+
+def SeqLens(seqused_k: Tensor) -> Mask:  # noqa: N802
+    """Only the first seqused_k[b] keys of sequence b exist. What lies behind is never read into a result."""
+    return Mask(seqused_k=_check_ints("SeqLens(seqused_k)", seqused_k, 1))
+
+
+def LeftPad(leftpad: Tensor) -> Mask:  # noqa: N802
+    """The first leftpad[b] keys of sequence b are padding. They are never read into a result."""
+    return Mask(leftpad=_check_ints("LeftPad(leftpad)", leftpad, 1))
+
+
+def BoolMask(mask: Tensor) -> Mask:  # noqa: N802
+    """A dense boolean mask, broadcastable to [B, Hq, Sq, Sk]; True means attend."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise ValueError(f"BoolMask(mask): a bool tensor is needed, got {getattr(mask, 'dtype', type(mask).__name__)}; use Bias for additive masks")
+    return Mask(bool_mask=_four_dims("BoolMask(mask)", mask))
+
+
+def Bias(bias: Tensor) -> Mask:  # noqa: N802
+    """A floating bias added to the scaled (and soft-capped) scores; broadcastable to [B, Hq, Sq, Sk]; differentiable."""
+    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+        raise ValueError(f"Bias(bias): a floating tensor is needed, got {getattr(bias, 'dtype', type(bias).__name__)}; use BoolMask for booleans")
+    return Mask(bias=_four_dims("Bias(bias)", bias))
+
+
+def ALiBi(slopes: Tensor, align: Align = "bottom_right") -> Mask:  # noqa: N802
+    """Adds -slope * |p - j|. slopes: [Hq] or [B, Hq] (arXiv 2108.12409, symmetric as in flash-attn 2)."""
+    _check_align(align)
+    if not isinstance(slopes, Tensor) or slopes.ndim not in (1, 2):
+        raise ValueError(f"ALiBi(slopes): a [Hq] or [B, Hq] tensor is needed, got {tuple(getattr(slopes, 'shape', ()))}")
+    return Mask(alibi=slopes if slopes.dtype == torch.float32 else slopes.to(torch.float32), align=align)
+
+
+def BlockSparse(blocks: Tensor, block_size: tuple[int, int]) -> Mask:  # noqa: N802
+    """Whole blocks of (bq, bk) pairs are kept or dropped. blocks: bool [B or 1, Hq or 1, ceil(Sq/bq), ceil(Sk/bk)]."""
+    if not isinstance(blocks, Tensor) or blocks.dtype != torch.bool or blocks.ndim > 4:
+        raise ValueError("BlockSparse(blocks): a bool tensor of at most 4 dimensions is needed")
+    bq, bk = block_size
+    if bq < 1 or bk < 1:
+        raise ValueError(f"BlockSparse(block_size={block_size}): both must be at least 1")
+    return Mask(block_sparse=_four_dims("BlockSparse(blocks)", blocks), block_size=(bq, bk))
+
+
+def _four_dims(name: str, value: Tensor) -> Tensor:
+    if value.ndim > 4:
+        raise ValueError(f"{name}: at most 4 dimensions ([B, Hq, Sq, Sk]), got shape {tuple(value.shape)}")
+    while value.ndim < 4:
+        value = value.unsqueeze(0)
+    return value
+
+
+def _flatten(mask: Mask) -> tuple[list[Any], tuple[Any, ...]]:
+    children = [getattr(mask, name) for name in _TENSOR_FIELDS]
+    return children, (mask.causal, mask.align, mask.window, mask.chunk, mask.block_size)
+
+
+def _unflatten(children: Any, context: tuple[Any, ...]) -> Mask:
+    causal, align, window, chunk, block_size = context
+    return Mask(causal=causal, align=align, window=tuple(window), chunk=chunk, block_size=tuple(block_size), **dict(zip(_TENSOR_FIELDS, children)))  # type: ignore[arg-type]
+
+
+def _register(cls: type, flatten: Any, unflatten: Any) -> None:
+    pytree.register_pytree_node(
+        cls, flatten, unflatten, serialized_type_name=f"attnhub.{cls.__name__}",
+        to_dumpable_context=lambda context: list(context), from_dumpable_context=lambda dumped: tuple(dumped),
+    )  # fmt: skip
+
+
+_register(Mask, _flatten, _unflatten)

@@ -1,0 +1,249 @@
+"""The torch operators ``attnhub::forward``, ``attnhub::backward`` and ``attnhub::append_kv``.
+
+The backend is chosen inside the operator when it runs (late binding), so one traced graph serves all lengths and obeys the
+policy of the moment. The operators are defined with `torch.library.Library` (the ``custom_op`` object costs 24 us a call
+against 5), autograd is registered on the operator (an autograd.Function around it would lose gradients after export), and
+the backward is once differentiable. The flat arguments are those of `attnhub.spec`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from attnhub import runtime, spec as flat
+from attnhub.backend import Call, Needs
+from attnhub.layouts import empty_out, lse_dtype
+from attnhub.rotary import apply_rotary
+
+_SCHEMA_TAIL = "Tensor[] data, str spec, SymInt[] sizes, float softmax_scale"
+
+lib = torch.library.Library("attnhub", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag, *((torch.Tag.needs_exact_strides,) if hasattr(torch.Tag, "needs_exact_strides") else ()))
+lib.define(
+    f"forward(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, {_SCHEMA_TAIL}, bool need_lse, bool need_backward, str backend)"
+    " -> (Tensor out, Tensor lse)",
+    tags=_TAGS,
+)
+lib.define(
+    "backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor out, Tensor lse, "
+    f"{_SCHEMA_TAIL}, bool[] needs, str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+    tags=_TAGS,
+)
+lib.define(
+    "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens, Tensor? block_table, "
+    "Tensor? cos, Tensor? sin, bool interleaved) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+forward_op = torch.ops.attnhub.forward.default
+backward_op = torch.ops.attnhub.backward.default
+append_kv = torch.ops.attnhub.append_kv.default
+
+
+# -- forward -----------------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], sinks: Optional[Tensor], data: Sequence[Tensor], spec: str,
+    sizes: Sequence[int], softmax_scale: float, need_lse: bool, need_backward: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    call = flat.decode(q, k, v, bias, sinks, data, spec, sizes, softmax_scale, need_lse or need_backward)
+    out, lse = runtime.forward(call, backend, need_backward)
+    like = empty_out(q, v.shape[3])
+    if out.stride() != like.stride():
+        out = like.copy_(out)
+    return out, q.new_empty(0, dtype=lse_dtype(q.dtype)) if lse is None else lse.contiguous()
+
+
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], sinks: Optional[Tensor], data: Sequence[Tensor], spec: str,
+    sizes: Sequence[int], softmax_scale: float, need_lse: bool, need_backward: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shape = q.shape[:3] if need_lse or need_backward else (0,)
+    return empty_out(q, v.shape[3]), q.new_empty(shape, dtype=lse_dtype(q.dtype))
+
+
+# -- backward ----------------------------------------------------------------------------------------------------------
+
+
+def _backward(
+    grad_out: Tensor, grad_lse: Optional[Tensor], q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], sinks: Optional[Tensor],
+    out: Tensor, lse: Tensor, data: Sequence[Tensor], spec: str, sizes: Sequence[int], softmax_scale: float, needs: Sequence[bool], backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    call = flat.decode(q, k, v, bias, sinks, data, spec, sizes, softmax_scale, True)
+    found = runtime.backward(call, backend, grad_out, grad_lse, out, lse, Needs(*needs))
+    grads = []
+    for need, tensor, grad in zip(needs, (q, k, v, bias, sinks), found):
+        if not need or tensor is None:
+            grads.append(q.new_empty(0))
+        else:
+            assert grad is not None
+            grads.append(grad.to(tensor.dtype).contiguous())
+    return tuple(grads)  # type: ignore[return-value]
+
+
+def _fake_backward(
+    grad_out: Tensor, grad_lse: Optional[Tensor], q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], sinks: Optional[Tensor],
+    out: Tensor, lse: Tensor, data: Sequence[Tensor], spec: str, sizes: Sequence[int], softmax_scale: float, needs: Sequence[bool], backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(
+        q.new_empty(0) if not need or t is None else t.new_empty(t.shape) for need, t in zip(needs, (q, k, v, bias, sinks))
+    )  # fmt: skip
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, bias, sinks, data, spec, sizes, softmax_scale, _, _, backend = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *data)
+    ctx.static = (spec, list(sizes), softmax_scale, backend)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad_out: Optional[Tensor], grad_lse: Optional[Tensor]) -> tuple[Any, ...]:
+    q, k, v, bias, sinks, out, lse, *data = ctx.saved_tensors
+    spec, sizes, softmax_scale, backend = ctx.static
+    no_data, no_sizes = [None] * len(data), None if sizes else []
+    if grad_out is None and grad_lse is None:
+        return (None,) * 5 + (no_data, None, no_sizes) + (None,) * 4
+    if lse.numel() == 0 and q.numel() != 0:
+        # Traced without need_backward (under no_grad, say) and trained nevertheless: make lse now.
+        with torch.no_grad():
+            out, lse = forward_op(q, k, v, bias, sinks, data, spec, sizes, softmax_scale, True, True, backend)
+    needs = list(ctx.needs_input_grad[:5])
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    if grad_lse is not None and grad_lse.numel() == 0:
+        grad_lse = None
+    grads = backward_op(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, data, spec, sizes, softmax_scale, needs, backend)
+    return (*(grad if need else None for need, grad in zip(needs, grads)), no_data, None, no_sizes) + (None,) * 4
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(
+        "attnhub.attention is once differentiable: its backward has no derivative. "
+        "For second derivatives use the reference maths in double precision (attnhub.backends.reference), or torch's math SDPA."
+    )
+
+
+# -- append_kv ---------------------------------------------------------------------------------------------------------
+
+
+def _append_kv(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor, block_table: Optional[Tensor],
+    cos: Optional[Tensor], sin: Optional[Tensor], interleaved: bool,
+) -> None:  # fmt: skip
+    batch, _, new, _ = k.shape
+    if new == 0 or batch == 0:
+        return
+    positions = cache_seqlens.long()[:, None] + torch.arange(new, device=k.device)
+    length = k_cache.shape[2]
+    capacity = length if block_table is None else block_table.shape[1] * length
+    if k.device.type == "cpu" and int(positions.max()) >= capacity:
+        raise ValueError(
+            f"append_kv: cache_seqlens {cache_seqlens.tolist()} + {new} new tokens pass the cache's capacity of {capacity}; "
+            "allocate a longer cache (or more pages a sequence)"
+        )
+    if cos is not None and sin is not None:
+        k = apply_rotary(k, cos, sin, positions, interleaved)
+    if block_table is None:
+        rows, slots = torch.arange(batch, device=k.device)[:, None].expand_as(positions), positions
+    else:
+        rows, slots = block_table.long().gather(1, positions // length), positions % length
+    k_cache.transpose(1, 2).index_put_((rows, slots), k.transpose(1, 2).to(k_cache.dtype))
+    v_cache.transpose(1, 2).index_put_((rows, slots), v.transpose(1, 2).to(v_cache.dtype))
+
+
+def _fake_append_kv(*args: Any) -> None:
+    return None
+
+
+# -- vmap, autocast ----------------------------------------------------------------------------------------------------
+
+
+def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    return _loop(forward_op, info, in_dims, args)
+
+
+def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    return _loop(backward_op, info, in_dims, args)
+
+
+def _loop(op: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Batching rule. Plain problems fold the new dimension into the batch; those with data fall back to one call a slice."""
+
+    def take(arg: Any, dim: Any, i: int) -> Any:
+        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
+            return [take(a, d, i) for a, d in zip(arg, dim)]
+        return arg.select(dim, i) if isinstance(arg, Tensor) and dim is not None else arg
+
+    batched = [i for i, d in enumerate(in_dims) if isinstance(d, int)]
+    tensors = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    plain = all(not (isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)) for a in args)
+    foldable = op is forward_op and plain and args[3] is None and args[4] is None and set(batched) <= set(tensors)
+    if foldable:
+        n = info.batch_size
+        moved = [args[i].movedim(in_dims[i], 0) if i in batched else args[i].expand(n, *args[i].shape) for i in (0, 1, 2)]
+        out, lse = op(*(t.flatten(0, 1) for t in moved), *args[3:])
+        split = [out.unflatten(0, (n, -1)), lse.unflatten(0, (n, -1)) if lse.numel() else lse.new_empty(n, 0)]
+        return tuple(split), (0, 0)
+    slices = [op(*(take(a, d, i) for a, d in zip(args, in_dims))) for i in range(info.batch_size)]
+    return tuple(torch.stack(parts) for parts in zip(*slices)), (0,) * len(slices[0])
+
+
+def _register_autocast(device_type: str) -> None:
+    key = "Autocast" + torch._C._dispatch_key_for_device(device_type)
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return forward_op(*(t if t.dtype in (dtype, torch.float64) else t.to(dtype) for t in (q, k, v)), *rest)
+
+    forward_op.py_impl(getattr(torch._C.DispatchKey, key))(cast_forward)
+    lib.impl("forward", cast_forward, key)
+
+
+for _name, _real, _fake in (("forward", _forward, _fake_forward), ("backward", _backward, _fake_backward), ("append_kv", _append_kv, _fake_append_kv)):
+    lib.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attnhub::{_name}", _fake, lib=lib)
+torch.library.register_autograd("attnhub::forward", _autograd, setup_context=_setup_context, lib=lib)
+torch.library.register_autograd("attnhub::backward", _no_double_backward, setup_context=None, lib=lib)
+torch.library.register_vmap("attnhub::forward", _vmap_forward, lib=lib)
+torch.library.register_vmap("attnhub::backward", _vmap_backward, lib=lib)
+for _device_type in ("cpu", "cuda", "xpu", "mps"):
+    if torch._C._is_autocast_available(_device_type):
+        _register_autocast(_device_type)
+
+
+# -- eager, without the operator -----------------------------------------------------------------------------------------
+
+
+class EagerAttention(torch.autograd.Function):
+    """What an eager, differentiated call uses instead of the operator: the same plan, at a fifth of the operator's host time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], sinks: Optional[Tensor], call: Call, chosen: runtime.Prepared, want_lse: bool
+    ) -> Any:
+        out, lse = chosen.forward(call)
+        spec, sizes, data = flat.encode(call.mask, call.softcap, call.dropout_p, call.rng, call.varlen, call.block_table)
+        ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *data)
+        ctx.static = (spec, sizes, call.softmax_scale, chosen)
+        ctx.set_materialize_grads(False)
+        return (out, lse) if want_lse else out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_out: Optional[Tensor], grad_lse: Optional[Tensor] = None) -> Any:
+        q, k, v, bias, sinks, out, lse, *data = ctx.saved_tensors
+        spec, sizes, softmax_scale, chosen = ctx.static
+        if grad_out is None and grad_lse is None:
+            return (None,) * 8
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        call = flat.decode(q, k, v, bias, sinks, data, spec, sizes, softmax_scale, True)
+        grads = runtime.backward(call, "", grad_out, grad_lse, out, lse, Needs(*ctx.needs_input_grad[:5]), chosen)
+        return (*grads, None, None, None)

@@ -1,0 +1,48 @@
+"""torch's own attention: F.scaled_dot_product_attention where it can express the problem, tiled torch maths where it cannot.
+
+The always-there fallback: every feature, every device that torch has, forward and backward. It also runs the backward pass
+of backends that have none.
+"""
+
+from __future__ import annotations
+
+from attnhub.backend import Backend, Plan
+from attnhub.capability import Capability, DeviceRange
+from attnhub.problem import Feature, Problem
+
+_FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
+_EVERYTHING = frozenset(Feature)
+
+
+class SdpaBackend(Backend):
+    name = "sdpa"
+    capability = Capability(
+        devices=(
+            DeviceRange("cpu", dtypes=_FLOATS),
+            DeviceRange("cuda", dtypes=_FLOATS),
+            DeviceRange("mps", dtypes=_FLOATS - {"float64"}, status="untested"),
+            DeviceRange("xpu", dtypes=_FLOATS, status="untested"),
+        ),
+        features=_EVERYTHING,
+        backward_features=_EVERYTHING,
+        head_dims=(1, 1 << 20, 1),
+    )
+
+    def cost(self, problem: Problem) -> float:
+        """1 by definition where torch's kernel serves the call; the tiled maths read and write scores through memory."""
+        from attnhub.backends.sdpa import launcher
+
+        return 1.0 if launcher.expressible(problem) else 4.0
+
+    def prepare(self, problem: Problem) -> Plan:
+        from attnhub.backends.sdpa import launcher
+
+        return launcher.plan(problem)
+
+    def versions(self) -> dict[str, str]:
+        import torch
+
+        return {"torch": torch.__version__}
+
+
+backend = SdpaBackend()

@@ -1,0 +1,246 @@
+"""Plans on F.scaled_dot_product_attention, and on tiled maths for what it cannot express."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnhub import dense
+from attnhub.backend import Call, Gradients, Needs, Plan
+from attnhub.backends.reference import maths
+from attnhub.layouts import lse_dtype
+from attnhub.mask import Mask
+from attnhub.problem import Feature, Problem
+
+#: Beyond F.scaled_dot_product_attention: softcap and sinks change the maths, dropout there draws its own random numbers
+#: (ours is shared by all backends), and packed or paged K/V are layouts that it lacks.
+_NOT_EXPRESSIBLE = frozenset({Feature.SOFTCAP, Feature.SINKS, Feature.DROPOUT, Feature.VARLEN, Feature.PAGED})
+#: Expressible without a dense mask.
+_MASKLESS = frozenset({Feature.GQA, Feature.DV_DIFFERS, Feature.CAUSAL_TOP_LEFT, Feature.CAUSAL_BOTTOM_RIGHT, Feature.DETERMINISTIC})
+#: Scores (or mask elements) of one block of rows: 4 Mi elements are 16 MiB in fp32.
+_BLOCK_ELEMENTS = 1 << 22
+
+
+def expressible(problem: Problem) -> bool:
+    """Whether torch's kernel serves the forward."""
+    return not problem.features & (_NOT_EXPRESSIBLE | {Feature.LSE}) or _has_lse_kernel(problem)
+
+
+def plan(problem: Problem) -> Plan:
+    """The plan for a problem class."""
+    if problem.features & _NOT_EXPRESSIBLE:
+        return TiledPlan()
+    if problem.need_backward and problem.features <= _MASKLESS | {Feature.LSE, Feature.BOOL_MASK}:
+        return TrainingPlan(problem)
+    if Feature.LSE in problem.features:
+        return LsePlan(problem) if _has_lse_kernel(problem) else TiledPlan()
+    return TorchPlan(problem)
+
+
+class TiledPlan(Plan):
+    """The definition over blocks of rows: memory linear in the sequence length."""
+
+    def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
+        return maths.forward(call, _block_rows(call), torch.promote_types(call.q.dtype, torch.float32), exact_nan=False)
+
+    def backward(self, call: Call, grad_out: Tensor, grad_lse: Optional[Tensor], out: Tensor, lse: Tensor, needs: Needs) -> Gradients:
+        fast = _flash_backward(call, grad_out, grad_lse, out, lse, needs)
+        if fast is not None:
+            return fast
+        dtype = torch.promote_types(call.q.dtype, torch.float32)
+        return maths.backward(call, grad_out, grad_lse, out, lse, needs, _block_rows(call), dtype)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kernel": "tiled torch maths, fp32"}
+
+
+class TorchPlan(TiledPlan):
+    """F.scaled_dot_product_attention, over blocks of rows where the mask is structure that has to be made dense."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._maskless = problem.features <= _MASKLESS | {Feature.LSE}
+        # enable_gqa reads K/V at 2 to 16% of the read bandwidth in decode on CPU; the same heads as rows of one K/V head are 2-12 times faster.
+        self._fold_heads = Feature.GQA in problem.features and problem.seqlen_q == 1
+        self._gqa = Feature.GQA in problem.features
+        self._dv_differs = Feature.DV_DIFFERS in problem.features
+        self._top_left = Feature.CAUSAL_TOP_LEFT in problem.features
+
+    def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
+        q, k, v, mask = call.q, call.k, call.v, call.mask
+        if self._maskless:
+            seqlen_q, seqlen_k = q.shape[2], k.shape[2]
+            if not mask.causal or self._top_left or seqlen_q == seqlen_k:
+                return self._torch(q, k, v, None, mask.causal, call.softmax_scale), None
+            if seqlen_q == 1:
+                return self._torch(q, k, v, None, False, call.softmax_scale), None
+        return self._masked(call), None
+
+    def describe(self) -> dict[str, Any]:
+        return {"kernel": "F.scaled_dot_product_attention" + ("" if self._maskless else ", dense mask by blocks of rows")}
+
+    def _torch(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor], causal: bool, scale: float) -> Tensor:
+        if self._dv_differs:
+            return self._padded(q, k, v, attn_mask, causal, scale)
+        if not self._gqa:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, causal, scale=scale)
+        if self._fold_heads and (attn_mask is None or attn_mask.shape[1] == 1):
+            # With one query row, causal (either alignment) is decided by the caller; top-left sees the first key alone.
+            batch, heads, _, dim = q.shape
+            grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], dim)
+            if causal:
+                k, v = k[:, :, :1], v[:, :, :1]
+            return F.scaled_dot_product_attention(grouped, k, v, attn_mask, scale=scale).reshape(batch, heads, 1, v.shape[3])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, causal, scale=scale, enable_gqa=True)
+
+    def _padded(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor], causal: bool, scale: float) -> Tensor:
+        """torch's flash kernels want one head_dim: zeros in q and k change no score, and zeros in v are cut off again."""
+        width = max(q.shape[3], v.shape[3])
+        q, k = F.pad(q, (0, width - q.shape[3])), F.pad(k, (0, width - k.shape[3]))
+        out = F.scaled_dot_product_attention(
+            q, k, F.pad(v, (0, width - v.shape[3])), attn_mask, 0.0, causal, scale=scale, enable_gqa=self._gqa
+        )  # fmt: skip
+        return out[..., : v.shape[3]]
+
+    def _masked(self, call: Call) -> Tensor:
+        q, k, v, mask = call.q, call.k, call.v, call.mask
+        batch, q_heads, seqlen_q, _ = q.shape
+        seqlen_k = k.shape[2]
+        if mask.seqused_k is not None or mask.leftpad is not None:
+            exists = dense.existing_keys(mask, seqlen_k, k.device)[:, None, :, None]
+            zero = torch.zeros((), dtype=k.dtype, device=k.device)
+            k, v = torch.where(exists, k, zero), torch.where(exists, v, zero)
+        rows_at_once = max(1, _BLOCK_ELEMENTS // max(1, seqlen_k * _mask_planes(mask, batch, q_heads)))
+        outs = []
+        for start in range(0, seqlen_q, rows_at_once):
+            rows = (start, min(start + rows_at_once, seqlen_q))
+            first, last = _key_range(mask, seqlen_q, seqlen_k, rows)
+            allowed = dense.allowed_pairs(mask, batch, seqlen_q, seqlen_k, rows, q.device)[..., first:last]
+            bias = dense.added_bias(mask, q_heads, seqlen_q, seqlen_k, rows, q.device, torch.float32)
+            some = allowed.any(-1, keepdim=True)
+            if first == last:
+                outs.append(q.new_zeros((batch, q_heads, rows[1] - rows[0], v.shape[3])))
+                continue
+            attn_mask = allowed
+            if bias is not None:
+                attn_mask = torch.where(allowed, bias[..., first:last] if bias.shape[3] > 1 else bias, float("-inf")).to(q.dtype)
+            out = self._torch(q[:, :, rows[0] : rows[1]], k[:, :, first:last], v[:, :, first:last], attn_mask, False, call.softmax_scale)
+            # Rows without keys come back as NaN, 0 or the mean of v, by kernel and version.
+            outs.append(torch.where(some, out, torch.zeros((), dtype=out.dtype, device=out.device)))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+
+class TrainingPlan(TorchPlan):
+    """For eager training: torch's own autograd runs through the call. lse is made by the tiled maths when somebody needs it."""
+
+    differentiable = True
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self._lse_plan = LsePlan(problem) if _has_lse_kernel(problem) else TiledPlan()
+
+    def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
+        return self._lse_plan.forward(call) if call.need_lse else super().forward(call)
+
+
+class LsePlan(TiledPlan):
+    """torch's flash kernels called by their aten names, which also return lse."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._on_cpu = problem.device.type == "cpu"
+
+    def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
+        q, k, v, mask = call.q, call.k, call.v, call.mask
+        seqlen_q, seqlen_k = q.shape[2], k.shape[2]
+        if mask.causal and seqlen_q != seqlen_k:
+            return super().forward(call)
+        if self._on_cpu:
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask.causal, scale=call.softmax_scale)
+        else:
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, mask.causal, False, scale=call.softmax_scale)[:2]
+        return out, lse.to(lse_dtype(q.dtype))
+
+    def describe(self) -> dict[str, Any]:
+        return {"kernel": "aten flash attention with lse (tiled torch maths where causal and Sq != Sk)"}
+
+
+def _has_lse_kernel(problem: Problem) -> bool:
+    """Whether an aten kernel gives (out, lse) for the problem: full or causal, heads and head_dims alike, a dtype that it has."""
+    plain = {Feature.LSE, Feature.LSE_GRAD, Feature.CAUSAL_TOP_LEFT, Feature.CAUSAL_BOTTOM_RIGHT}
+    if not problem.features <= plain:
+        return False
+    if problem.device.type == "cpu":
+        return problem.q_dtype in ("float32", "bfloat16", "float16", "float64")
+    nvidia = problem.device.vendor == "nvidia" and problem.device.arch >= (8, 0)
+    return nvidia and problem.q_dtype in ("float16", "bfloat16") and problem.head_dim <= 256 and problem.head_dim % 8 == 0
+
+
+def _flash_backward(call: Call, grad_out: Tensor, grad_lse: Optional[Tensor], out: Tensor, lse: Tensor, needs: Needs) -> Optional[Gradients]:
+    """torch's flash backward from any backend's lse, or None where it cannot express the call or a row may lack keys."""
+    q, k, v, mask = call.q, call.k, call.v, call.mask
+    causal_square = mask.causal and q.shape[2] == k.shape[2]
+    simple = (
+        grad_lse is None and call.varlen is None and call.block_table is None and call.sinks is None and not call.softcap
+        and not call.dropout_p and q.shape[3] == v.shape[3] and (causal_square or not mask.causal)
+        and not mask.features() - {Feature.CAUSAL_TOP_LEFT, Feature.CAUSAL_BOTTOM_RIGHT}
+    )  # fmt: skip
+    if not simple:
+        return None
+    cuda = q.device.type == "cuda"
+    if cuda and (torch.version.hip or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[3] > 256 or q.shape[3] % 8):
+        return None
+    if q.device.type not in ("cpu", "cuda"):
+        return None
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    out = out if out.dtype == q.dtype else out.to(q.dtype)
+    if cuda:
+        # Without dropout the seed and offset are not read.
+        rng = torch.empty((), dtype=torch.uint64, device=q.device)
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grad_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, mask.causal, rng, rng, scale=call.softmax_scale
+        )  # fmt: skip
+    else:
+        aten_lse = lse.to(torch.float64) if q.dtype == torch.float64 else lse
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out.to(q.dtype), q, k, v, out, aten_lse, 0.0, mask.causal, scale=call.softmax_scale
+        )  # fmt: skip
+    dq, dk, dv = grads
+    if group > 1:
+        dk, dv = (g.unflatten(1, (-1, group)).sum(2) for g in (dk, dv))
+    return Gradients(dq if needs.q else None, dk if needs.k else None, dv if needs.v else None)
+
+
+def _block_rows(call: Call) -> int:
+    seqlen_k = call.k.shape[2] if call.block_table is None else call.block_table.shape[1] * call.k.shape[2]
+    if call.varlen is not None:
+        seqlen_k = call.varlen.max_seqlen_k
+    return max(16, _BLOCK_ELEMENTS // max(1, call.q.shape[0] * call.q.shape[1] * seqlen_k))
+
+
+def _mask_planes(mask: Mask, batch: int, q_heads: int) -> int:
+    """How many Sq x Sk planes the dense mask has."""
+    by_head = mask.alibi is not None or any(t is not None and t.shape[1] > 1 for t in (mask.bool_mask, mask.bias, mask.block_sparse))
+    by_batch = any(True for _ in mask.tensors())
+    return (q_heads if by_head else 1) * (batch if by_batch else 1)
+
+
+def _key_range(mask: Mask, seqlen_q: int, seqlen_k: int, rows: tuple[int, int]) -> tuple[int, int]:
+    """A range that holds every key that the rows can attend to by structure alone, so that blocks skip what is masked anyway."""
+    if mask.seqused_k is not None and mask.align == "bottom_right":
+        return 0, seqlen_k
+    offset = 0 if mask.align == "top_left" else seqlen_k - seqlen_q
+    first, last = 0, seqlen_k
+    left, right = mask.window
+    if left >= 0:
+        first = max(0, rows[0] + offset - left)
+    if right >= 0:
+        last = min(last, rows[1] + offset + right)
+    if mask.causal and mask.prefix is None and mask.blocks is None:
+        last = min(last, rows[1] + offset)
+    last = max(0, last)
+    return min(first, last), last
+
