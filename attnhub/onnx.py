@@ -1,0 +1,80 @@
+"""ONNX: export models with one ``attnhub::FlashAttention`` node per attention, and run them by attnhub's native kernel.
+
+A thin facade: the onnx backend, found by entry point, does the work. `register` and `library_path` need neither torch nor
+onnx, so that a serving image holds onnxruntime and attnhub only. docs/onnx.md specifies the node.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+from attnhub.registry import BUILTIN, GROUP, entry_points, load
+
+if TYPE_CHECKING:
+    import onnxruntime
+    import torch
+
+    from attnhub.backends.onnx import OnnxBackend
+    from attnhub.backends.onnx.export import ExportReport
+
+__all__ = ["export", "library_path", "native_calls", "register"]
+
+
+@functools.lru_cache(maxsize=1)
+def _backend() -> OnnxBackend:
+    """The onnx backend alone: asking the registry for it would probe every backend, and drivers with them."""
+    target = next(target for name, target, _ in entry_points(GROUP, BUILTIN) if name == "onnx")
+    backend: OnnxBackend = load(target)
+    return backend
+
+
+def export(
+    model: Union[torch.nn.Module, Callable[..., Any]],
+    args: Union[torch.Tensor, Sequence[Any]],
+    path: Union[str, os.PathLike[str]],
+    *,
+    kwargs: Optional[Mapping[str, Any]] = None,
+    dynamic_shapes: Any = None,
+    opset: int = 18,
+    input_names: Optional[Sequence[str]] = None,
+    output_names: Optional[Sequence[str]] = None,
+    verify: bool = True,
+) -> ExportReport:
+    """Write a model as ONNX; every attnhub attention in it becomes one node that carries its own function body.
+
+    model: a module in eval mode that uses `attnhub.attention` (after `attnhub.patch(model)`, say), or a function.
+    args, kwargs: example inputs. dynamic_shapes: as in `torch.export.export`. opset: 18, 21 or 22.
+    verify: run the file in ONNX Runtime on the example inputs, with and without attnhub's library, and compare with torch.
+
+    Returns a report: nodes, opset, IR version, bodies, largest differences. Raises ValueError for what the node cannot
+    express (the message names the feature and the fix), for another opset, and for a model without attnhub's attention;
+    RuntimeError if verification fails.
+    """
+    return _backend().export(
+        model, args, path, kwargs=kwargs, dynamic_shapes=dynamic_shapes, opset=opset, input_names=input_names, output_names=output_names, verify=verify
+    )
+
+
+def register(session_options: Optional[onnxruntime.SessionOptions] = None) -> onnxruntime.SessionOptions:
+    """Make sessions with these options run attnhub's nodes by the native kernel. Returns the options, new ones for None.
+
+    Registering the same options again changes nothing. Raises ImportError without onnxruntime, RuntimeError for one older
+    than 1.17, FileNotFoundError if the library was not built.
+    """
+    return _backend().register(session_options)
+
+
+def library_path() -> str:
+    """Path of the shared library, for `SessionOptions.register_custom_ops_library` and the C, C++, C# or Java interfaces.
+
+    Raises FileNotFoundError if this installation was made without a C++ compiler.
+    """
+    return _backend().library_path()
+
+
+def native_calls() -> int:
+    """How many times the native kernel has run in this process: the proof that a session really uses it."""
+    return _backend().native_calls()

@@ -1,0 +1,22 @@
+"""The conformance suite: every backend against the definition, on cases made from what it declares.
+
+In a backend's test file::
+
+    from attnhub import testing
+
+    @pytest.mark.parametrize("check", testing.checks("mybackend", device="cpu"), ids=str)
+    def test_conformance(check):
+        check.run()
+
+`checks` gives one check per case and kind: ``forward`` (with and without lse, NaN around the buffers), ``backward``,
+``repeat`` (bitwise equal runs, where declared) and ``reject`` (features that are not declared are refused with their code).
+``python -m attnhub.testing --backend cuda --device cuda --level full --output result.json`` runs the same as a program.
+
+The error rule, after flash-attention's tests: against the definition in fp64, the largest error may be twice that of the
+same maths in the inputs' dtype by plain torch operations, plus one rounding unit of the largest reference value.
+"""
+
+from attnhub.testing.cases import Case, cases
+from attnhub.testing.checks import Check, Outcome, checks
+
+__all__ = ["Case", "Check", "Outcome", "cases", "checks"]

@@ -1,0 +1,256 @@
+"""Running a case against a backend, and judging the result by the error rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from attnhub import api, runtime
+from attnhub.backend import Call, Needs
+from attnhub.decision import NoBackendError, Policy
+from attnhub.problem import DeviceInfo, Feature, Problem
+from attnhub.reasons import Code, Rejected
+from attnhub.registry import registry
+from attnhub.selector import select
+from attnhub.testing.cases import Case, Inputs, cases
+
+#: lse of 16-bit inputs is fp32 work, up to the exponential that a kernel chooses for probabilities it rounds to 8 or 11 bits.
+_LSE_UNIT = {torch.float16: 2.0**-12, torch.bfloat16: 2.0**-12}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A passed check with its figures: the largest error, as a fraction of what the rule allows (1.0 is the limit)."""
+
+    worst: float
+    errors: dict[str, float]
+
+
+class ConformanceError(AssertionError):
+    """A check failed; the message holds a line that reproduces it."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: `run` returns the figures or raises `ConformanceError`."""
+
+    backend: str
+    kind: str
+    case: Optional[Case]
+    feature: Optional[Feature]
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.case or (self.feature.value if self.feature else '')}"
+
+    def run(self) -> Outcome:
+        if self.kind == "reject":
+            return self._reject()
+        assert self.case is not None
+        run = {"forward": _forward, "backward": _backward, "repeat": _repeat}[self.kind]
+        try:
+            errors = run(self.backend, self.case, self.device)
+        except NoBackendError as error:
+            raise ConformanceError(f"{self.backend} declares all that this case needs and rejects it.\n{error}\n{self._again()}") from error
+        worst = max(errors.values(), default=0.0)
+        if not worst <= 1.0:
+            shown = ", ".join(f"{name} {value:.3g}" for name, value in errors.items())
+            raise ConformanceError(f"errors as a fraction of the allowed: {shown}\n{self._again()}")
+        return Outcome(worst, errors)
+
+    def _again(self) -> str:
+        return f"again: attnhub.testing.Check({self.backend!r}, {self.kind!r}, attnhub.testing.{self.case!r}, None, {self.device!r}).run()"
+
+    def _reject(self) -> Outcome:
+        """An undeclared feature is refused with its own code, by a choice by name."""
+        feature = self.feature
+        assert feature is not None
+        backend = registry.get(self.backend)
+        info = next(r for r in backend.capability.devices if r.type == torch.device(self.device).type)
+        dtype = "float32" if "float32" in info.dtypes else sorted(info.dtypes)[0]
+        made_up = DeviceInfo(info.type, info.vendor, info.min_arch, "made up")
+        problem = Problem(made_up, dtype, dtype, 64, 64, 2, 2, 2, 64, 64, features=frozenset({feature}))
+        decision = select(problem, Policy((self.backend,), "argument"), registry.candidates())
+        verdict = decision.verdicts[self.backend]
+        codes = {reason.code for reason in verdict.reasons} if isinstance(verdict, Rejected) else set()
+        if Code(f"no_{feature.value}") not in codes or decision.chosen is not None:
+            raise ConformanceError(f"{self.backend} does not declare {feature.value}, and a problem with it is answered {verdict}")
+        return Outcome(0.0, {})
+
+
+def checks(backend: str, device: str = "cpu", level: str = "quick", kinds: tuple[str, ...] = ("forward", "backward", "repeat", "reject")) -> list[Check]:
+    """Every check of a backend on a device. Backends without a backward are checked with the one that `select` pairs them with."""
+    capability = registry.get(backend).capability
+    device_type = torch.device(device).type
+    found: list[Check] = []
+    for case in cases(capability, device_type, level):
+        found.append(Check(backend, "forward", case, None, device))
+        if case.backward and Feature.LSE in capability.features:
+            found.append(Check(backend, "backward", case, None, device))
+    if Feature.DETERMINISTIC in capability.features:
+        some = [c for c in cases(capability, device_type, "tiny") if c.parts in ((), ("causal",))][:6]
+        found.extend(Check(backend, "repeat", case, None, device) for case in some)
+    forward_only = {Feature.BIAS_GRAD, Feature.SINKS_GRAD, Feature.LSE_GRAD}
+    found.extend(Check(backend, "reject", None, feature, device) for feature in sorted(frozenset(Feature) - capability.features - forward_only))
+    return [check for check in found if check.kind in kinds]
+
+
+def _call_of(inputs: Inputs, dtype: torch.dtype, rng: Optional[Tensor]) -> Call:
+    """The call with its floating inputs in ``dtype``, for the definition."""
+
+    def wide(t: Optional[Tensor]) -> Optional[Tensor]:
+        return None if t is None else t.detach().to(dtype)
+
+    mask, kwargs = inputs.mask, dict(inputs.kwargs)
+    if mask.bias is not None:
+        mask = dataclasses.replace(mask, bias=wide(mask.bias))
+    if mask.alibi is not None:
+        mask = dataclasses.replace(mask, alibi=wide(mask.alibi))
+    cache = kwargs.pop("kv_cache", None)
+    sinks, softcap, dropout_p, varlen = (kwargs.pop(name, default) for name, default in (("sinks", None), ("softcap", 0.0), ("dropout_p", 0.0), ("varlen", None)))
+    q, k, v = (wide(t) for t in (inputs.q, inputs.k, inputs.v))
+    assert q is not None and k is not None and v is not None
+    table = None
+    if cache is not None:
+        k, v, mask, table = api._cached(cache, mask, 0)
+        k, v = k.to(dtype), v.to(dtype)
+    call = api._normalise(q, k, v, mask, inputs.q.shape[-1] ** -0.5, softcap, None, 0.0, varlen, None, True, "bhsd", table)
+    call.sinks, call.dropout_p, call.rng = wide(sinks), dropout_p, rng
+    return call
+
+
+def _attention(backend: str, inputs: Inputs, return_lse: bool) -> Any:
+    cache = inputs.kwargs.get("kv_cache")
+    k, v = (None, None) if cache is not None else (inputs.k, inputs.v)
+    return api.attention(inputs.q, k, v, inputs.mask, backend=backend, return_lse=return_lse, **inputs.kwargs)
+
+
+def _rng_of(case: Case, device: str) -> Optional[Tensor]:
+    """The (seed, offset) that `attention` will draw next from the generator seeded with the case's seed."""
+    if not case.dropout_p:
+        return None
+    torch.manual_seed(case.seed)
+    return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device)
+
+
+def _packed(t: Tensor, inputs: Inputs) -> Tensor:
+    """A result of the definition, [1, H, T, ...], in the shape that `attention` returns."""
+    return t[0].transpose(0, 1) if t.ndim == 4 and "varlen" in inputs.kwargs else t[0] if "varlen" in inputs.kwargs else t
+
+
+def fraction(got: Tensor, exact: Tensor, plain: Tensor, unit: float) -> float:
+    """Largest error over the largest that the rule allows. Non-finite values must agree exactly."""
+    got, exact, plain = got.detach().double(), exact.detach().double(), plain.detach().double()
+    if got.shape != exact.shape:
+        raise ConformanceError(f"shape {tuple(got.shape)}, expected {tuple(exact.shape)}")
+    odd = ~torch.isfinite(exact)
+    if not torch.equal(got.isnan() & odd, exact.isnan() & odd) or not torch.equal(got[odd].nan_to_num(7.0), exact[odd].nan_to_num(7.0)):
+        return float("inf")
+    got, exact, plain = got[~odd], exact[~odd], plain[~odd]
+    if exact.numel() == 0:
+        return 0.0
+    if not got.isfinite().all():
+        return float("inf")
+    allowed = 2 * (plain - exact).abs().nan_to_num(0.0).max() + unit * exact.abs().max().clamp_min(1e-3)
+    return float((got - exact).abs().max() / allowed)
+
+
+def _unit(dtype: torch.dtype) -> float:
+    """One rounding unit. For fp64 the definition is no more exact than what it judges, so both may be a few units off."""
+    return torch.finfo(dtype).eps * (16 if dtype == torch.float64 else 1)
+
+
+def _expected(inputs: Inputs, rng: Optional[Tensor]) -> tuple[Call, Tensor, Tensor, Call, Tensor, Tensor]:
+    """(exact call, out, lse; call in the inputs' dtype, out, lse) by the definition in fp64 and in that dtype."""
+    from attnhub.backends.reference import maths
+
+    exact = _call_of(inputs, torch.float64, rng)
+    out, lse = maths.forward(exact, None, torch.float64, exact_nan=True)
+    plain = _call_of(inputs, inputs.q.dtype, rng)
+    plain_out, plain_lse = maths.forward(plain, None, inputs.q.dtype, exact_nan=True)
+    assert lse is not None and plain_lse is not None
+    return exact, out, lse, plain, plain_out, plain_lse
+
+
+def _forward(backend: str, case: Case, device: str) -> dict[str, float]:
+    inputs = case.build(device)
+    rng = _rng_of(case, device)
+    _, out, lse, _, plain_out, plain_lse = _expected(inputs, rng)
+    dtype = inputs.q.dtype
+    unit = _unit(dtype)
+    zones = [zone.clone() for zone in inputs.red_zones]
+    with torch.no_grad():
+        torch.manual_seed(case.seed)
+        got = _attention(backend, inputs, return_lse=False)
+    decision = runtime.last_decision()
+    if case.seqlen_q * case.seqlen_k and (decision is None or decision.chosen != backend):
+        raise ConformanceError(f"asked for {backend}, served by {decision.chosen if decision else None}")
+    errors = {"out": fraction(got, _packed(out, inputs), _packed(plain_out, inputs), unit)}
+    if Feature.LSE in registry.get(backend).capability.features:
+        with torch.no_grad():
+            torch.manual_seed(case.seed)
+            again, got_lse = _attention(backend, inputs, return_lse=True)
+        errors["out beside lse"] = fraction(again, _packed(out, inputs), _packed(plain_out, inputs), unit)
+        if dtype in _LSE_UNIT:
+            errors["lse"] = fraction(got_lse, _packed(lse, inputs), _packed(lse, inputs), _LSE_UNIT[dtype])
+        else:
+            errors["lse"] = fraction(got_lse, _packed(lse, inputs), _packed(plain_lse, inputs), unit)
+    for before, after in zip(zones, inputs.red_zones):
+        if not torch.equal(before.nan_to_num(1.5), after.nan_to_num(1.5)):
+            raise ConformanceError("memory around the inputs was written")
+    return errors
+
+
+def _backward(backend: str, case: Case, device: str) -> dict[str, float]:
+    from attnhub.backends.reference import maths
+
+    inputs = case.build(device)
+    rng = _rng_of(case, device)
+    exact, out, lse, plain, plain_out, plain_lse = _expected(inputs, rng)
+    dtype = inputs.q.dtype
+    # One unit for the gradient and one for the stored lse (and out) that it is made from.
+    unit = 2 * _unit(dtype)
+    random_ = torch.Generator().manual_seed(case.seed + 1)
+    grad_out = torch.randn(out.shape, generator=random_, dtype=torch.float64).to(dtype).to(device)
+    grad_lse = torch.randn(lse.shape, generator=random_, dtype=torch.float64).to(device) if case.seed % 2 == 0 else None
+    if grad_lse is not None:
+        grad_lse = torch.where(lse == float("-inf"), torch.zeros_like(grad_lse), grad_lse).to(torch.float32)
+    needs = Needs(True, True, True, "bias" in inputs.leaves, "sinks" in inputs.leaves)
+    want = maths.backward(exact, grad_out.double(), None if grad_lse is None else grad_lse.double(), out, lse, needs, None, torch.float64)
+    naive = maths.backward(plain, grad_out, None if grad_lse is None else grad_lse.to(plain_lse.dtype), plain_out, plain_lse, needs, None, dtype)
+    torch.manual_seed(case.seed)
+    got_out, got_lse = _attention(backend, inputs, return_lse=True)
+    packed_grad = _packed(grad_out, inputs)
+    if packed_grad.ndim == 4:
+        packed_grad = packed_grad.transpose(1, 2).contiguous().transpose(1, 2)  # gradients come in any strides
+    targets, seeds = [got_out], [packed_grad]
+    if grad_lse is not None:
+        targets.append(got_lse)
+        seeds.append(_packed(grad_lse, inputs).to(got_lse.dtype))
+    leaves = {name: inputs.leaves[name] for name in ("q", "k", "v", "bias", "sinks") if name in inputs.leaves}
+    grads = torch.autograd.grad(targets, list(leaves.values()), seeds)
+    errors = {}
+    for name, grad in zip(leaves, grads):
+        right, rough = getattr(want, name), getattr(naive, name)
+        if name in ("q", "k", "v"):
+            right, rough = _packed(right, inputs), _packed(rough, inputs)
+        errors[f"d{name}"] = fraction(grad, right, rough, unit)
+    return errors
+
+
+def _repeat(backend: str, case: Case, device: str, times: int = 3) -> dict[str, float]:
+    inputs = case.build(device)
+    first: Optional[list[Tensor]] = None
+    for _ in range(times):
+        torch.manual_seed(case.seed)
+        out, lse = _attention(backend, inputs, return_lse=True)
+        grads = torch.autograd.grad(out.float().sum() + lse.clamp_min(-1e4).sum(), [inputs.leaves[n] for n in ("q", "k", "v")])
+        found = [out.detach(), lse.detach(), *grads]
+        if first is not None and not all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(first, found)):
+            raise ConformanceError("two runs of one call differ in their bits")
+        first = first or found
+    return {}
