@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from attnhub import ops, runtime, spec
+from attnhub import config, ops, runtime, spec
 from attnhub.backend import Call
 from attnhub.decision import Decision
 from attnhub.kv_cache import KVCache, append_kv
 from attnhub.layouts import Varlen, lse_dtype
 from attnhub.mask import FULL, BoolMask, Causal, Mask, SeqLens
 from attnhub.mask import Bias as BiasMask
+from attnhub.registry import registry
 
 Layout = Literal["bhsd", "bshd"]
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -58,6 +59,9 @@ def attention(
     Raises ValueError or TypeError for arguments that do not fit, `attnhub.NoBackendError` if no admitted backend can serve
     the call, with every reason.
     """
+    plain = varlen is None and kv_cache is None and sinks is None and not dropout_p and layout == "bhsd" and (mask is None or mask.structural)
+    if plain and k is not None and v is not None and not torch.compiler.is_compiling() and _no_modes() and q.is_cpu and k.is_cpu and v.is_cpu:
+        return _repeated(q, k, v, FULL if mask is None else mask, softmax_scale, softcap, return_lse, backend or "")
     call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout)
     out, lse = _run(call, backend or "", return_lse)
     if varlen is not None:
@@ -144,6 +148,54 @@ def explain(
     return runtime.explain(call, backend or "", _wants_grad(call), _grad_bits(call, return_lse))
 
 
+#: Calls seen before, by exact metadata: they need no validation and no classification. Cleared when full (a decode loop fills it
+#: with lengths that never return; those calls are served by the runtime's cache of classes).
+_seen: dict[tuple[Any, ...], tuple[runtime.Prepared, float]] = {}
+_SEEN_LIMIT = 1024
+
+
+def _repeated(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, softmax_scale: Optional[float], softcap: float, return_lse: bool, backend: str
+) -> Union[Tensor, tuple[Tensor, Tensor]]:
+    """An eager call of CPU tensors without data in its mask: the shortest way to the plan, where host time counts most."""
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    strides = None if q.is_contiguous() and k.is_contiguous() and v.is_contiguous() else (q.stride(), k.stride(), v.stride())
+    key = (
+        q.shape, k.shape, v.shape, strides, q.dtype, k.dtype, v.dtype, type(q), type(k), type(v), None if mask is FULL else mask.features(),
+        softmax_scale, softcap, return_lse, grad, backend, runtime._context.get(), config.snapshot(), registry.generation,
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    seen = _seen.get(key)
+    if seen is None:
+        call = _normalise(q, k, v, mask, softmax_scale, softcap, None, 0.0, None, None, return_lse, "bhsd")
+        out, lse = _run(call, backend, return_lse)
+        if call.q is q and call.k is k and call.v is v and _is_eager(call) and not runtime.is_empty(call):
+            if len(_seen) >= _SEEN_LIMIT:
+                _seen.clear()
+            bits = runtime._LSE_GRAD if grad and return_lse else 0
+            call.need_lse = return_lse
+            _seen[key] = runtime.prepared(call, backend, grad, bits), call.softmax_scale
+        return (out, lse) if lse is not None else out
+    chosen, scale = seen
+    runtime._served.chosen = chosen
+    call = Call(q, k, v, mask, scale, softcap, need_lse=return_lse)
+    if grad and (return_lse or not chosen.differentiable):
+        call.need_lse = True
+        result: Union[Tensor, tuple[Tensor, Tensor]] = ops.EagerAttention.apply(q, k, v, None, None, call, chosen, return_lse)
+        return result
+    out, lse = chosen.forward(call)
+    return (out, lse) if lse is not None else out
+
+
+def _no_modes() -> bool:
+    """Whether no mode, transform, trace, autocast or forward-mode level is active."""
+    return not (
+        torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )  # fmt: skip
+
+
 def _run(call: Call, backend: str, return_lse: bool) -> tuple[Tensor, Optional[Tensor]]:
     grad = _wants_grad(call)
     if not torch.compiler.is_compiling() and _is_eager(call):
@@ -151,7 +203,7 @@ def _run(call: Call, backend: str, return_lse: bool) -> tuple[Tensor, Optional[T
             return runtime.forward(call, backend)
         if not runtime.is_empty(call):
             chosen = runtime._served.chosen = runtime.prepared(call, backend, True, _grad_bits(call, return_lse))
-            if chosen.plan.differentiable and not return_lse:
+            if chosen.differentiable and not return_lse:
                 return chosen.forward(call)[0], None
             call.need_lse = True
             result = ops.EagerAttention.apply(call.q, call.k, call.v, call.mask.bias, call.sinks, call, chosen, return_lse)
@@ -190,12 +242,11 @@ def _is_eager(call: Call) -> bool:
         return False
     if (call.sinks is not None and type(call.sinks) not in _PLAIN) or (call.rng is not None and type(call.rng) not in _PLAIN):
         return False
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in (call.q, call.k, call.v)):
+    if forward_ad._current_level < 0:
+        return _no_modes()
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in (call.q, call.k, call.v)):
         raise RuntimeError("attnhub.attention has no forward-mode derivative: use reverse mode, or torch's math SDPA for dual numbers")
-    return not (
-        torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
-    )  # fmt: skip
+    return False
 
 
 # -- normalising ---------------------------------------------------------------------------------------------------------
@@ -354,8 +405,6 @@ def _append_and_read(
 
 def backends() -> dict[str, dict[str, Any]]:
     """Every installed backend: what it declares and whether it can run on this machine (``reasons`` is empty then)."""
-    from attnhub.registry import registry
-
     found: dict[str, dict[str, Any]] = {}
     for name, (backend, probe) in registry.candidates().items():
         entry: dict[str, Any] = {"available": backend is not None and not probe, "reasons": [r.to_json() for r in probe]}

@@ -98,6 +98,14 @@ class Mask:
         return bool(self.causal or self.window != (-1, -1) or self.chunk or self.prefix is not None
                     or self.blocks is not None or self.alibi is not None)  # fmt: skip
 
+    @property
+    def structural(self) -> bool:
+        """Whether the mask holds no tensor."""
+        found: bool | None = self.__dict__.get("_structural")
+        if found is None:
+            found = self.__dict__["_structural"] = next(self.tensors(), None) is None
+        return found
+
     def features(self) -> frozenset[Feature]:
         """The features that a backend must list to serve this mask. Computed once per mask."""
         found: frozenset[Feature] | None = self.__dict__.get("_found")
@@ -108,7 +116,7 @@ class Mask:
 
     def to_dense(self, *, batch: int, q_heads: int, seqlen_q: int, seqlen_k: int, device: torch.device | str = "cpu") -> tuple[Tensor, Optional[Tensor]]:
         """(allowed, bias): bool [B or 1, Hq or 1, Sq, Sk] and the sum of Bias and ALiBi in fp32 (or None). Sq x Sk memory."""
-        from attnhub.dense import allowed_pairs, added_bias
+        from attnhub.dense import added_bias, allowed_pairs
 
         rows = (0, seqlen_q)
         where = torch.device(device)

@@ -14,7 +14,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from attnhub import runtime, spec as flat
+from attnhub import runtime
+from attnhub import spec as flat
 from attnhub.backend import Call, Needs
 from attnhub.layouts import empty_out, lse_dtype
 from attnhub.rotary import apply_rotary

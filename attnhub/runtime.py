@@ -77,13 +77,14 @@ def policy(backend: str = "") -> Policy:
 class Prepared:
     """A decision with its plan; the backward's plan is made at the first backward."""
 
-    __slots__ = ("_backward", "backend", "decision", "forward", "plan")
+    __slots__ = ("_backward", "backend", "decision", "differentiable", "forward", "plan")
 
     def __init__(self, decision: Decision, plan: Plan) -> None:
         self.decision = decision
         self.backend = decision.order[0]
         self.plan = plan
         self.forward = plan.forward
+        self.differentiable = plan.differentiable
         self._backward: Optional[Plan] = None
 
     def backward_plan(self) -> Plan:

@@ -12,6 +12,7 @@ from torch import Tensor
 from attnhub import api, runtime
 from attnhub.backend import Call, Needs
 from attnhub.decision import NoBackendError, Policy
+from attnhub.layouts import lse_dtype
 from attnhub.problem import DeviceInfo, Feature, Problem
 from attnhub.reasons import Code, Rejected
 from attnhub.registry import registry
@@ -212,33 +213,32 @@ def _backward(backend: str, case: Case, device: str) -> dict[str, float]:
     rng = _rng_of(case, device)
     exact, out, lse, plain, plain_out, plain_lse = _expected(inputs, rng)
     dtype = inputs.q.dtype
-    # One unit for the gradient and one for the stored lse (and out) that it is made from.
-    unit = 2 * _unit(dtype)
+    # One unit for the gradient, and one for the stored lse that it is made from: P = exp(s - lse) carries lse's absolute rounding
+    # as a relative one.
+    largest = float(lse.abs().nan_to_num(0.0, posinf=0.0).max()) if lse.numel() else 0.0
+    unit = _unit(dtype) + torch.finfo(lse_dtype(dtype)).eps * max(1.0, largest)
     random_ = torch.Generator().manual_seed(case.seed + 1)
     grad_out = torch.randn(out.shape, generator=random_, dtype=torch.float64).to(dtype).to(device)
-    grad_lse = torch.randn(lse.shape, generator=random_, dtype=torch.float64).to(device) if case.seed % 2 == 0 else None
-    if grad_lse is not None:
-        grad_lse = torch.where(lse == float("-inf"), torch.zeros_like(grad_lse), grad_lse).to(torch.float32)
+    grad_lse = torch.randn(lse.shape, generator=random_, dtype=torch.float64).to(device)
+    grad_lse = torch.where(lse == float("-inf"), torch.zeros_like(grad_lse), grad_lse).to(torch.float32)
     needs = Needs(True, True, True, "bias" in inputs.leaves, "sinks" in inputs.leaves)
-    want = maths.backward(exact, grad_out.double(), None if grad_lse is None else grad_lse.double(), out, lse, needs, None, torch.float64)
-    naive = maths.backward(plain, grad_out, None if grad_lse is None else grad_lse.to(plain_lse.dtype), plain_out, plain_lse, needs, None, dtype)
-    torch.manual_seed(case.seed)
-    got_out, got_lse = _attention(backend, inputs, return_lse=True)
+    leaves = {name: inputs.leaves[name] for name in ("q", "k", "v", "bias", "sinks") if name in inputs.leaves}
     packed_grad = _packed(grad_out, inputs)
     if packed_grad.ndim == 4:
         packed_grad = packed_grad.transpose(1, 2).contiguous().transpose(1, 2)  # gradients come in any strides
-    targets, seeds = [got_out], [packed_grad]
-    if grad_lse is not None:
-        targets.append(got_lse)
-        seeds.append(_packed(grad_lse, inputs).to(got_lse.dtype))
-    leaves = {name: inputs.leaves[name] for name in ("q", "k", "v", "bias", "sinks") if name in inputs.leaves}
-    grads = torch.autograd.grad(targets, list(leaves.values()), seeds)
     errors = {}
-    for name, grad in zip(leaves, grads):
-        right, rough = getattr(want, name), getattr(naive, name)
-        if name in ("q", "k", "v"):
-            right, rough = _packed(right, inputs), _packed(rough, inputs)
-        errors[f"d{name}"] = fraction(grad, right, rough, unit)
+    for lse_too, label in ((True, ""), (False, " of out alone")):
+        seeds_lse = grad_lse if lse_too else None
+        want = maths.backward(exact, grad_out.double(), None if seeds_lse is None else seeds_lse.double(), out, lse, needs, None, torch.float64)
+        naive = maths.backward(plain, grad_out, None if seeds_lse is None else seeds_lse.to(plain_lse.dtype), plain_out, plain_lse, needs, None, dtype)
+        torch.manual_seed(case.seed)
+        got = _attention(backend, inputs, return_lse=lse_too)
+        targets, seeds = ([*got], [packed_grad, _packed(seeds_lse, inputs).to(got[1].dtype)]) if seeds_lse is not None else ([got], [packed_grad])
+        for name, grad in zip(leaves, torch.autograd.grad(targets, list(leaves.values()), seeds)):
+            right, rough = getattr(want, name), getattr(naive, name)
+            if name in ("q", "k", "v"):
+                right, rough = _packed(right, inputs), _packed(rough, inputs)
+            errors[f"d{name}{label}"] = fraction(grad, right, rough, unit)
     return errors
 
 

@@ -33,7 +33,7 @@ def plan(problem: Problem) -> Plan:
     """The plan for a problem class."""
     if problem.features & _NOT_EXPRESSIBLE:
         return TiledPlan()
-    if problem.need_backward and problem.features <= _MASKLESS | {Feature.LSE, Feature.BOOL_MASK}:
+    if problem.need_backward and not problem.features & {Feature.BIAS_GRAD, Feature.LSE_GRAD}:
         return TrainingPlan(problem)
     if Feature.LSE in problem.features:
         return LsePlan(problem) if _has_lse_kernel(problem) else TiledPlan()
@@ -67,6 +67,12 @@ class TorchPlan(TiledPlan):
         self._gqa = Feature.GQA in problem.features
         self._dv_differs = Feature.DV_DIFFERS in problem.features
         self._top_left = Feature.CAUSAL_TOP_LEFT in problem.features
+        if problem.features <= {Feature.DETERMINISTIC} and type(self) is TorchPlan:
+            self.forward = self._plain  # type: ignore[method-assign]
+
+    @staticmethod
+    def _plain(call: Call) -> tuple[Tensor, Optional[Tensor]]:
+        return F.scaled_dot_product_attention(call.q, call.k, call.v, scale=call.softmax_scale), None
 
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
         q, k, v, mask = call.q, call.k, call.v, call.mask
@@ -123,11 +129,14 @@ class TorchPlan(TiledPlan):
             if first == last:
                 outs.append(q.new_zeros((batch, q_heads, rows[1] - rows[0], v.shape[3])))
                 continue
+            # Rows without keys come back as NaN, 0 or the mean of v, by kernel and version, and their gradient as NaN: let them see
+            # every key and select 0 for them afterwards, which makes their gradient 0 too.
+            allowed = allowed | ~some
             attn_mask = allowed
             if bias is not None:
+                bias = torch.where(some, bias, torch.zeros((), dtype=bias.dtype, device=bias.device))
                 attn_mask = torch.where(allowed, bias[..., first:last] if bias.shape[3] > 1 else bias, float("-inf")).to(q.dtype)
             out = self._torch(q[:, :, rows[0] : rows[1]], k[:, :, first:last], v[:, :, first:last], attn_mask, False, call.softmax_scale)
-            # Rows without keys come back as NaN, 0 or the mean of v, by kernel and version.
             outs.append(torch.where(some, out, torch.zeros((), dtype=out.dtype, device=out.device)))
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 

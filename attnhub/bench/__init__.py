@@ -1,0 +1,5 @@
+"""Benchmarks: attnhub's backends beside the naive maths and torch's own kernels, interleaved in one process.
+
+`cases` says what is timed, `peers` who takes part, `measure` how, `results` what is kept, `plot` and `pages` how it is shown.
+``attnhub bench`` is the program.
+"""

@@ -1,0 +1,157 @@
+"""What is here: versions, devices, native libraries, backends and why they cannot run. Works without torch.
+
+Nothing in here raises for something that is missing or broken: what went wrong is the result.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.resources
+import os
+import platform
+import sys
+from typing import Any
+
+import attnhub
+from attnhub import config
+
+#: Distributions that attnhub can use, in the order of the report.
+DISTRIBUTIONS = (
+    "torch", "numpy", "rich", "triton", "cupy-cuda13x", "cupy-cuda12x", "nvidia-cuda-nvrtc", "onnx", "onnxscript", "onnxruntime",
+    "onnxruntime-gpu", "transformers", "matplotlib",
+)  # fmt: skip
+#: backend -> file of its native library.
+LIBRARIES = {"cpu": "libattnhub_cpu.so", "onnx": "libattnhub_onnx.so"}
+
+
+def examine() -> dict[str, Any]:
+    """Everything as JSON-ready data. ``problems`` holds what keeps `attnhub.attention` from working at all."""
+    torch_report = _torch()
+    backends, error = _backends()
+    report = {
+        "attnhub": {"version": attnhub.__version__, "path": os.path.dirname(os.path.abspath(attnhub.__file__)), "installed": _version("attnhub")},
+        "python": {"version": platform.python_version(), "executable": sys.executable, "platform": platform.platform()},
+        "packages": {name: version for name in DISTRIBUTIONS if (version := _version(name)) is not None},
+        "torch": torch_report,
+        "cpu": _cpu(),
+        "libraries": {name: _library(name, file) for name, file in LIBRARIES.items()},
+        "backends": backends,
+        "integrations": _integrations(),
+        # The names come from config, which parses the values; here they are only shown.
+        "environment": {v.name: os.environ[v.name] for v in config.VARIABLES if v.name in os.environ},
+    }
+    problems = []
+    if torch_report["error"]:
+        problems.append(f"torch does not import: {torch_report['error']}")
+    if error:
+        problems.append(error)
+    elif not any(entry["available"] and entry["automatic"] for entry in backends.values()):
+        problems.append("no backend can be chosen automatically on this machine")
+    problems.extend(_policy_problems())
+    report["problems"] = problems
+    return report
+
+
+def describe_error(error: BaseException) -> str:
+    """``ModuleNotFoundError: No module named 'torch'``."""
+    return f"{type(error).__name__}: {error}"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _torch() -> dict[str, Any]:
+    report: dict[str, Any] = {"version": None, "cuda": None, "hip": None, "threads": None, "devices": [], "error": None}
+    try:
+        import torch
+    except Exception as error:
+        # A torch whose libraries do not load raises OSError or ImportError, by version.
+        report["error"] = describe_error(error)
+        return report
+    report.update(version=torch.__version__, cuda=torch.version.cuda, hip=torch.version.hip, threads=torch.get_num_threads())
+    try:
+        from attnhub.device import describe
+
+        found = [torch.device("cpu")]
+        found += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        found += [torch.device("xpu", i) for i in range(torch.xpu.device_count())] if hasattr(torch, "xpu") and torch.xpu.is_available() else []
+        found += [torch.device("mps")] if torch.backends.mps.is_available() else []
+        report["devices"] = [{"device": str(device), **describe(device).to_json()} for device in found]
+    except Exception as error:
+        report["error"] = f"asking torch for its devices: {describe_error(error)}"
+    return report
+
+
+def _cpu() -> dict[str, Any]:
+    return {"machine": platform.machine(), "processor": platform.processor(), "count": os.cpu_count()}
+
+
+def _library(backend: str, file: str) -> dict[str, Any]:
+    try:
+        path = str(importlib.resources.files(f"attnhub.backends.{backend}") / file)
+    except Exception as error:
+        return {"path": None, "built": False, "error": describe_error(error)}
+    return {"path": path, "built": os.path.exists(path), "error": None}
+
+
+def _backends() -> tuple[dict[str, dict[str, Any]], str]:
+    try:
+        from attnhub.registry import registry
+
+        candidates = registry.candidates()
+    except Exception as error:
+        return {}, f"the registry does not load: {describe_error(error)}"
+    found: dict[str, dict[str, Any]] = {}
+    for name, (backend, probe) in candidates.items():
+        entry: dict[str, Any] = {
+            "available": backend is not None and not probe,
+            "automatic": backend is not None and backend.automatic,
+            "distribution": registry.distribution(name),
+            "reasons": [reason.to_json() for reason in probe],
+            "versions": {},
+            "devices": [],
+        }
+        if backend is not None:
+            entry["devices"] = sorted({r.type for r in backend.capability.devices})
+            try:
+                entry["versions"] = backend.versions()
+            except Exception as error:
+                entry["versions"] = {"error": describe_error(error)}
+        found[name] = entry
+    return found, ""
+
+
+def _integrations() -> dict[str, dict[str, Any]]:
+    from attnhub.registry import entry_points, load
+
+    try:
+        patching = importlib.import_module("attnhub.patching")
+        points = entry_points(patching.GROUP, patching.BUILTIN)
+    except Exception as error:
+        return {"(all)": {"loads": False, "error": describe_error(error), "distribution": "?"}}
+    found = {}
+    for name, target, distribution in points:
+        try:
+            load(target)
+            found[name] = {"loads": True, "error": None, "distribution": distribution}
+        except Exception as error:
+            found[name] = {"loads": False, "error": describe_error(error), "distribution": distribution}
+    return found
+
+
+def _policy_problems() -> list[str]:
+    problems = []
+    snapshot = config.snapshot()
+    for parse in (
+        lambda: config.parse_names((snapshot[0] or b"").decode(), "ATTNHUB_BACKEND"), lambda: config.deterministic(snapshot), config.log_level,
+    ):  # fmt: skip
+        try:
+            parse()
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
