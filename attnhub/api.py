@@ -59,9 +59,9 @@ def attention(
     Raises ValueError or TypeError for arguments that do not fit, `attnhub.NoBackendError` if no admitted backend can serve
     the call, with every reason.
     """
-    plain = varlen is None and kv_cache is None and sinks is None and not dropout_p and layout == "bhsd" and (mask is None or mask.structural)
-    if plain and k is not None and v is not None and not torch.compiler.is_compiling() and _no_modes() and q.is_cpu and k.is_cpu and v.is_cpu:
-        return _repeated(q, k, v, FULL if mask is None else mask, softmax_scale, softcap, return_lse, backend or "")
+    plain = varlen is None and kv_cache is None and sinks is None and not dropout_p and layout == "bhsd" and (mask is None or (type(mask) is Mask and mask.structural))
+    if plain and not torch.compiler.is_compiling() and _no_modes() and getattr(q, "is_cpu", False) and getattr(k, "is_cpu", False):
+        return _repeated(q, k, v, FULL if mask is None else mask, softmax_scale, softcap, return_lse, backend or "")  # type: ignore[arg-type]
     call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout)
     out, lse = _run(call, backend or "", return_lse)
     if varlen is not None:
@@ -93,13 +93,10 @@ def scaled_dot_product_attention(
     if query.ndim < 2 or key.ndim < 2 or value.ndim < 2:
         raise ValueError(f"scaled_dot_product_attention: q, k, v need at least 2 dimensions, got {query.ndim}, {key.ndim}, {value.ndim}")
     mask = Causal("top_left") if is_causal else FULL
-    if query.ndim == 4 and key.ndim == 4 and value.ndim == 4 and query.shape[0] == key.shape[0] == value.shape[0] and key.shape[1] == value.shape[1]:
-        if query.shape[1] == key.shape[1] or (enable_gqa and key.shape[1] and query.shape[1] % key.shape[1] == 0):
-            if attn_mask is not None:
-                mask = BoolMask(attn_mask) if attn_mask.dtype == torch.bool else BiasMask(attn_mask)
-            out = attention(query, key, value, mask, softmax_scale=scale, dropout_p=dropout_p)
-            assert isinstance(out, Tensor)
-            return out
+    if _is_usual(query, key, value, enable_gqa):
+        if attn_mask is not None:
+            mask = BoolMask(attn_mask) if attn_mask.dtype == torch.bool else BiasMask(attn_mask)
+        return attention(query, key, value, mask, softmax_scale=scale, dropout_p=dropout_p)  # type: ignore[return-value]
     if enable_gqa:
         heads = query.shape[-3] if query.ndim > 2 else 1
         kv_heads = key.shape[-3] if key.ndim > 2 else 1
@@ -117,6 +114,14 @@ def scaled_dot_product_attention(
     out = attention(q4, k4, v4, mask, softmax_scale=scale, dropout_p=dropout_p)
     assert isinstance(out, Tensor)
     return out.reshape(*lead, *out.shape[-2:])
+
+
+def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether the shapes are what `attention` takes: 4 dimensions, one batch, heads that agree or divide."""
+    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4 or not query.shape[0] == key.shape[0] == value.shape[0]:
+        return False
+    heads, kv_heads = query.shape[1], key.shape[1]
+    return kv_heads == value.shape[1] and (heads == kv_heads or (enable_gqa and kv_heads > 0 and heads % kv_heads == 0))
 
 
 def explain(
@@ -141,6 +146,7 @@ def explain(
     """
     if kv_cache is not None:
         new = 0 if k is None else k.shape[2 if layout == "bhsd" else 1]
+        q, layout = q.transpose(1, 2) if layout == "bshd" else q, "bhsd"
         k, v, mask, table = _cached(kv_cache, mask, new)
         call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, None, None, return_lse, layout, table)
     else:
@@ -257,6 +263,12 @@ def _normalise(
     sinks: Optional[Tensor], dropout_p: float, varlen: Optional[Varlen], kv_cache: Optional[KVCache], need_lse: bool, layout: str,
     block_table: Optional[Tensor] = None,
 ) -> Call:  # fmt: skip
+    for name, value, kind in (("q", q, Tensor), ("k", k, Tensor), ("v", v, Tensor), ("sinks", sinks, Tensor), ("varlen", varlen, Varlen), ("kv_cache", kv_cache, KVCache)):
+        if not isinstance(value, kind) and (value is not None or name == "q"):
+            raise TypeError(f"{name} is a {type(value).__name__}: a {kind.__name__} is needed")
+    for name, number in (("softcap", softcap), ("dropout_p", dropout_p)):
+        if not isinstance(number, (int, float)):
+            raise TypeError(f"{name} is a {type(number).__name__}: a number is needed")
     if mask is None:
         mask = FULL
     elif not isinstance(mask, Mask):
@@ -285,6 +297,8 @@ def _normalise(
         softmax_scale = q.shape[3] ** -0.5
     elif not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"softmax_scale is a {type(softmax_scale).__name__}: a number or None is needed (call .item() on a tensor)")
+    if not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale={softmax_scale}: a finite number is needed")
     call = Call(q, k, v, mask, float(softmax_scale), 0.0, None, 0.0, None, varlen, block_table, need_lse)
     if softcap:
         if softcap < 0 or not math.isfinite(softcap):
@@ -293,6 +307,8 @@ def _normalise(
     if sinks is not None:
         if sinks.shape != (q.shape[1],):
             raise ValueError(f"sinks has shape {tuple(sinks.shape)}: [Hq] = [{q.shape[1]}] is needed, one sink a query head")
+        if not sinks.is_floating_point() or sinks.device != q.device:
+            raise ValueError(f"sinks is {sinks.dtype} on {sinks.device}: a floating tensor on {q.device} is needed")
         wide = lse_dtype(q.dtype)
         call.sinks = sinks if sinks.dtype == wide else sinks.to(wide)
     if dropout_p:
@@ -324,9 +340,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, block_table: Optional[Tensor]
     if head_dim == 0 or v_shape[3] == 0:
         raise ValueError(f"head_dim must be at least 1, got {head_dim} for q and k, {v_shape[3]} for v")
     dtype = q.dtype
-    if k.dtype != dtype or v.dtype != k.dtype:
-        if not torch._C._is_any_autocast_enabled():
-            raise ValueError(f"q is {dtype}, k {k.dtype}, v {v.dtype}: they must be of one dtype; cast them, or run under torch.autocast")
+    if (k.dtype != dtype or v.dtype != k.dtype) and not torch._C._is_any_autocast_enabled():
+        raise ValueError(f"q is {dtype}, k {k.dtype}, v {v.dtype}: they must be of one dtype; cast them, or run under torch.autocast")
     if dtype not in _FLOATS:
         raise ValueError(f"q is {dtype}: float16, bfloat16, float32 or float64 is needed")
     if k.device != q.device or v.device != q.device:
@@ -366,7 +381,7 @@ def _check_mask(mask: Mask, call: Call) -> None:
             raise ValueError(
                 f"mask: {name} has shape {tuple(value.shape)}, which does not broadcast to [B, Hq, Sq, Sk] = [{batch}, {q_heads}, {seqlen_q}, {seqlen_k}]"
             )
-    if mask.alibi is not None and (mask.alibi.shape[-1] != q_heads or mask.alibi.ndim == 2 and mask.alibi.shape[0] != batch):
+    if mask.alibi is not None and (mask.alibi.shape[-1] != q_heads or (mask.alibi.ndim == 2 and mask.alibi.shape[0] != batch)):
         raise ValueError(f"mask: ALiBi slopes have shape {tuple(mask.alibi.shape)}; [{q_heads}] or [{batch}, {q_heads}] is needed")
     if mask.block_sparse is not None:
         bq, bk = mask.block_size

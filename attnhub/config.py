@@ -27,7 +27,7 @@ VARIABLES = (
     Variable("ATTNHUB_DISABLE", "", "comma-separated backend names", "Backends that are never chosen, not even by name."),
     Variable("ATTNHUB_DETERMINISTIC", "0", "0 or 1", "1 admits only backends that promise bitwise repeatable results (as torch.use_deterministic_algorithms(True) does)."),
     Variable("ATTNHUB_CACHE_DIR", "the platform's cache folder", "a folder", "Where compiled kernels are kept."),
-    Variable("ATTNHUB_LOG", "warning", "debug, info, warning, error", "Level of the logger `attnhub`."),
+    Variable("ATTNHUB_LOG", "warning", "debug, info, warning, error", "Level of the logger `attnhub`; read when attnhub is first used."),
     Variable("ATTNHUB_CPU_ISA", "", "portable, avx2, avx512, avx512_bf16", "Forces one instruction-set path of the cpu backend, for tests. Asking for one that the CPU lacks is an error."),
     Variable("TRITON_INTERPRET", "0", "0 or 1", "Triton's own variable: 1 interprets kernels on CPU tensors. The triton backend then serves them, by name only."),
 )  # fmt: skip
@@ -52,6 +52,8 @@ def snapshot() -> Snapshot:
 
 def parse_names(value: str, where: str) -> tuple[str, ...]:
     """A list of backend names: ``triton,cpu`` or ``cuda,auto``. Empty means ``auto``."""
+    if not isinstance(value, str):
+        raise TypeError(f"{where}={value!r}: a backend's name or a comma-separated list of names is needed")
     names = tuple(name.strip() for name in value.split(",") if name.strip())
     if "auto" in names[:-1]:
         raise ValueError(f"{where}={value!r}: `auto` may only end the list, since nothing behind it could ever be tried")
@@ -69,6 +71,11 @@ def deterministic(snap: Snapshot) -> bool:
     if value not in ("", "0", "1"):
         raise ValueError(f"ATTNHUB_DETERMINISTIC={value!r}: allowed are 0 and 1")
     return value == "1"
+
+
+def set_variables() -> dict[str, str]:
+    """Those of our variables that are set, for `doctor`."""
+    return {v.name: os.environ[v.name] for v in VARIABLES if v.name in os.environ}
 
 
 def cache_dir() -> pathlib.Path:

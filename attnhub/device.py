@@ -29,7 +29,7 @@ def describe(device: torch.device) -> DeviceInfo:
 
 def _gfx(name: str) -> tuple[int, ...]:
     """``gfx942:sramecc+`` -> (9, 4, 2); ``gfx90a`` -> (9, 0, 10); ``gfx1100`` -> (11, 0, 0)."""
-    digits = name.split(":")[0].removeprefix("gfx")
+    digits = name.split(":", 1)[0].removeprefix("gfx")
     return (int(digits[:-2]), int(digits[-2], 16), int(digits[-1], 16))
 
 

@@ -42,7 +42,13 @@ class KVCache:
             )
         if self.block_table is not None and self.cache_batch_idx is not None:
             raise ValueError("KVCache: give block_table or cache_batch_idx, not both: a block table already says which rows are used")
-        object.__setattr__(self, "cache_seqlens", _check_ints("KVCache(cache_seqlens)", self.cache_seqlens, 1))
+        _check_ints("KVCache(cache_seqlens)", self.cache_seqlens, 1)
+        if self.cache_seqlens.dtype != torch.int32:
+            raise ValueError(f"KVCache(cache_seqlens): int32 is needed, since advance() counts in place in your tensor; got {self.cache_seqlens.dtype}")
+        for name in ("v_cache", "cache_seqlens", "block_table", "cache_batch_idx"):
+            value = getattr(self, name)
+            if value is not None and value.device != self.k_cache.device:
+                raise ValueError(f"KVCache: {name} is on {value.device} and k_cache on {self.k_cache.device}: they must be on one device")
         if self.block_table is not None:
             object.__setattr__(self, "block_table", _check_ints("KVCache(block_table)", self.block_table, 2))
         elif self.cache_batch_idx is not None:

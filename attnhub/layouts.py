@@ -34,6 +34,11 @@ class Varlen:
                 "must both be [N + 1] for the same N sequences"
             )
 
+        for name in ("max_seqlen_q", "max_seqlen_k"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"Varlen({name}={value!r}): a whole number of at least 0 is needed")
+
     @classmethod
     def from_lengths(cls, lengths_q: Tensor, lengths_k: Tensor | None = None) -> Varlen:
         """From the lengths of the sequences ([N] integers each). Synchronises with the device once, for the maxima."""

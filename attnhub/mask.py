@@ -12,7 +12,7 @@ else the packed length, else Sk. Causal, Window, Chunk, Prefix and ALiBi all use
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Optional
 
@@ -86,7 +86,8 @@ class Mask:
         for name in ("chunk", "prefix", "segments", "blocks", "alibi", "block_sparse", "block_size"):
             mine, theirs = getattr(self, name), getattr(other, name)
             default = _DEFAULTS[name]
-            if mine is not default and mine != default and theirs is not default and theirs != default and mine is not theirs:
+            both = mine is not default and mine != default and theirs is not default and theirs != default
+            if both and mine is not theirs and not (isinstance(mine, (int, tuple)) and _same(mine, theirs)):
                 raise ValueError(
                     f"mask & other: both hold {name}; attnhub combines {name} parts only when they are the same object. "
                     "Turn one into BoolMask(other.to_dense(...)), or give one combined part."
@@ -95,8 +96,7 @@ class Mask:
         return replace(self, **changes)
 
     def _uses_position(self) -> bool:
-        return bool(self.causal or self.window != (-1, -1) or self.chunk or self.prefix is not None
-                    or self.blocks is not None or self.alibi is not None)  # fmt: skip
+        return bool(self.causal or self.window != (-1, -1) or self.chunk or self.alibi is not None)
 
     @property
     def structural(self) -> bool:
@@ -137,12 +137,19 @@ class Mask:
 
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Mask)}
 _TENSOR_FIELDS = ("prefix", "segments", "blocks", "seqused_k", "leftpad", "bool_mask", "bias", "alibi", "block_sparse")
-_COMBINE = {
+_COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "seqused_k": torch.minimum,
     "leftpad": torch.maximum,
     "bool_mask": torch.logical_and,
     "bias": torch.add,
 }
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    """Equal numbers, or the same tensors."""
+    if isinstance(mine, tuple):
+        return all(_same(a, b) for a, b in zip(mine, theirs))
+    return mine is theirs or (isinstance(mine, int) and mine == theirs)
 
 
 def _tighter(a: int, b: int) -> int:
@@ -186,6 +193,10 @@ def _check_align(align: str) -> None:
         raise ValueError(f"align={align!r}: allowed are {_ALIGNMENTS}")
 
 
+def _whole(value: Any) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
 def _check_ints(name: str, value: Tensor, ndim: int) -> Tensor:
     if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool or value.ndim != ndim:
         got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -202,6 +213,8 @@ def Causal(align: Align = "bottom_right") -> Mask:  # noqa: N802 - parts read as
 def Window(left: int = -1, right: int = -1, align: Align = "bottom_right") -> Mask:  # noqa: N802
     """Sliding window, both ends inclusive, -1 unlimited. HuggingFace's ``sliding_window=W`` is ``Causal() & Window(W - 1)``."""
     _check_align(align)
+    if not _whole(left) or not _whole(right):
+        raise TypeError(f"Window(left={left!r}, right={right!r}): whole numbers are needed")
     if left < -1 or right < -1:
         raise ValueError(f"Window(left={left}, right={right}): each must be -1 (unlimited) or at least 0")
     return Mask(window=(left, right), align=align)
@@ -210,6 +223,8 @@ def Window(left: int = -1, right: int = -1, align: Align = "bottom_right") -> Ma
 def Chunk(size: int, align: Align = "bottom_right") -> Mask:  # noqa: N802
     """Attention inside chunks of ``size`` consecutive positions (Llama 4)."""
     _check_align(align)
+    if not _whole(size):
+        raise TypeError(f"Chunk(size={size!r}): a whole number is needed")
     if size < 1:
         raise ValueError(f"Chunk(size={size}): size must be at least 1")
     return Mask(chunk=size, align=align)
@@ -267,6 +282,8 @@ def BlockSparse(blocks: Tensor, block_size: tuple[int, int]) -> Mask:  # noqa: N
     """Whole blocks of (bq, bk) pairs are kept or dropped. blocks: bool [B or 1, Hq or 1, ceil(Sq/bq), ceil(Sk/bk)]."""
     if not isinstance(blocks, Tensor) or blocks.dtype != torch.bool or blocks.ndim > 4:
         raise ValueError("BlockSparse(blocks): a bool tensor of at most 4 dimensions is needed")
+    if not isinstance(block_size, (tuple, list)) or len(block_size) != 2 or not all(map(_whole, block_size)):
+        raise TypeError(f"BlockSparse(block_size={block_size!r}): a pair of whole numbers (bq, bk) is needed")
     bq, bk = block_size
     if bq < 1 or bk < 1:
         raise ValueError(f"BlockSparse(block_size={block_size}): both must be at least 1")
@@ -294,7 +311,7 @@ def _unflatten(children: Any, context: tuple[Any, ...]) -> Mask:
 def _register(cls: type, flatten: Any, unflatten: Any) -> None:
     pytree.register_pytree_node(
         cls, flatten, unflatten, serialized_type_name=f"attnhub.{cls.__name__}",
-        to_dumpable_context=lambda context: list(context), from_dumpable_context=lambda dumped: tuple(dumped),
+        to_dumpable_context=list, from_dumpable_context=tuple,
     )  # fmt: skip
 
 

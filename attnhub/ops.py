@@ -106,7 +106,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad_out: Optional[Tensor], grad_lse: Optional[Tensor]) -> tuple[Any, ...]:
     q, k, v, bias, sinks, out, lse, *data = ctx.saved_tensors
     spec, sizes, softmax_scale, backend = ctx.static
-    no_data, no_sizes = [None] * len(data), None if sizes else []
+    no_data: list[None] = [None] * len(data)
+    no_sizes: Optional[list[None]] = None if sizes else []
     if grad_out is None and grad_lse is None:
         return (None,) * 5 + (no_data, None, no_sizes) + (None,) * 4
     if lse.numel() == 0 and q.numel() != 0:
@@ -142,11 +143,8 @@ def _append_kv(
     positions = cache_seqlens.long()[:, None] + torch.arange(new, device=k.device)
     length = k_cache.shape[2]
     capacity = length if block_table is None else block_table.shape[1] * length
-    if k.device.type == "cpu" and int(positions.max()) >= capacity:
-        raise ValueError(
-            f"append_kv: cache_seqlens {cache_seqlens.tolist()} + {new} new tokens pass the cache's capacity of {capacity}; "
-            "allocate a longer cache (or more pages a sequence)"
-        )
+    if k.device.type == "cpu":
+        _check_positions(positions, capacity, length, k_cache.shape[0], block_table, cos)
     if cos is not None and sin is not None:
         k = apply_rotary(k, cos, sin, positions, interleaved)
     if block_table is None:
@@ -155,6 +153,23 @@ def _append_kv(
         rows, slots = block_table.long().gather(1, positions // length), positions % length
     k_cache.transpose(1, 2).index_put_((rows, slots), k.transpose(1, 2).to(k_cache.dtype))
     v_cache.transpose(1, 2).index_put_((rows, slots), v.transpose(1, 2).to(v_cache.dtype))
+
+
+def _check_positions(
+    positions: Tensor, capacity: int, length: int, rows: int, block_table: Optional[Tensor], cos: Optional[Tensor]
+) -> None:
+    """On CPU a bad index would be read from the end, as Python does; other devices assert it themselves."""
+    if int(positions.min()) < 0 or int(positions.max()) >= capacity:
+        raise ValueError(
+            f"append_kv: the new tokens' positions go from {int(positions.min())} to {int(positions.max())}, outside the cache's capacity of {capacity}; "
+            "allocate a longer cache (or more pages a sequence)"
+        )
+    if block_table is not None:
+        pages = block_table.long().gather(1, positions // length)
+        if int(pages.min()) < 0 or int(pages.max()) >= rows:
+            raise ValueError(f"append_kv: block_table names pages {int(pages.min())} to {int(pages.max())}; the cache has pages 0 to {rows - 1}")
+    if cos is not None and int(positions.max()) >= cos.shape[0]:
+        raise ValueError(f"append_kv: position {int(positions.max())} is beyond the rotary table of {cos.shape[0]} positions")
 
 
 def _fake_append_kv(*args: Any) -> None:

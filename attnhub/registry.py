@@ -9,14 +9,15 @@ import importlib
 import importlib.metadata
 import logging
 import threading
-from collections.abc import Iterable
 from typing import Any, Optional
 
+from attnhub import config
 from attnhub.backend import Backend
 from attnhub.reasons import Code, Reason
 from attnhub.selector import Candidate
 
 log = logging.getLogger("attnhub")
+log.setLevel(config.log_level())
 
 GROUP = "attnhub.backends"
 #: For a bare checkout on PYTHONPATH, where no distribution declares entry points. A test holds it equal to pyproject.toml.

@@ -22,9 +22,8 @@ from attnhub.backend import Call, Gradients, Needs, Plan, PrepareError
 from attnhub.decision import Decision, NoBackendError, Policy
 from attnhub.mask import FULL
 from attnhub.problem import Feature, Problem, seqlen_class, size_bucket
-from attnhub.reasons import Rejected
 from attnhub.registry import registry
-from attnhub.selector import select
+from attnhub.selector import select, select_backward
 
 log = logging.getLogger("attnhub")
 
@@ -49,8 +48,12 @@ class use(ContextDecorator):  # noqa: N801 - reads as a verb: `with attnhub.use(
     """
 
     def __init__(self, *names: str) -> None:
-        self._names = config.parse_names(",".join(names), "attnhub.use")
+        self._names = config.parse_names(",".join(map(_name, names)), "attnhub.use")
         self._tokens: list[Token[Optional[tuple[str, ...]]]] = []
+
+    def _recreate_cm(self) -> use:
+        # A decorated function may run in several threads at once, and a token belongs to the context that made it.
+        return use(*self._names)
 
     def __enter__(self) -> use:
         self._tokens.append(_context.set(self._names))
@@ -58,6 +61,12 @@ class use(ContextDecorator):  # noqa: N801 - reads as a verb: `with attnhub.use(
 
     def __exit__(self, *exc: object) -> None:
         _context.reset(self._tokens.pop())
+
+
+def _name(value: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"attnhub.use({value!r}): names of backends are strings")
+    return value
 
 
 def policy(backend: str = "") -> Policy:
@@ -88,11 +97,19 @@ class Prepared:
         self._backward: Optional[Plan] = None
 
     def backward_plan(self) -> Plan:
-        if self._backward is None:
+        """The plan of the backward pass; a backend that cannot prepare is passed over for the next, as in the forward."""
+        candidates = dict(registry.candidates())
+        while self._backward is None:
             name, problem = self.decision.backward, self.decision.problem
             if name is None:
-                raise NoBackendError(self.decision)
-            self._backward = self.plan if name == self.backend else _plan(name, problem)
+                raise NoBackendError(dataclasses.replace(self.decision, order=(), why="no backend can run its backward pass"))
+            try:
+                self._backward = self.plan if name == self.backend else _plan(name, problem)
+            except PrepareError as error:
+                candidates[name] = candidates[name]._replace(probe=(error.reason,))
+                following, verdicts = select_backward(problem, self.backend, candidates, self.decision.policy.disabled)
+                self.decision = dataclasses.replace(self.decision, backward=following, backward_verdicts=verdicts)
+                _say_once(name, following or "none", error)
         return self._backward
 
 
@@ -207,23 +224,31 @@ def decide(problem: Problem, chosen_by: Policy) -> Decision:
 
 def prepare(problem: Problem, chosen_by: Policy) -> Prepared:
     """Decide and make the plan. A backend that cannot prepare is passed over, once and with a message, if the policy has another."""
-    decision = decide(problem, chosen_by)
+    candidates = dict(registry.candidates())
+    decision = select(problem, chosen_by, candidates)
     while decision.order:
         name = decision.order[0]
         try:
             plan = _plan(name, problem)
         except PrepareError as error:
-            verdicts = {**decision.verdicts, name: Rejected((error.reason,))}
-            rest = decision.order[1:]
-            why = f"{name} could not prepare ({error.reason.code.value}), {rest[0]} is next" if rest else f"{name} accepted the call and could not prepare"
-            if rest and (name, error.reason.code.value) not in _said:
-                _said.add((name, error.reason.code.value))
-                log.warning("falling back from %s to %s: %s", name, rest[0], error.reason)
-            decision = dataclasses.replace(decision, verdicts=verdicts, order=rest, why=why)
+            candidates[name] = candidates[name]._replace(probe=(error.reason,))
+            decision = select(problem, chosen_by, candidates)
+            if decision.chosen is None:
+                why = f"{name} accepted the call and could not prepare ({error.reason.code.value})"
+            else:
+                why = f"{name} could not prepare ({error.reason.code.value}), {decision.chosen} is next"
+                _say_once(name, decision.chosen, error)
+            decision = dataclasses.replace(decision, why=why)
             continue
         described = {"backend": name, **plan.describe()}
         return Prepared(dataclasses.replace(decision, plan=described), plan)
     raise NoBackendError(decision)
+
+
+def _say_once(failed: str, following: str, error: PrepareError) -> None:
+    if (failed, error.reason.code.value) not in _said:
+        _said.add((failed, error.reason.code.value))
+        log.warning("falling back from %s to %s: %s", failed, following, error.reason)
 
 
 def _plan(name: str, problem: Problem) -> Plan:
@@ -236,6 +261,14 @@ def _plan(name: str, problem: Problem) -> Plan:
                 del _plans[next(iter(_plans))]
             _plans[key] = plan
     return plan
+
+
+def _check_choice(call: Call, backend: str, need_backward: bool, grads: int) -> None:
+    """A strict choice that cannot serve the call is an error even where there is nothing to compute."""
+    if policy(backend).names != ("auto",):
+        decision = explain(call, backend, need_backward, grads)
+        if decision.chosen is None:
+            raise NoBackendError(decision)
 
 
 def is_empty(call: Call) -> bool:
@@ -260,6 +293,7 @@ def empty_result(call: Call) -> tuple[Tensor, Optional[Tensor]]:
 def forward(call: Call, backend: str = "", need_backward: bool = False, grads: int = 0) -> tuple[Tensor, Optional[Tensor]]:
     """Choose and run, without autograd."""
     if is_empty(call):
+        _check_choice(call, backend, need_backward, grads)
         return empty_result(call)
     chosen = prepared(call, backend, need_backward, grads)
     _served.chosen = chosen

@@ -36,12 +36,21 @@ def select(problem: Problem, policy: Policy, candidates: Mapping[str, Candidate]
             order.extend(n for n in _by_cost(verdicts) if n not in order and n not in named)
         elif isinstance(verdicts[name], Accepted) and name not in order:
             order.append(name)
-    why = _why(policy, order, verdicts)
-    backward, backward_verdicts = None, {}
+    backward: Optional[str] = None
+    backward_verdicts: dict[str, Verdict] = {}
     if problem.need_backward and order:
-        backward, backward_verdicts = select_backward(problem, order[0], candidates, policy.disabled)
-        if backward is None:
-            why, order = "no backend can run its backward pass", []
+        able: list[str] = []
+        for name in order:
+            found, found_verdicts = select_backward(problem, name, candidates, policy.disabled)
+            if found is None:
+                verdicts[name] = Rejected((Reason(Code.NO_BACKWARD, "it has no backward for this problem, and no other admitted backend has one"),))
+                backward_verdicts = backward_verdicts or found_verdicts
+            else:
+                if not able:
+                    backward, backward_verdicts = found, found_verdicts
+                able.append(name)
+        order = able
+    why = _why(policy, order, verdicts)
     return Decision(problem, policy, verdicts, tuple(order), why, backward, backward_verdicts)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 def merge_states(*states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Combine (out, lse) pairs over disjoint sets of keys into the (out, lse) of their union.
 
-    out: [..., S, Dv], lse: fp32 [..., S], natural logarithm, as `attention(..., return_lse=True)` returns them. A part
+    out: [..., S, Dv], lse: fp32 (fp64 for fp64 inputs) [..., S], natural logarithm, as `attention(..., return_lse=True)` returns them. A part
     with lse -inf (no key) counts for nothing. Differentiable; out keeps the dtype of the first part. Exact up to rounding,
     in any order and grouping (the associativity is that of log-sum-exp: FlashInfer, arXiv 2501.01005, section 2.2).
     """
@@ -22,7 +22,8 @@ def merge_states(*states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
                 f"merge_states(): part {i} has out {tuple(out.shape)} and lse {tuple(lse.shape)}; "
                 f"all parts must be {tuple(outs[0].shape)} with lse {tuple(outs[0].shape[:-1])}"
             )
-    stacked = torch.stack([lse.float() for lse in lses])
+    dtype = torch.float64 if lses[0].dtype == torch.float64 else torch.float32
+    stacked = torch.stack([lse.to(dtype) for lse in lses])
     top = stacked.detach().amax(0)
     safe = torch.where(top == float("-inf"), torch.zeros_like(top), top)
     weights = torch.exp(stacked - safe)
@@ -30,7 +31,6 @@ def merge_states(*states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     some = total > 0
     divisor = torch.where(some, total, torch.ones_like(total))
     # A part without keys contributes by selection, not by a zero weight: its out may hold anything.
-    out = sum(torch.where((w > 0).unsqueeze(-1), (w / divisor).unsqueeze(-1) * o.float(), 0.0) for w, o in zip(weights, outs))
+    shares = torch.stack([torch.where((w > 0).unsqueeze(-1), (w / divisor).unsqueeze(-1) * o.to(dtype), 0.0) for w, o in zip(weights, outs)])
     lse = torch.where(some, torch.log(divisor) + safe, torch.full_like(safe, float("-inf")))
-    assert isinstance(out, Tensor)
-    return out.to(outs[0].dtype), lse
+    return shares.sum(0).to(outs[0].dtype), lse

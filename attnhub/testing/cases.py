@@ -269,9 +269,10 @@ def cases(capability: Capability, device_type: str = "cpu", level: str = "quick"
     if level not in ("tiny", "quick", "full"):
         raise ValueError(f"level={level!r}: allowed are tiny, quick, full")
     seen: dict[Case, None] = {}
-    for case in _all(level):
+    for made in _all(level):
+        case = made
         if level == "tiny":
-            case = dataclasses.replace(case, batch=min(case.batch, 2), seqlen_q=min(case.seqlen_q, 20), seqlen_k=min(case.seqlen_k, 37))
+            case = dataclasses.replace(made, batch=min(made.batch, 2), seqlen_q=min(made.seqlen_q, 20), seqlen_k=min(made.seqlen_k, 37))
         if case.fits(capability, device_type):
             seen[case] = None
     return list(seen)

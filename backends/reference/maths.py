@@ -245,10 +245,11 @@ def _backward_one(
             dbias.append(d_scores)
         if dsinks is not None:
             assert call.sinks is not None
-            share = torch.exp(call.sinks.to(dtype).reshape(1, -1, 1, 1) - row_lse)
+            # A sink of -inf on a row without keys: lse is -inf too, and the sink has no share.
+            share = torch.where(row_lse == NEG_INF, 0.0, torch.exp(call.sinks.to(dtype).reshape(1, -1, 1, 1) - row_lse))
             dsinks -= (share * delta).sum((0, 2, 3))
         if call.softcap:
-            d_scores = d_scores * (1.0 - (capped / call.softcap) ** 2)
+            d_scores = torch.where(allowed, d_scores * (1.0 - (capped / call.softcap) ** 2), 0.0)
         d_scores = d_scores * call.softmax_scale
         dq.append(_times_values(d_scores, finite_k))
         dk += _sum_over_rows(d_scores, q, k.shape[1])

@@ -6,11 +6,11 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
+from attnhub.backends.reference import maths
 from torch import Tensor
 
 from attnhub import dense
 from attnhub.backend import Call, Gradients, Needs, Plan
-from attnhub.backends.reference import maths
 from attnhub.layouts import lse_dtype
 from attnhub.mask import Mask
 from attnhub.problem import Feature, Problem
