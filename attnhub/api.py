@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attnhub import config, ops, runtime, spec
-from attnhub.backend import Call
+from attnhub.backend import Call, PrepareError
 from attnhub.decision import Decision
 from attnhub.kv_cache import KVCache, append_kv
 from attnhub.layouts import Varlen, lse_dtype
@@ -208,17 +208,25 @@ def _run(call: Call, backend: str, return_lse: bool) -> tuple[Tensor, Optional[T
         if not grad:
             return runtime.forward(call, backend)
         if not runtime.is_empty(call):
-            chosen = runtime._served.chosen = runtime.prepared(call, backend, True, _grad_bits(call, return_lse))
-            if chosen.differentiable and not return_lse:
-                return chosen.forward(call)[0], None
-            call.need_lse = True
-            result = ops.EagerAttention.apply(call.q, call.k, call.v, call.mask.bias, call.sinks, call, chosen, return_lse)
-            return result if return_lse else (result, None)
+            return _run_with_grad(call, backend, return_lse)
     flat, sizes, data = spec.encode(call.mask, call.softcap, call.dropout_p, call.rng, call.varlen, call.block_table)
     out, lse = ops.forward_op(
         call.q, call.k, call.v, call.mask.bias, call.sinks, data, flat, sizes, call.softmax_scale, return_lse, grad, backend
     )  # fmt: skip
     return out, lse if return_lse else None
+
+
+def _run_with_grad(call: Call, backend: str, return_lse: bool) -> tuple[Tensor, Optional[Tensor]]:
+    while True:
+        chosen = runtime._served.chosen = runtime.prepared(call, backend, True, _grad_bits(call, return_lse))
+        try:
+            if chosen.differentiable and not return_lse:
+                return chosen.forward(call)[0], None
+            call.need_lse = True
+            result = ops.EagerAttention.apply(call.q, call.k, call.v, call.mask.bias, call.sinks, call, chosen, return_lse)
+            return result if return_lse else (result, None)
+        except PrepareError as error:
+            runtime.launch_failed(chosen, error)
 
 
 def _wants_grad(call: Call) -> bool:
@@ -421,7 +429,8 @@ def _append_and_read(
 def backends() -> dict[str, dict[str, Any]]:
     """Every installed backend: what it declares and whether it can run on this machine (``reasons`` is empty then)."""
     found: dict[str, dict[str, Any]] = {}
-    for name, (backend, probe) in registry.candidates().items():
+    for name, candidate in registry.candidates().items():
+        backend, probe = candidate.backend, candidate.probe
         entry: dict[str, Any] = {"available": backend is not None and not probe, "reasons": [r.to_json() for r in probe]}
         entry["distribution"] = registry.distribution(name)
         if backend is not None:

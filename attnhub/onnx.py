@@ -54,7 +54,15 @@ def export(
     RuntimeError if verification fails.
     """
     return _backend().export(
-        model, args, path, kwargs=kwargs, dynamic_shapes=dynamic_shapes, opset=opset, input_names=input_names, output_names=output_names, verify=verify
+        model,
+        args,
+        path,
+        kwargs=kwargs,
+        dynamic_shapes=dynamic_shapes,
+        opset=opset,
+        input_names=input_names,
+        output_names=output_names,
+        verify=verify,
     )
 
 

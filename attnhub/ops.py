@@ -2,17 +2,21 @@
 
 The backend is chosen inside the operator when it runs (late binding), so one traced graph serves all lengths and obeys the
 policy of the moment. The operators are defined with `torch.library.Library` (the ``custom_op`` object costs 24 us a call
-against 5), autograd is registered on the operator (an autograd.Function around it would lose gradients after export), and
-the backward is once differentiable. The flat arguments are those of `attnhub.spec`.
+against 5), autograd is registered on the operator (an autograd.Function around it would lose gradients after export) by
+kernels of our own (those of `torch.library.register_autograd` refuse `torch.func.grad`), and the backward is once
+differentiable. The flat arguments are those of `attnhub.spec`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
 
 from attnhub import runtime
 from attnhub import spec as flat
@@ -51,6 +55,9 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], sinks: Optional[Tensor], data: Sequence[Tensor], spec: str,
     sizes: Sequence[int], softmax_scale: float, need_lse: bool, need_backward: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        # `attention` has checked the shapes; a rank's part of unevenly sharded heads has not been.
+        raise ValueError(f"attnhub::forward: q has {q.shape[1]} heads and k {k.shape[1]}; the heads of q must be a multiple of those of k")
     call = flat.decode(q, k, v, bias, sinks, data, spec, sizes, softmax_scale, need_lse or need_backward)
     out, lse = runtime.forward(call, backend, need_backward)
     like = empty_out(q, v.shape[3])
@@ -95,39 +102,118 @@ def _fake_backward(
     )  # fmt: skip
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, bias, sinks, data, spec, sizes, softmax_scale, _, _, backend = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *data)
-    ctx.static = (spec, list(sizes), softmax_scale, backend)
-    ctx.set_materialize_grads(False)
+def _below_autograd(op: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
+    """Run the op below autograd. Under a functorch transform the next level down may differentiate too, so gradients stay enabled for it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if _in_functorch():
+            with torch.enable_grad():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
-def _autograd(ctx: Any, grad_out: Optional[Tensor], grad_lse: Optional[Tensor]) -> tuple[Any, ...]:
-    q, k, v, bias, sinks, out, lse, *data = ctx.saved_tensors
-    spec, sizes, softmax_scale, backend = ctx.static
-    no_data: list[None] = [None] * len(data)
-    no_sizes: Optional[list[None]] = None if sizes else []
-    if grad_out is None and grad_lse is None:
-        return (None,) * 5 + (no_data, None, no_sizes) + (None,) * 4
-    if lse.numel() == 0 and q.numel() != 0:
-        # Traced without need_backward (under no_grad, say) and trained nevertheless: make lse now.
-        with torch.no_grad():
-            out, lse = forward_op(q, k, v, bias, sinks, data, spec, sizes, softmax_scale, True, True, backend)
-    needs = list(ctx.needs_input_grad[:5])
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    if grad_lse is not None and grad_lse.numel() == 0:
-        grad_lse = None
-    grads = backward_op(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, data, spec, sizes, softmax_scale, needs, backend)
-    return (*(grad if need else None for need, grad in zip(needs, grads)), no_data, None, no_sizes) + (None,) * 4
+class _Attention(_SingleLevelFunction):
+    """The derivative of ``attnhub::forward``. One per autograd level: see `_apply`."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, static: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], sinks: Optional[Tensor], *data: Tensor) -> Any:
+        out, lse = _below_autograd(forward_op, keyset, (q, k, v, bias, sinks, list(data), *static))
+        ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *data)
+        spec, sizes, softmax_scale, _, _, backend = static
+        ctx.static = (spec, list(sizes), softmax_scale, backend or _names_in_force())
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Optional[Tensor], grad_lse: Optional[Tensor]) -> Any:
+        q, k, v, bias, sinks, out, lse, *data = ctx.saved_tensors
+        spec, sizes, softmax_scale, backend = ctx.static
+        if grad_out is None and grad_lse is None:
+            return (None,) * (7 + len(data))
+        if lse.numel() == 0 and q.numel() != 0:
+            # Traced without need_backward (under no_grad, say) and trained nevertheless: make lse now.
+            with torch.no_grad():
+                out, lse = forward_op(q, k, v, bias, sinks, data, spec, sizes, softmax_scale, True, True, backend)
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        if grad_lse is not None and grad_lse.numel() == 0:
+            grad_lse = None
+        needs = list(ctx.needs_input_grad[2:7])
+        grads = backward_op(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, data, spec, sizes, softmax_scale, needs, backend)
+        return (None, None, *(grad if need else None for need, grad in zip(needs, grads)), *(None for _ in data))
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError(
-        "attnhub.attention is once differentiable: its backward has no derivative. "
-        "For second derivatives use the reference maths in double precision (attnhub.backends.reference), or torch's math SDPA."
-    )
+class _AttentionBackward(_SingleLevelFunction):
+    """``attnhub::backward`` has no derivative: asking for one is an error that says so."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, static: tuple[Any, ...], data: list[Tensor], *tensors: Optional[Tensor]) -> Any:
+        return _below_autograd(backward_op, keyset, (*tensors, data, *static))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "attnhub.attention is once differentiable: its backward has no derivative. For second derivatives use torch's math attention "
+            "(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))."
+        )
+
+
+_flops_counted = False
+
+
+def _count_flops() -> None:
+    """Give torch's FLOP counter our formulas once it is imported: it imports Triton, so that is not for us to do."""
+    global _flops_counted
+    if not _flops_counted and hasattr(sys.modules.get("torch.utils.flop_counter"), "flop_registry"):
+        from attnhub import flops
+
+        flops.register()
+        _flops_counted = True
+
+
+def _names_in_force() -> str:
+    """The backends that `attnhub.use` names now, for a backward that may run in another thread, where the context is not set.
+
+    Nothing while a graph is traced: the graph must obey the context in which it runs.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():
+        return ""
+    return ",".join(runtime._context.get() or ())
+
+
+def _in_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    """An autograd.Function on the current autograd level alone.
+
+    The dispatcher has brought us to that level, be it the ordinary one or that of a `torch.func.grad`; a plain
+    autograd.Function refuses to run there. What lies below is reached by redispatching, as for torch's own operators.
+    """
+    if _in_functorch():
+        with enable_single_level_autograd_function():
+            return function.apply(*args)
+    return function.apply(*args)
+
+
+def _autograd_forward(keyset: Any, *args: Any) -> Any:
+    _count_flops()
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    if dtensor is not None and isinstance(args[0], dtensor):
+        from attnhub import distributed
+
+        args = distributed.prepare(args)
+    q, k, v, bias, sinks, data = args[:6]
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, bias, sinks):
+        return _apply(_Attention, keyset, args[6:], q, k, v, bias, sinks, *data)
+    return _below_autograd(forward_op, keyset, args)
+
+
+def _autograd_backward(keyset: Any, *args: Any) -> Any:
+    tensors, data, static = args[:9], args[9], args[10:]
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+        return _apply(_AttentionBackward, keyset, static, data, *tensors)
+    return _below_autograd(backward_op, keyset, args)
 
 
 # -- append_kv ---------------------------------------------------------------------------------------------------------
@@ -225,10 +311,11 @@ def _register_autocast(device_type: str) -> None:
 for _name, _real, _fake in (("forward", _forward, _fake_forward), ("backward", _backward, _fake_backward), ("append_kv", _append_kv, _fake_append_kv)):
     lib.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"attnhub::{_name}", _fake, lib=lib)
-torch.library.register_autograd("attnhub::forward", _autograd, setup_context=_setup_context, lib=lib)
-torch.library.register_autograd("attnhub::backward", _no_double_backward, setup_context=None, lib=lib)
+lib.impl("forward", _autograd_forward, "Autograd", with_keyset=True)
+lib.impl("backward", _autograd_backward, "Autograd", with_keyset=True)
 torch.library.register_vmap("attnhub::forward", _vmap_forward, lib=lib)
 torch.library.register_vmap("attnhub::backward", _vmap_backward, lib=lib)
+_count_flops()
 for _device_type in ("cpu", "cuda", "xpu", "mps"):
     if torch._C._is_autocast_available(_device_type):
         _register_autocast(_device_type)
@@ -252,7 +339,6 @@ class EagerAttention(torch.autograd.Function):
         return (out, lse) if want_lse else out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_out: Optional[Tensor], grad_lse: Optional[Tensor] = None) -> Any:
         q, k, v, bias, sinks, out, lse, *data = ctx.saved_tensors
         spec, sizes, softmax_scale, chosen = ctx.static
@@ -260,6 +346,11 @@ class EagerAttention(torch.autograd.Function):
             return (None,) * 8
         if grad_out is None:
             grad_out = torch.zeros_like(out)
+        needs = ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled():
+            # create_graph=True: the operator's backward tells whoever differentiates again that it has no derivative.
+            grads = backward_op(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, data, spec, sizes, softmax_scale, list(needs), chosen.backend)
+            return (*(grad if need else None for need, grad in zip(needs, grads)), None, None, None)
         call = flat.decode(q, k, v, bias, sinks, data, spec, sizes, softmax_scale, True)
-        grads = runtime.backward(call, "", grad_out, grad_lse, out, lse, Needs(*ctx.needs_input_grad[:5]), chosen)
+        grads = runtime.backward(call, "", grad_out, grad_lse, out, lse, Needs(*needs), chosen)
         return (*grads, None, None, None)

@@ -49,7 +49,7 @@ class Registry:
         self.generation = 0
 
     def candidates(self) -> dict[str, Candidate]:
-        """Every backend with its probe; loaded and probed once."""
+        """Every backend with its probe; declarations are loaded once, probes run when somebody asks."""
         found = self._candidates
         if found is None:
             with self._lock:
@@ -78,7 +78,7 @@ class Registry:
         """Add or replace a backend in this process, for notebooks and tests. A package uses an entry point instead."""
         with self._lock:
             candidates = dict(self.candidates())
-            candidates[backend.name] = Candidate(backend, _probe(backend))
+            candidates[backend.name] = _candidate(backend)
             self._candidates = candidates
             self._distributions[backend.name] = distribution
             self.generation += 1
@@ -118,7 +118,11 @@ class Registry:
         except Exception as error:
             detail = f"loading {target} of {distribution} raised {type(error).__name__}: {error}"
             return Candidate(None, (Reason(Code.PLUGIN_ERROR, detail, f"fix or uninstall {distribution}"),))
-        return Candidate(backend, _probe(backend))
+        return _candidate(backend)
+
+
+def _candidate(backend: Backend) -> Candidate:
+    return Candidate(backend, lambda: _probe(backend))
 
 
 def _probe(backend: Backend) -> tuple[Reason, ...]:

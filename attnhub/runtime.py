@@ -22,8 +22,9 @@ from attnhub.backend import Call, Gradients, Needs, Plan, PrepareError
 from attnhub.decision import Decision, NoBackendError, Policy
 from attnhub.mask import FULL
 from attnhub.problem import Feature, Problem, seqlen_class, size_bucket
+from attnhub.reasons import Reason
 from attnhub.registry import registry
-from attnhub.selector import select, select_backward
+from attnhub.selector import Candidate, select, select_backward
 
 log = logging.getLogger("attnhub")
 
@@ -98,7 +99,6 @@ class Prepared:
 
     def backward_plan(self) -> Plan:
         """The plan of the backward pass; a backend that cannot prepare is passed over for the next, as in the forward."""
-        candidates = dict(registry.candidates())
         while self._backward is None:
             name, problem = self.decision.backward, self.decision.problem
             if name is None:
@@ -106,16 +106,25 @@ class Prepared:
             try:
                 self._backward = self.plan if name == self.backend else _plan(name, problem)
             except PrepareError as error:
-                candidates[name] = candidates[name]._replace(probe=(error.reason,))
-                following, verdicts = select_backward(problem, self.backend, candidates, self.decision.policy.disabled)
-                self.decision = dataclasses.replace(self.decision, backward=following, backward_verdicts=verdicts)
-                _say_once(name, following or "none", error)
+                self.backward_failed(error)
         return self._backward
+
+    def backward_failed(self, error: PrepareError) -> None:
+        """The backward's backend failed before it launched anything: choose the next one."""
+        name, policy = self.decision.backward, self.decision.policy
+        assert name is not None
+        _failed[name, self.decision.problem, "backward"] = error.reason
+        following, verdicts = select_backward(self.decision.problem, self.backend, _candidates(self.decision.problem, "backward"), policy.disabled)
+        self.decision = dataclasses.replace(self.decision, backward=following, backward_verdicts=verdicts)
+        self._backward = None
+        _say_once(name, following or "none", error)
 
 
 _cache: dict[tuple[Any, ...], Prepared] = {}
 _plans: dict[tuple[str, int, Problem], Plan] = {}
 _lock = threading.RLock()
+#: (backend, problem, "" or "backward") -> why it could not prepare, before anything was launched.
+_failed: dict[tuple[str, Problem, str], Reason] = {}
 _said: set[tuple[str, str]] = set()
 
 
@@ -219,30 +228,45 @@ def explain(call: Call, backend: str, need_backward: bool, grads: int) -> Decisi
 
 def decide(problem: Problem, chosen_by: Policy) -> Decision:
     """The decision for a problem with the installed backends, without preparing anything."""
-    return select(problem, chosen_by, registry.candidates())
+    return select(problem, chosen_by, _candidates(problem))
 
 
 def prepare(problem: Problem, chosen_by: Policy) -> Prepared:
     """Decide and make the plan. A backend that cannot prepare is passed over, once and with a message, if the policy has another."""
-    candidates = dict(registry.candidates())
-    decision = select(problem, chosen_by, candidates)
+    decision = select(problem, chosen_by, _candidates(problem), thorough=False)
+    why = decision.why
     while decision.order:
         name = decision.order[0]
         try:
             plan = _plan(name, problem)
         except PrepareError as error:
-            candidates[name] = candidates[name]._replace(probe=(error.reason,))
-            decision = select(problem, chosen_by, candidates)
-            if decision.chosen is None:
-                why = f"{name} accepted the call and could not prepare ({error.reason.code.value})"
-            else:
+            _failed[name, problem, ""] = error.reason
+            decision = select(problem, chosen_by, _candidates(problem), thorough=False)
+            why = f"{name} accepted the call and could not prepare ({error.reason.code.value})"
+            if decision.chosen is not None:
                 why = f"{name} could not prepare ({error.reason.code.value}), {decision.chosen} is next"
                 _say_once(name, decision.chosen, error)
-            decision = dataclasses.replace(decision, why=why)
             continue
-        described = {"backend": name, **plan.describe()}
-        return Prepared(dataclasses.replace(decision, plan=described), plan)
-    raise NoBackendError(decision)
+        return Prepared(dataclasses.replace(decision, why=why, plan={"backend": name, **plan.describe()}), plan)
+    raise NoBackendError(dataclasses.replace(decision, why=why))
+
+
+def launch_failed(chosen: Prepared, error: PrepareError) -> None:
+    """A plan found out at its first call, before it launched anything, that it cannot run (some compilers work that late)."""
+    with _lock:
+        _failed[chosen.backend, chosen.decision.problem, ""] = error.reason
+        registry.generation += 1  # every cached decision is looked up anew
+    _say_once(chosen.backend, "the next backend", error)
+
+
+def _candidates(problem: Problem, which: str = "") -> dict[str, Candidate]:
+    """The installed backends; those that failed to prepare this problem before carry the reason."""
+    found = dict(registry.candidates())
+    for name, candidate in registry.candidates().items():
+        reason = _failed.get((name, problem, which))
+        if reason is not None:
+            found[name] = candidate.with_reason(reason)
+    return found
 
 
 def _say_once(failed: str, following: str, error: PrepareError) -> None:
@@ -295,9 +319,12 @@ def forward(call: Call, backend: str = "", need_backward: bool = False, grads: i
     if is_empty(call):
         _check_choice(call, backend, need_backward, grads)
         return empty_result(call)
-    chosen = prepared(call, backend, need_backward, grads)
-    _served.chosen = chosen
-    return chosen.forward(call)
+    while True:
+        chosen = _served.chosen = prepared(call, backend, need_backward, grads)
+        try:
+            return chosen.forward(call)
+        except PrepareError as error:
+            launch_failed(chosen, error)
 
 
 def backward(
@@ -313,7 +340,11 @@ def backward(
     if chosen is None:
         grads = (_BIAS_GRAD if needs.bias else 0) | (_SINKS_GRAD if needs.sinks else 0) | (_LSE_GRAD if grad_lse is not None else 0)
         chosen = prepared(call, backend, True, grads)
-    return chosen.backward_plan().backward(call, grad_out, grad_lse, out, lse, needs)
+    while True:
+        try:
+            return chosen.backward_plan().backward(call, grad_out, grad_lse, out, lse, needs)
+        except PrepareError as error:
+            chosen.backward_failed(error)
 
 
 def clear() -> None:
@@ -321,4 +352,5 @@ def clear() -> None:
     with _lock:
         _cache.clear()
         _plans.clear()
+        _failed.clear()
         _said.clear()

@@ -6,8 +6,8 @@ Order: what was named, in that order; under ``auto``, by declared cost, then by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple, Optional
+from collections.abc import Callable, Mapping
+from typing import Optional, Union
 
 from attnhub.backend import Backend
 from attnhub.decision import Decision, Policy
@@ -15,17 +15,36 @@ from attnhub.problem import Problem
 from attnhub.reasons import Accepted, Code, Reason, Rejected, Verdict
 
 
-class Candidate(NamedTuple):
-    """A backend (None where its entry point failed) and the reasons for which it cannot run on this machine."""
+class Candidate:
+    """A backend (None where its entry point failed) and the reasons for which it cannot run on this machine.
 
-    backend: Optional[Backend]
-    probe: tuple[Reason, ...] = ()
+    probe: the reasons, or a function that finds them out; it is called once, when they are first asked for, because a probe
+    imports what the backend needs.
+    """
+
+    def __init__(self, backend: Optional[Backend], probe: Union[tuple[Reason, ...], Callable[[], tuple[Reason, ...]]] = ()) -> None:
+        self.backend = backend
+        self._probe = probe
+
+    @property
+    def probe(self) -> tuple[Reason, ...]:
+        if not isinstance(self._probe, tuple):
+            self._probe = self._probe()
+        return self._probe
+
+    def with_reason(self, reason: Reason) -> Candidate:
+        """The same backend, with one more reason against it."""
+        return Candidate(self.backend, lambda: (*self.probe, reason))
 
 
-def select(problem: Problem, policy: Policy, candidates: Mapping[str, Candidate]) -> Decision:
-    """Judge every candidate and rank those that the policy admits."""
+def select(problem: Problem, policy: Policy, candidates: Mapping[str, Candidate], thorough: bool = True) -> Decision:
+    """Judge every candidate and rank those that the policy admits.
+
+    thorough=False does not probe (import) what the declarations rule out already; its verdicts then miss the probe's reasons.
+    A choice that fails is always judged thoroughly.
+    """
     named = frozenset(policy.names)
-    verdicts: dict[str, Verdict] = {name: _judge(problem, name, c, policy, name in named) for name, c in candidates.items()}
+    verdicts = {name: _judge(problem, name, c, policy, name in named, thorough) for name, c in candidates.items()}
     for name in policy.names:
         if name != "auto" and name not in candidates:
             detail = f"no backend is named {name!r}; installed are {', '.join(candidates)}"
@@ -41,7 +60,7 @@ def select(problem: Problem, policy: Policy, candidates: Mapping[str, Candidate]
     if problem.need_backward and order:
         able: list[str] = []
         for name in order:
-            found, found_verdicts = select_backward(problem, name, candidates, policy.disabled)
+            found, found_verdicts = select_backward(problem, name, candidates, policy.disabled, thorough)
             if found is None:
                 verdicts[name] = Rejected((Reason(Code.NO_BACKWARD, "it has no backward for this problem, and no other admitted backend has one"),))
                 backward_verdicts = backward_verdicts or found_verdicts
@@ -50,20 +69,22 @@ def select(problem: Problem, policy: Policy, candidates: Mapping[str, Candidate]
                     backward, backward_verdicts = found, found_verdicts
                 able.append(name)
         order = able
-    why = _why(policy, order, verdicts)
+    if not order and not thorough:
+        return select(problem, policy, candidates)
+    why = "no backend can run its backward pass" if backward_verdicts and not order else _why(policy, order, verdicts)
     return Decision(problem, policy, verdicts, tuple(order), why, backward, backward_verdicts)
 
 
 def select_backward(
-    problem: Problem, forward: str, candidates: Mapping[str, Candidate], disabled: frozenset[str] = frozenset()
+    problem: Problem, forward: str, candidates: Mapping[str, Candidate], disabled: frozenset[str] = frozenset(), thorough: bool = True
 ) -> tuple[Optional[str], dict[str, Verdict]]:
     """Who runs the backward: the forward's backend if it has one for this problem, else the cheapest automatic one.
 
     Any backward may follow any forward, because lse, dropout and the treatment of empty rows are one contract.
     """
     verdicts: dict[str, Verdict] = {}
-    for name, (backend, probe) in candidates.items():
-        reasons = list(probe)
+    for name, candidate in candidates.items():
+        backend, reasons = candidate.backend, []
         if name in disabled:
             reasons.append(Reason(Code.DISABLED, "ATTNHUB_DISABLE names it"))
         if backend is not None:
@@ -71,6 +92,8 @@ def select_backward(
             reasons.extend(backend.check(problem))
             if not backend.automatic and name != forward:
                 reasons.append(Reason(Code.NAME_ONLY, "it is never chosen automatically"))
+        if thorough or not reasons:
+            reasons = [*candidate.probe, *reasons]
         verdicts[name] = Rejected(tuple(reasons)) if reasons or backend is None else Accepted(backend.cost(problem))
     if isinstance(verdicts.get(forward), Accepted):
         return forward, verdicts
@@ -78,17 +101,19 @@ def select_backward(
     return (ranked[0] if ranked else None), verdicts
 
 
-def _judge(problem: Problem, name: str, candidate: Candidate, policy: Policy, named: bool) -> Verdict:
-    backend, probe = candidate
-    reasons = list(probe)
+def _judge(problem: Problem, name: str, candidate: Candidate, policy: Policy, named: bool, thorough: bool) -> Verdict:
+    backend = candidate.backend
+    reasons = []
     if name in policy.disabled:
         reasons.append(Reason(Code.DISABLED, "ATTNHUB_DISABLE names it", f"unset ATTNHUB_DISABLE or remove {name} from it"))
     if backend is None:
-        return Rejected(tuple(reasons))
+        return Rejected((*candidate.probe, *reasons))
     reasons.extend(backend.capability.check(problem))
     reasons.extend(backend.check(problem))
     if not backend.automatic and not named:
         reasons.append(Reason(Code.NAME_ONLY, "it is never chosen automatically", f"ATTNHUB_BACKEND={name}"))
+    if thorough or not reasons:
+        reasons = [*candidate.probe, *reasons]
     return Rejected(tuple(reasons)) if reasons else Accepted(backend.cost(problem))
 
 

@@ -30,7 +30,7 @@ def merge_states(*states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     total = weights.sum(0)
     some = total > 0
     divisor = torch.where(some, total, torch.ones_like(total))
-    # A part without keys contributes by selection, not by a zero weight: its out may hold anything.
-    shares = torch.stack([torch.where((w > 0).unsqueeze(-1), (w / divisor).unsqueeze(-1) * o.to(dtype), 0.0) for w, o in zip(weights, outs)])
+    # The out of a part without keys is selected away before it meets its zero weight: it may hold anything.
+    shares = torch.stack([(w / divisor).unsqueeze(-1) * torch.where((w > 0).unsqueeze(-1), o.to(dtype), 0.0) for w, o in zip(weights, outs)])
     lse = torch.where(some, torch.log(divisor) + safe, torch.full_like(safe, float("-inf")))
     return shares.sum(0).to(outs[0].dtype), lse
