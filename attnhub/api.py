@@ -23,6 +23,7 @@ from attnhub.registry import registry
 
 Layout = Literal["bhsd", "bshd"]
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_TOP_LEFT = Causal("top_left")
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
@@ -33,9 +34,9 @@ def attention(
     mask: Optional[Mask] = None,
     *,
     softmax_scale: Optional[float] = None,
-    softcap: float = 0.0,
+    softcap: float = 0,
     sinks: Optional[Tensor] = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     varlen: Optional[Varlen] = None,
     kv_cache: Optional[KVCache] = None,
     return_lse: bool = False,
@@ -60,7 +61,7 @@ def attention(
     the call, with every reason.
     """
     plain = varlen is None and kv_cache is None and sinks is None and not dropout_p and layout == "bhsd" and (mask is None or (type(mask) is Mask and mask.structural))
-    if plain and not torch.compiler.is_compiling() and _no_modes() and getattr(q, "is_cpu", False) and getattr(k, "is_cpu", False):
+    if plain and not torch.compiler.is_compiling() and _no_modes() and _on_cpu(q) and _on_cpu(k) and _on_cpu(v):
         return _repeated(q, k, v, FULL if mask is None else mask, softmax_scale, softcap, return_lse, backend or "")  # type: ignore[arg-type]
     call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout)
     out, lse = _run(call, backend or "", return_lse)
@@ -77,7 +78,7 @@ def scaled_dot_product_attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Optional[Tensor] = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     is_causal: bool = False,
     scale: Optional[float] = None,
     enable_gqa: bool = False,
@@ -92,7 +93,10 @@ def scaled_dot_product_attention(
         raise ValueError("scaled_dot_product_attention: attn_mask must be None when is_causal=True (as in torch); combine them into one mask")
     if query.ndim < 2 or key.ndim < 2 or value.ndim < 2:
         raise ValueError(f"scaled_dot_product_attention: q, k, v need at least 2 dimensions, got {query.ndim}, {key.ndim}, {value.ndim}")
-    mask = Causal("top_left") if is_causal else FULL
+    mask = _TOP_LEFT if is_causal else FULL
+    plain = attn_mask is None and not dropout_p and not torch.compiler.is_compiling() and _no_modes()
+    if plain and query.is_cpu and key.is_cpu and value.is_cpu and _is_usual(query, key, value, enable_gqa):
+        return _repeated(query, key, value, mask, scale, 0.0, False, "")  # type: ignore[return-value]
     if _is_usual(query, key, value, enable_gqa):
         if attn_mask is not None:
             mask = BoolMask(attn_mask) if attn_mask.dtype == torch.bool else BiasMask(attn_mask)
@@ -131,9 +135,9 @@ def explain(
     mask: Optional[Mask] = None,
     *,
     softmax_scale: Optional[float] = None,
-    softcap: float = 0.0,
+    softcap: float = 0,
     sinks: Optional[Tensor] = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     varlen: Optional[Varlen] = None,
     kv_cache: Optional[KVCache] = None,
     return_lse: bool = False,
@@ -187,10 +191,14 @@ def _repeated(
     call = Call(q, k, v, mask, scale, softcap, need_lse=return_lse)
     if grad and (return_lse or not chosen.differentiable):
         call.need_lse = True
-        result: Union[Tensor, tuple[Tensor, Tensor]] = ops.EagerAttention.apply(q, k, v, None, None, call, chosen, return_lse)
+        result: Union[Tensor, tuple[Tensor, Tensor]] = ops.EagerStructuralAttention.apply(q, k, v, call, chosen, return_lse)
         return result
     out, lse = chosen.forward(call)
     return (out, lse) if lse is not None else out
+
+
+def _on_cpu(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.is_cpu
 
 
 def _no_modes() -> bool:
@@ -249,16 +257,13 @@ def _grad_bits(call: Call, return_lse: bool) -> int:
 
 
 def _is_eager(call: Call) -> bool:
-    """Whether the operator layer can be left out: plain tensors, and no mode, transform, trace, autocast or dual number."""
-    if type(call.q) not in _PLAIN or type(call.k) not in _PLAIN or type(call.v) not in _PLAIN:
-        return False
-    if call.mask is not FULL and any(type(t) not in _PLAIN for t in call.mask.tensors()):
-        return False
-    if (call.sinks is not None and type(call.sinks) not in _PLAIN) or (call.rng is not None and type(call.rng) not in _PLAIN):
+    """Whether the operator layer can be left out: plain tensors with memory, and no mode, transform, trace, autocast or dual number."""
+    tensors = [t for t in (call.q, call.k, call.v, *call.mask.tensors(), call.sinks, call.rng) if t is not None]
+    if any(type(t) not in _PLAIN for t in tensors) or call.q.is_meta:
         return False
     if forward_ad._current_level < 0:
         return _no_modes()
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in (call.q, call.k, call.v)):
+    if any(t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError("attnhub.attention has no forward-mode derivative: use reverse mode, or torch's math SDPA for dual numbers")
     return False
 
@@ -302,14 +307,16 @@ def _normalise(
         # Kernels read rows of head_dim; a strided last dimension is copied once, here.
         q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     if softmax_scale is None:
-        softmax_scale = q.shape[3] ** -0.5
+        scale = q.shape[3] ** -0.5
     elif not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"softmax_scale is a {type(softmax_scale).__name__}: a number or None is needed (call .item() on a tensor)")
-    if not math.isfinite(softmax_scale):
+    elif not -math.inf < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale={softmax_scale}: a finite number is needed")
-    call = Call(q, k, v, mask, float(softmax_scale), 0.0, None, 0.0, None, varlen, block_table, need_lse)
+    else:
+        scale = float(softmax_scale)
+    call = Call(q, k, v, mask, scale, 0.0, None, 0.0, None, varlen, block_table, need_lse)
     if softcap:
-        if softcap < 0 or not math.isfinite(softcap):
+        if not 0 < softcap < math.inf:
             raise ValueError(f"softcap={softcap}: 0 (off) or a positive number is needed")
         call.softcap = float(softcap)
     if sinks is not None:

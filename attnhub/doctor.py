@@ -38,8 +38,7 @@ def examine() -> dict[str, Any]:
         "libraries": {name: _library(name, file) for name, file in LIBRARIES.items()},
         "backends": backends,
         "integrations": _integrations(),
-        # The names come from config, which parses the values; here they are only shown.
-        "environment": {v.name: os.environ[v.name] for v in config.VARIABLES if v.name in os.environ},
+        "environment": config.set_variables(),
     }
     problems = []
     if torch_report["error"]:
@@ -107,7 +106,8 @@ def _backends() -> tuple[dict[str, dict[str, Any]], str]:
     except Exception as error:
         return {}, f"the registry does not load: {describe_error(error)}"
     found: dict[str, dict[str, Any]] = {}
-    for name, (backend, probe) in candidates.items():
+    for name, candidate in candidates.items():
+        backend, probe = candidate.backend, candidate.probe
         entry: dict[str, Any] = {
             "available": backend is not None and not probe,
             "automatic": backend is not None and backend.automatic,

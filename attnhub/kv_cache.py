@@ -8,7 +8,7 @@ from typing import Any, Literal, Optional
 import torch
 from torch import Tensor
 
-from attnhub.mask import _check_ints, _register
+from attnhub.mask import _check_ints, register_pytree
 
 Layout = Literal["bhsd", "bshd"]
 
@@ -94,15 +94,22 @@ class KVCache:
 _FIELDS = ("k_cache", "v_cache", "cache_seqlens", "block_table", "cache_batch_idx")
 
 
+def _flatten(cache: KVCache) -> tuple[list[Any], tuple[Any, ...]]:
+    names = tuple(name for name in _FIELDS if getattr(cache, name) is not None)
+    return [getattr(cache, name) for name in names], (names, cache.layout)
+
+
 def _unflatten(children: Any, context: tuple[Any, ...]) -> KVCache:
     cache = object.__new__(KVCache)
-    for name, child in zip(_FIELDS, children):
-        object.__setattr__(cache, name, child)
-    object.__setattr__(cache, "layout", context[0])
+    names, layout = context
+    tensors = dict(zip(names, children))
+    for name in _FIELDS:
+        object.__setattr__(cache, name, tensors.get(name))
+    object.__setattr__(cache, "layout", layout)
     return cache
 
 
-_register(KVCache, lambda cache: ([getattr(cache, name) for name in _FIELDS], (cache.layout,)), _unflatten)
+register_pytree(KVCache, _flatten, _unflatten)
 
 
 def append_kv(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnhub.mask import _check_ints, _register
+from attnhub.mask import _check_ints, register_pytree
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,18 +52,17 @@ class Varlen:
         return cls(cu_q, cu_k, max_q, max_k)
 
 
-def _flatten(varlen: Varlen) -> tuple[list[Any], tuple[Any, ...]]:
-    return [varlen.cu_seqlens_q, varlen.cu_seqlens_k, varlen.max_seqlen_q, varlen.max_seqlen_k], ()
+_FIELDS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 
 def _unflatten(children: Any, context: tuple[Any, ...]) -> Varlen:
     varlen = object.__new__(Varlen)
-    for name, child in zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), children):
+    for name, child in zip(_FIELDS, children):
         object.__setattr__(varlen, name, child)
     return varlen
 
 
-_register(Varlen, _flatten, _unflatten)
+register_pytree(Varlen, lambda varlen: ([getattr(varlen, name) for name in _FIELDS], (_FIELDS,)), _unflatten)
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

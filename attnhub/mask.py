@@ -274,7 +274,7 @@ def ALiBi(slopes: Tensor, align: Align = "bottom_right") -> Mask:  # noqa: N802
     """Adds -slope * |p - j|. slopes: [Hq] or [B, Hq] (arXiv 2108.12409, symmetric as in flash-attn 2)."""
     _check_align(align)
     if not isinstance(slopes, Tensor) or slopes.ndim not in (1, 2):
-        raise ValueError(f"ALiBi(slopes): a [Hq] or [B, Hq] tensor is needed, got {tuple(getattr(slopes, 'shape', ()))}")
+        raise ValueError(f"ALiBi(slopes): a [Hq] or [B, Hq] tensor is needed, got {tuple(slopes.shape) if isinstance(slopes, Tensor) else type(slopes).__name__}")
     return Mask(alibi=slopes if slopes.dtype == torch.float32 else slopes.to(torch.float32), align=align)
 
 
@@ -299,20 +299,33 @@ def _four_dims(name: str, value: Tensor) -> Tensor:
 
 
 def _flatten(mask: Mask) -> tuple[list[Any], tuple[Any, ...]]:
-    children = [getattr(mask, name) for name in _TENSOR_FIELDS]
-    return children, (mask.causal, mask.align, mask.window, mask.chunk, mask.block_size)
+    names = tuple(name for name in _TENSOR_FIELDS if getattr(mask, name) is not None)
+    return [getattr(mask, name) for name in names], (names, mask.causal, mask.align, mask.window, mask.chunk, mask.block_size)
 
 
 def _unflatten(children: Any, context: tuple[Any, ...]) -> Mask:
-    causal, align, window, chunk, block_size = context
-    return Mask(causal=causal, align=align, window=tuple(window), chunk=chunk, block_size=tuple(block_size), **dict(zip(_TENSOR_FIELDS, children)))  # type: ignore[arg-type]
+    names, causal, align, window, chunk, block_size = context
+    tensors = dict(zip(names, children))
+    return Mask(causal=causal, align=align, window=tuple(window), chunk=chunk, block_size=tuple(block_size), **tensors)  # type: ignore[arg-type]
 
 
-def _register(cls: type, flatten: Any, unflatten: Any) -> None:
+def register_pytree(cls: type, flatten: Any, unflatten: Any) -> None:
+    """Make a class with tensors an input that torch.compile, torch.export and vmap accept. ``flatten`` gives (children, context), and
+    the context starts with the children's names."""
+
+    def with_keys(value: Any) -> tuple[list[tuple[Any, Any]], Any]:
+        children, context = flatten(value)
+        return [(pytree.GetAttrKey(name), child) for name, child in zip(context[0], children)], context
+
     pytree.register_pytree_node(
-        cls, flatten, unflatten, serialized_type_name=f"attnhub.{cls.__name__}",
-        to_dumpable_context=list, from_dumpable_context=tuple,
+        cls, flatten, unflatten, serialized_type_name=f"attnhub.{cls.__name__}", flatten_with_keys_fn=with_keys,
+        to_dumpable_context=list, from_dumpable_context=_tuples,
     )  # fmt: skip
 
 
-_register(Mask, _flatten, _unflatten)
+def _tuples(dumped: Any) -> Any:
+    """JSON knows lists only; a context is made of tuples, so that it can be compared and hashed."""
+    return tuple(map(_tuples, dumped)) if isinstance(dumped, list) else dumped
+
+
+register_pytree(Mask, _flatten, _unflatten)

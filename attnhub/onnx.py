@@ -70,7 +70,7 @@ def register(session_options: Optional[onnxruntime.SessionOptions] = None) -> on
     """Make sessions with these options run attnhub's nodes by the native kernel. Returns the options, new ones for None.
 
     Registering the same options again changes nothing. Raises ImportError without onnxruntime, RuntimeError for one older
-    than 1.17, FileNotFoundError if the library was not built.
+    than 1.20, FileNotFoundError if the library was not built.
     """
     return _backend().register(session_options)
 
