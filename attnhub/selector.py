@@ -6,12 +6,13 @@ Order: what was named, in that order; under ``auto``, by declared cost, then by 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Optional, Union
 
 from attnhub.backend import Backend
 from attnhub.decision import Decision, Policy
-from attnhub.problem import Problem
+from attnhub.problem import Feature, Problem
 from attnhub.reasons import Accepted, Code, Reason, Rejected, Verdict
 
 
@@ -114,7 +115,18 @@ def _judge(problem: Problem, name: str, candidate: Candidate, policy: Policy, na
         reasons.append(Reason(Code.NAME_ONLY, "it is never chosen automatically", f"ATTNHUB_BACKEND={name}"))
     if thorough or not reasons:
         reasons = [*candidate.probe, *reasons]
-    return Rejected(tuple(reasons)) if reasons else Accepted(backend.cost(problem))
+    return Rejected(tuple(reasons)) if reasons else Accepted(backend.cost(without_gradients(problem)))
+
+
+def without_gradients(problem: Problem) -> Problem:
+    """The same call under no_grad. Costs are asked for this one: recomputation under checkpointing runs with gradients what ran
+    without, and must get the same kernel. lse stays only where the caller asked for it (its gradient then is a feature too)."""
+    if not problem.need_backward:
+        return problem
+    dropped = {Feature.BIAS_GRAD, Feature.SINKS_GRAD, Feature.LSE_GRAD}
+    if Feature.LSE_GRAD not in problem.features:
+        dropped.add(Feature.LSE)
+    return dataclasses.replace(problem, need_backward=False, features=problem.features - dropped)
 
 
 def _by_cost(verdicts: Mapping[str, Verdict]) -> list[str]:
