@@ -28,7 +28,7 @@ LIBRARIES = {"cpu": "libattnhub_cpu.so", "onnx": "libattnhub_onnx.so"}
 def examine() -> dict[str, Any]:
     """Everything as JSON-ready data. ``problems`` holds what keeps `attnhub.attention` from working at all."""
     torch_report = _torch()
-    backends, error = _backends()
+    backends, error = _backends(torch_report["error"])
     report = {
         "attnhub": {"version": attnhub.__version__, "path": os.path.dirname(os.path.abspath(attnhub.__file__)), "installed": _version("attnhub")},
         "python": {"version": platform.python_version(), "executable": sys.executable, "platform": platform.platform()},
@@ -98,8 +98,10 @@ def _library(backend: str, file: str) -> dict[str, Any]:
     return {"path": path, "built": os.path.exists(path), "error": None}
 
 
-def _backends() -> tuple[dict[str, dict[str, Any]], str]:
+def _backends(torch_error: str | None) -> tuple[dict[str, dict[str, Any]], str]:
+    """(backends by name, what is wrong with the registry itself). All of them compute on torch's tensors: without torch none can."""
     try:
+        from attnhub.reasons import Code, Reason
         from attnhub.registry import registry
 
         candidates = registry.candidates()
@@ -108,6 +110,9 @@ def _backends() -> tuple[dict[str, dict[str, Any]], str]:
     found: dict[str, dict[str, Any]] = {}
     for name, candidate in candidates.items():
         backend, probe = candidate.backend, candidate.probe
+        if torch_error:
+            code = Code.NOT_INSTALLED if _version("torch") is None else Code.BROKEN
+            probe = (Reason(code, f"torch: {torch_error}", "install torch: https://pytorch.org/get-started/locally"), *probe)
         entry: dict[str, Any] = {
             "available": backend is not None and not probe,
             "automatic": backend is not None and backend.automatic,

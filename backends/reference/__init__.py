@@ -7,27 +7,52 @@ from typing import TYPE_CHECKING, Optional
 from attnhub.backend import Backend, Call, Gradients, Needs, Plan
 from attnhub.capability import Capability, DeviceRange
 from attnhub.problem import Feature, Problem
+from attnhub.reasons import Code, Reason
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
+#: Where torch runs; mps and xpu were never tried.
+TORCH_DEVICES = (
+    DeviceRange("cpu", dtypes=FLOATS),
+    DeviceRange("cuda", dtypes=FLOATS),
+    DeviceRange("mps", dtypes=FLOATS - {"float64"}, status="untested"),
+    DeviceRange("xpu", dtypes=FLOATS, status="untested"),
+)
 #: Every feature there is: this backend is their definition.
 EVERYTHING = frozenset(Feature)
+
+
+def probe_torch() -> tuple[Reason, ...]:
+    """Whether torch itself is there and imports."""
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name == "torch":
+            return (Reason(Code.NOT_INSTALLED, "the package torch is not installed", "pip install torch"),)
+        return (Reason(Code.BROKEN, f"importing torch fails: {error!r}"),)
+    except Exception as error:  # a broken installation can fail in any way
+        return (Reason(Code.BROKEN, f"importing torch fails: {error!r}"),)
+    return ()
 
 
 class ReferencePlan(Plan):
     """Sq x Sk scores in memory, one expression after the other."""
 
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
+        import torch
+
         from attnhub.backends.reference import maths
 
-        return maths.forward(call, None, maths.torch.promote_types(call.q.dtype, maths.torch.float32), exact_nan=True)
+        return maths.forward(call, None, torch.promote_types(call.q.dtype, torch.float32), exact_nan=True)
 
     def backward(self, call: Call, grad_out: Tensor, grad_lse: Optional[Tensor], out: Tensor, lse: Tensor, needs: Needs) -> Gradients:
+        import torch
+
         from attnhub.backends.reference import maths
 
-        dtype = maths.torch.promote_types(call.q.dtype, maths.torch.float32)
+        dtype = torch.promote_types(call.q.dtype, torch.float32)
         return maths.backward(call, grad_out, grad_lse, out, lse, needs, None, dtype)
 
 
@@ -35,11 +60,14 @@ class ReferenceBackend(Backend):
     name = "reference"
     automatic = False
     capability = Capability(
-        devices=tuple(DeviceRange(t, dtypes=FLOATS if t != "mps" else FLOATS - {"float64"}) for t in ("cpu", "cuda", "mps", "xpu")),
+        devices=TORCH_DEVICES,
         features=EVERYTHING,
         backward_features=EVERYTHING,
         head_dims=(1, 1 << 20, 1),
     )
+
+    def probe(self) -> tuple[Reason, ...]:
+        return probe_torch()
 
     def cost(self, problem: Problem) -> float:
         return 100.0

@@ -6,27 +6,25 @@ of backends that have none.
 
 from __future__ import annotations
 
-from attnhub.backend import Backend, Plan
-from attnhub.capability import Capability, DeviceRange
-from attnhub.problem import Feature, Problem
+from attnhub.backends.reference import EVERYTHING, TORCH_DEVICES, probe_torch
 
-_FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
-_EVERYTHING = frozenset(Feature)
+from attnhub.backend import Backend, Plan
+from attnhub.capability import Capability
+from attnhub.problem import Problem
+from attnhub.reasons import Reason
 
 
 class SdpaBackend(Backend):
     name = "sdpa"
     capability = Capability(
-        devices=(
-            DeviceRange("cpu", dtypes=_FLOATS),
-            DeviceRange("cuda", dtypes=_FLOATS),
-            DeviceRange("mps", dtypes=_FLOATS - {"float64"}, status="untested"),
-            DeviceRange("xpu", dtypes=_FLOATS, status="untested"),
-        ),
-        features=_EVERYTHING,
-        backward_features=_EVERYTHING,
+        devices=TORCH_DEVICES,
+        features=EVERYTHING,
+        backward_features=EVERYTHING,
         head_dims=(1, 1 << 20, 1),
     )
+
+    def probe(self) -> tuple[Reason, ...]:
+        return probe_torch()
 
     def cost(self, problem: Problem) -> float:
         """1 by definition where torch's kernel serves the call; the tiled maths read and write scores through memory."""

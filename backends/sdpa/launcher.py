@@ -124,7 +124,7 @@ class TorchPlan(TiledPlan):
             rows = (start, min(start + rows_at_once, seqlen_q))
             first, last = _key_range(mask, seqlen_q, seqlen_k, rows)
             allowed = dense.allowed_pairs(mask, batch, seqlen_q, seqlen_k, rows, q.device)[..., first:last]
-            bias = dense.added_bias(mask, q_heads, seqlen_q, seqlen_k, rows, q.device, torch.float32)
+            bias = dense.added_bias(mask, q_heads, seqlen_q, seqlen_k, rows, q.device, torch.promote_types(q.dtype, torch.float32))
             some = allowed.any(-1, keepdim=True)
             if first == last:
                 outs.append(q.new_zeros((batch, q_heads, rows[1] - rows[0], v.shape[3])))
