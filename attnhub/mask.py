@@ -247,7 +247,10 @@ def Segments(ids_q: Tensor, ids_k: Optional[Tensor] = None, *, widen_causal: boo
 
 
 def SeqLens(seqused_k: Tensor) -> Mask:  # noqa: N802
-    """Only the first seqused_k[b] keys of sequence b exist. What lies behind is never read into a result."""
+    """Only the first seqused_k[b] keys of sequence b exist. What lies behind is never read into a result.
+
+    0 <= seqused_k[b] <= the keys that sequence b has; it is not checked, since reading it would wait for the device.
+    """
     return Mask(seqused_k=_check_ints("SeqLens(seqused_k)", seqused_k, 1))
 
 

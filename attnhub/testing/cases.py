@@ -87,6 +87,7 @@ class Case:
         return (
             any(self.dtype in r.dtypes for r in ranges) and self.features() <= capability.features
             and low <= self.head_dim <= high and self.head_dim % step == 0 and v_low <= v_dim <= v_high and v_dim % v_step == 0
+            and not any(dim * _ITEM_BYTES[self.dtype] % capability.align_bytes for dim in (self.head_dim, v_dim))
             and (not self.page_size or capability.page_sizes is None or self.page_size in capability.page_sizes)
         )  # fmt: skip
 
@@ -107,6 +108,8 @@ class Inputs:
     leaves: dict[str, Tensor]
     red_zones: list[Tensor]
 
+
+_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 _PART_FEATURES: dict[str, tuple[Feature, ...]] = {
     "causal": (Feature.CAUSAL_BOTTOM_RIGHT,),
@@ -168,7 +171,10 @@ def _part(name: str, case: Case, device: torch.device, random_: torch.Generator,
     if name == "blocks":
         return masks.Segments(ints(-1, 1, batch, sq), ints(-1, 1, batch, sk), widen_causal=True)
     if name == "seqlens":
-        return masks.SeqLens(ints(1, sk, batch))
+        lengths = ints(1, sk, batch)
+        if case.lengths_k:
+            lengths = torch.minimum(lengths, torch.tensor(case.lengths_k, dtype=torch.int32, device=device))
+        return masks.SeqLens(lengths)
     if name == "seqlens_zero":
         return masks.SeqLens(torch.tensor([0] + [sk] * (batch - 1), dtype=torch.int32, device=device))
     if name == "leftpad":

@@ -1,0 +1,146 @@
+// Attention forward on mma.sync: one block of 4 warps per tile of query rows, walking over tiles of keys from the last to
+// the first with an online softmax in registers (FlashAttention-2, arXiv 2307.08691).
+//
+// One tile of K and one of V are in shared memory. K of the next step is loaded under softmax and P V, V under Q K^T.
+// Masks cost only in the tiles that they cut; tiles that they hide are never loaded.
+//
+// Compiled once per variant (variant.py), which defines: ATTNHUB_TURING, ATTNHUB_TYPE, ATTNHUB_HEAD_DIM, ATTNHUB_V_HEAD_DIM,
+// ATTNHUB_ROW_TILES, ATTNHUB_KEYS, ATTNHUB_KEEP_QUERY, ATTNHUB_SOFTCAP, ATTNHUB_ALIBI.
+
+#include "epilogue.cuh"
+#include "schedule.cuh"
+
+namespace attnhub {
+
+using Type = ATTNHUB_TYPE;
+constexpr int kRowTiles = ATTNHUB_ROW_TILES;  // of 16 rows, per warp
+constexpr int kWarpRows = kRowTiles * 16;
+constexpr int kRows = kWarpRows * (kThreads / 32);
+constexpr int kKeys = ATTNHUB_KEYS;
+constexpr bool kRawScores = !ATTNHUB_SOFTCAP && !ATTNHUB_ALIBI;  // the scale is then applied inside the exponent
+
+using QTile = Tile<kRows, ATTNHUB_HEAD_DIM>;
+using KTile = Tile<kKeys, ATTNHUB_HEAD_DIM>;
+using VTile = Tile<kKeys, ATTNHUB_V_HEAD_DIM>;
+using OutTile = Tile<kRows, ATTNHUB_V_HEAD_DIM>;
+
+static __device__ __forceinline__ const Element* rows_of(
+    const void* tensor, const Strides& strides, long long batch, int head, long long token) {
+    return static_cast<const Element*>(tensor) + batch * strides.batch + head * strides.head + token * strides.token;
+}
+
+// Tokens behind the last packed sequence belong to none: out 0, lse -inf.
+static __device__ void clear_tail(const Params& params, const Work& work) {
+    Element* out = const_cast<Element*>(rows_of(params.out, params.out_strides, 0, work.head, 0));
+    for (int row = params.cu_seqlens_q[params.batch] + work.q_tile; row < params.seqlen_q; row += params.q_tiles) {
+        for (int column = threadIdx.x; column < ATTNHUB_V_HEAD_DIM; column += kThreads) out[row * params.out_strides.token + column] = 0;
+        if (params.lse != nullptr && threadIdx.x == 0) params.lse[static_cast<long long>(work.head) * params.seqlen_q + row] = -kInfinity;
+    }
+}
+
+static __device__ __forceinline__ void attend(const Params& params, const Work& work, uint32 shared) {
+    const Sequence sequence = Sequence::of(params, work.sequence);
+    const Mask mask = sequence.mask;
+    const int block_row = work.q_tile * kRows;
+    const int row_count = min(kRows, sequence.len_q - block_row);
+    if (row_count <= 0) return;
+
+    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * kWarpRows;
+    const int first_row = block_row + warp_row;
+    const int kv_head = work.head / params.heads_per_kv_head;
+    const Element* q = rows_of(params.q, params.q_strides, sequence.batch, work.head, static_cast<long long>(sequence.q_token) + block_row);
+    const Element* k = rows_of(params.k, params.k_strides, sequence.batch, kv_head, sequence.k_token);
+    const Element* v = rows_of(params.v, params.v_strides, sequence.batch, kv_head, sequence.k_token);
+    const uint32 q_tile = shared, k_tile = q_tile + QTile::kBytes, v_tile = k_tile + KTile::kBytes;
+
+    const Span top = mask.keys(block_row), bottom = mask.keys(block_row + row_count - 1);
+    const Span some{uniform(top.first), uniform(bottom.last)}, all{uniform(bottom.first), uniform(top.last)};
+    const int last_key = (some.last - 1) / kKeys * kKeys;  // of the last tile, if there is one
+    const bool has_keys = some.first < some.last;
+
+    TileCopy<kRows, ATTNHUB_HEAD_DIM> q_copy;
+    TileCopy<kKeys, ATTNHUB_HEAD_DIM> k_copy;
+    TileCopy<kKeys, ATTNHUB_V_HEAD_DIM> v_copy;
+    const auto load_keys = [&](int key) {
+        k_copy.start(k_tile, k + key * params.k_strides.token, params.k_strides.token, some.first - key, some.last - key);
+    };
+    const auto load_values = [&](int key) {
+        v_copy.start(v_tile, v + key * params.v_strides.token, params.v_strides.token, some.first - key, some.last - key);
+    };
+
+    Accumulators<kRowTiles, VTile::kColumns> out = {};
+    RowState<kRowTiles> rows;
+    Query<kRowTiles, QTile, ATTNHUB_KEEP_QUERY> query(q_tile, warp_row, lane);
+    float slope = 0.f;
+    if constexpr (ATTNHUB_ALIBI) slope = params.alibi[work.sequence * params.alibi_batch_stride + work.head] * kLog2e;
+    const float scale = kRawScores ? params.scale_log2 : 1.f;
+
+    if (has_keys) {
+        q_copy.start(q_tile, q, params.q_strides.token, 0, row_count);
+        load_keys(last_key);
+        q_copy.finish(q_tile);
+        if (params.negate_q) transform<QTile>(q_tile, [](uint32 x) { return x ^ 0x80008000u; });
+    }
+    for (int key = last_key; has_keys && key + kKeys > some.first; key -= kKeys) {
+        const bool masked = key < all.first || key + kKeys > all.last;
+
+        k_copy.finish(k_tile);
+        __syncthreads();  // K is here, and nobody reads the last V any more
+        load_values(key);
+        if (key + kKeys >= some.last) query.keep();  // Q arrived with the first K
+        Scores<kRowTiles, kKeys> scores;
+        multiply_keys<Type, KTile, kRowTiles, kKeys>(scores, query, k_tile, lane);
+
+        v_copy.finish(v_tile);
+        bool hazard = false;  // V is here, K is free
+        if (masked) {
+            hazard = __syncthreads_or(has_nonfinite<Type, VTile>(v_tile));
+        } else {
+            __syncthreads();
+        }
+        if (key > some.first) load_keys(key - kKeys);
+
+        if constexpr (ATTNHUB_SOFTCAP) cap_scores<kRowTiles, kKeys>(scores, params.cap_inner, params.cap_outer);
+        if constexpr (ATTNHUB_ALIBI) {
+            const float to_log2 = ATTNHUB_SOFTCAP ? 1.f : params.scale_log2;
+            add_alibi<kRowTiles, kKeys>(scores, to_log2, slope, first_row + mask.offset, key, lane);
+        }
+        if (masked) hide_scores<kRowTiles, kKeys>(scores, Sequence::of(params, work.sequence).mask, first_row, key, lane);
+        softmax_step<kRowTiles, kKeys, VTile::kColumns>(scores, rows, out, scale);
+
+        Weights<kRowTiles, kKeys> weights;
+        to_weights<Type, kRowTiles, kKeys>(weights, scores);
+        if (hazard) {
+            const Mask again = Sequence::of(params, work.sequence).mask;
+            add_nonfinite_values<Type, VTile, kRowTiles, kKeys>(out, v_tile, lane, again, first_row, key);
+            __syncthreads();
+            transform<VTile>(v_tile, [](uint32 x) { return Type::finite(x); });
+            __syncthreads();
+        }
+        multiply_values<Type, VTile, kRowTiles, kKeys>(out, weights, v_tile, lane);
+    }
+
+    // Looked up again rather than kept, as for the masks above: every register counts in the loop.
+    const Sequence target = Sequence::of(params, work.sequence);
+    const long long first_token = static_cast<long long>(target.q_token) + work.q_tile * kRows;
+    const int count = min(kRows, target.len_q - work.q_tile * kRows);
+    float* lse = params.lse == nullptr ? nullptr : params.lse + (target.batch * params.q_heads + work.head) * params.seqlen_q + first_token;
+    normalise<kRowTiles, VTile::kColumns>(
+        out, rows, scale, params.sinks == nullptr ? nullptr : params.sinks + work.head, lse, warp_row, count, lane);
+    Element* out_rows = const_cast<Element*>(rows_of(params.out, params.out_strides, target.batch, work.head, first_token));
+    store_out<Type, OutTile, kRowTiles>(out_rows, params.out_strides.token, out, shared, warp_row, count, params.out_aligned, lane);
+}
+
+}  // namespace attnhub
+
+extern "C" __global__ void __launch_bounds__(attnhub::kThreads, 1) attnhub_forward(const __grid_constant__ attnhub::Params params) {
+    extern __shared__ __align__(16) unsigned char shared[];
+    const bool packed = params.cu_seqlens_q != nullptr;
+    const int sequences = params.batch + packed;  // the last one of a packed batch stands for the tokens behind it
+    const attnhub::Work work = attnhub::Work::of(params, blockIdx.x, sequences * params.q_heads);
+    if (packed && work.sequence == params.batch) {
+        attnhub::clear_tail(params, work);
+    } else {
+        attnhub::attend(params, work, attnhub::shared_address(shared));
+    }
+}

@@ -1,0 +1,150 @@
+// The two matrix products of a warp: scores = Q K^T and out += P V.
+//
+// A warp owns RowTiles x 16 query rows. In an accumulator block [16 x 8] lane l holds rows l / 4 and l / 4 + 8, columns
+// 2 (l % 4) and the next one. Two neighbouring score blocks are, converted, just the left operand [16 x 16] of P V.
+#pragma once
+
+#include "mask.cuh"
+#include "tile.cuh"
+
+namespace attnhub {
+
+template <int RowTiles, int Keys>
+using Scores = float[RowTiles][Keys / 8][4];
+template <int RowTiles, int Keys>
+using Weights = uint32[RowTiles][Keys / 16][4];
+template <int RowTiles, int Columns>
+using Accumulators = float[RowTiles][Columns / 8][4];
+
+// The warp's rows of Q, as left operands: kept in registers where head_dim is small, else read again for each tile of keys.
+template <int RowTiles, class QTile, bool Keep>
+struct Query {
+    static constexpr int kSteps = QTile::kColumns / 16;
+    uint32 address;
+    uint32 kept[Keep ? kSteps : 1][RowTiles][4];  // unused, and then not a register, unless Keep
+
+    __device__ __forceinline__ explicit Query(uint32 tile, int first_row, int lane)
+        : address(tile + QTile::offset(first_row + lane % 16, lane / 16 * 8)) {}
+
+    __device__ __forceinline__ void read(uint32 (&a)[RowTiles][4], int step) const {
+#pragma unroll
+        for (int m = 0; m < RowTiles; ++m) load_blocks(a[m], address + QTile::offset(m * 16, step * 16));
+    }
+
+    // After Q has arrived.
+    __device__ __forceinline__ void keep() {
+        if constexpr (Keep) {
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) read(kept[step], step);
+        }
+    }
+
+    __device__ __forceinline__ void get(uint32 (&a)[RowTiles][4], int step) const {
+        if constexpr (Keep) {
+#pragma unroll
+            for (int m = 0; m < RowTiles; ++m) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) a[m][i] = kept[step][m][i];
+            }
+        } else {
+            read(a, step);
+        }
+    }
+};
+
+template <class Type, class KTile, int RowTiles, int Keys, class Q>
+static __device__ __forceinline__ void multiply_keys(Scores<RowTiles, Keys>& scores, const Q& query, uint32 k_tile, int lane) {
+    // In this order of blocks the two registers of one operand are neighbours, as HMMA wants them.
+    const uint32 k = k_tile + KTile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
+#pragma unroll
+    for (int m = 0; m < RowTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < Keys / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.f;
+        }
+    }
+#pragma unroll
+    for (int step = 0; step < KTile::kColumns / 16; ++step) {
+        uint32 a[RowTiles][4];
+        query.get(a, step);
+#pragma unroll
+        for (int n = 0; n < Keys / 16; ++n) {
+            uint32 b[4];
+            load_blocks(b, k + KTile::offset(n * 16, step * 16));
+#pragma unroll
+            for (int m = 0; m < RowTiles; ++m) {
+                Type::mma(scores[m][2 * n], a[m], b[0], b[1]);
+                Type::mma(scores[m][2 * n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+template <class Type, int RowTiles, int Keys>
+static __device__ __forceinline__ void to_weights(Weights<RowTiles, Keys>& weights, const Scores<RowTiles, Keys>& p) {
+#pragma unroll
+    for (int m = 0; m < RowTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < Keys / 16; ++n) {
+            weights[m][n][0] = Type::pack(p[m][2 * n][0], p[m][2 * n][1]);
+            weights[m][n][1] = Type::pack(p[m][2 * n][2], p[m][2 * n][3]);
+            weights[m][n][2] = Type::pack(p[m][2 * n + 1][0], p[m][2 * n + 1][1]);
+            weights[m][n][3] = Type::pack(p[m][2 * n + 1][2], p[m][2 * n + 1][3]);
+        }
+    }
+}
+
+template <class Type, class VTile, int RowTiles, int Keys>
+static __device__ __forceinline__ void multiply_values(
+    Accumulators<RowTiles, VTile::kColumns>& out, const Weights<RowTiles, Keys>& weights, uint32 v_tile, int lane) {
+    const uint32 v = v_tile + VTile::offset(lane % 16, lane / 16 * 8);
+#pragma unroll
+    for (int step = 0; step < Keys / 16; ++step) {
+#pragma unroll
+        for (int n = 0; n < VTile::kColumns / 16; ++n) {
+            uint32 b[4];
+            load_blocks_transposed(b, v + VTile::offset(step * 16, n * 16));
+#pragma unroll
+            for (int m = 0; m < RowTiles; ++m) {
+                Type::mma(out[m][2 * n], weights[m][step], b[0], b[1]);
+                Type::mma(out[m][2 * n + 1], weights[m][step], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// For a masked tile whose V holds Inf or NaN. There a weight of 0 does not hide a key, as 0 * NaN is NaN: so Inf and NaN are
+// added here to the rows that see their key (as with any weight above 0), and multiply_values() must then find them cleared.
+template <class Type, class VTile, int RowTiles, int Keys>
+static __device__ __forceinline__ void add_nonfinite_values(
+    Accumulators<RowTiles, VTile::kColumns>& out, uint32 v_tile, int lane, const Mask& mask, int first_row, int first_key) {
+    Span spans[RowTiles][2];
+#pragma unroll
+    for (int m = 0; m < RowTiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) spans[m][half] = mask.keys(first_row + m * 16 + lane / 4 + half * 8);
+    }
+#pragma unroll 1
+    for (int key = 0; key < Keys; ++key) {
+        const uint32 address = v_tile + VTile::offset(key, lane % 4 * 2);
+#pragma unroll
+        for (int n = 0; n < VTile::kColumns / 8; ++n) {
+            uint32 pair;
+            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(address + n * 16) : "memory");
+            if (Type::finite(pair) == pair) continue;
+            const float low = Type::nonfinite(pair & 0xffffu), high = Type::nonfinite(pair >> 16);
+#pragma unroll
+            for (int m = 0; m < RowTiles; ++m) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const bool visible = spans[m][half].holds(first_key + key);
+                    out[m][n][half * 2] += visible ? low : 0.f;
+                    out[m][n][half * 2 + 1] += visible ? high : 0.f;
+                }
+            }
+        }
+    }
+}
+
+}  // namespace attnhub
