@@ -1,0 +1,234 @@
+// Few rows against many keys (decoding): bound by reading K and V once, so nothing is packed. Scores are dot products of a
+// few keys and rows at a time, the output sums rows of V; both stream memory rows with software prefetch.
+#pragma once
+
+#include "softmax.h"
+
+namespace attnhub_cpu {
+namespace {
+
+constexpr int64_t kDecodeRows = 8;
+constexpr int64_t kDecodeKeys = 256;
+constexpr int64_t kPrefetchRows = 16;
+constexpr int kRowsAtOnce = W >= 16 ? 4 : 2;
+
+template <class T>
+ATTNHUB_INLINE void prefetch_row(const T *row, int64_t n) {
+  const char *p = reinterpret_cast<const char *>(row);
+  for (int64_t x = 0; x < n * static_cast<int64_t>(sizeof(T)); x += 64) __builtin_prefetch(p + x);
+}
+
+// s[g * lds + x] = q[g] . rows[x] for Rows rows of q and W / Rows keys of n elements: W sums, folded into one vector.
+template <class Units, class T, int Rows>
+ATTNHUB_INLINE void dots(const typename Units::Unit *q, int64_t ldq, const T *const *rows, int64_t n, float *s, int64_t lds) {
+  constexpr int kKeys = W / Rows;
+  constexpr int64_t kStep = W * Units::kPerUnit;
+  F acc[W] = {};
+  int64_t d = 0;
+  for (; d + kStep <= n; d += kStep) {
+    decltype(Units::columns(q)) qs[Rows];
+#pragma GCC unroll 4
+    for (int g = 0; g < Rows; ++g) qs[g] = Units::columns(q + g * ldq + d / Units::kPerUnit);
+#pragma GCC unroll 16
+    for (int x = 0; x < kKeys; ++x) {
+      const auto k = Units::lanes(load_units<Units>(rows[x], d / Units::kPerUnit, n));
+#pragma GCC unroll 4
+      for (int g = 0; g < Rows; ++g) acc[g * kKeys + x] = Units::accumulate(acc[g * kKeys + x], qs[g], k);
+    }
+  }
+  if (d < n) {
+    for (int x = 0; x < kKeys; ++x) {
+      const auto k = Units::lanes(load_units<Units>(rows[x], d / Units::kPerUnit, n));
+      for (int g = 0; g < Rows; ++g) {
+        acc[g * kKeys + x] = Units::accumulate(acc[g * kKeys + x], Units::columns(q + g * ldq + d / Units::kPerUnit), k);
+      }
+    }
+  }
+  float lanes[W];
+  store(lanes, sums(acc));
+#pragma GCC unroll 4
+  for (int g = 0; g < Rows; ++g) std::memcpy(s + g * lds, lanes + g * kKeys, kKeys * sizeof(float));
+}
+
+// One key unit of v, columns [column, column + Vectors * W) as vectors of units. tail: elements of the last vector when it
+// is not whole, else 0 (then Vectors is 1).
+template <class Units, int Vectors, class T, class Column>
+ATTNHUB_INLINE void load_columns(const T *const *rows, int64_t column, int tail, Column *v) {
+  if constexpr (Units::kPerUnit == 1) {
+#pragma GCC unroll 4
+    for (int x = 0; x < Vectors; ++x) v[x] = tail ? load_part(rows[0] + column, tail) : load(rows[0] + column + x * W);
+#if defined(__AVX512BF16__)
+  } else if constexpr (Vectors % 2 == 0) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3,
+                                         34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+#pragma GCC unroll 4
+    for (int x = 0; x < Vectors; x += 2) {
+      const __m512i even = _mm512_loadu_si512(rows[0] + column + x * W), odd = _mm512_loadu_si512(rows[1] + column + x * W);
+      v[x] = (__m512bh)_mm512_permutex2var_epi16(even, low, odd);
+      v[x + 1] = (__m512bh)_mm512_permutex2var_epi16(even, high, odd);
+    }
+#endif
+  } else {
+    const F even = tail ? load_part(rows[0] + column, tail) : load(rows[0] + column);
+    const F odd = tail ? load_part(rows[1] + column, tail) : load(rows[1] + column);
+    v[0] = Units::lanes(bit_cast<F>(bit_cast<U>(even) >> 16 | bit_cast<U>(odd)));
+  }
+}
+
+// o[g][0, Vectors * W) = alpha[g] * o[g] + sum over keys [from, to), whole units, of p[g][j] * rows[j][column...].
+template <class Units, class T, int Rows, int Vectors>
+void weighted_sum(const typename Units::Unit *p, int64_t ldp, const T *const *rows, int64_t from, int64_t to, int64_t column, int tail,
+                  float *o, int64_t ldo, const RowState *state) {
+  F acc[Rows][Vectors];
+#pragma GCC unroll 4
+  for (int g = 0; g < Rows; ++g) {
+#pragma GCC unroll 4
+    for (int x = 0; x < Vectors; ++x) acc[g][x] = read<F>(o + g * ldo + x * W) * state[g].alpha;
+  }
+  for (int64_t j = from; j < to; j += Units::kPerUnit) {
+    decltype(Units::columns(p)) v[Vectors];
+#pragma GCC unroll 2
+    for (int x = 0; x < Units::kPerUnit; ++x) {
+      for (int line = 0; line < Vectors * W * static_cast<int>(sizeof(T)); line += 64) {
+        __builtin_prefetch(reinterpret_cast<const char *>(rows[j + x + kPrefetchRows] + column) + line);
+      }
+    }
+    load_columns<Units, Vectors>(rows + j, column, tail, v);
+#pragma GCC unroll 4
+    for (int g = 0; g < Rows; ++g) {
+      const auto weight = Units::broadcast(p + g * ldp + j / Units::kPerUnit);
+#pragma GCC unroll 4
+      for (int x = 0; x < Vectors; ++x) acc[g][x] = Units::accumulate(acc[g][x], weight, v[x]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < Rows; ++g) {
+#pragma GCC unroll 4
+    for (int x = 0; x < Vectors; ++x) store(o + g * ldo + x * W, acc[g][x]);
+  }
+}
+
+template <class Units, class T, int Rows>
+void weighted_sums(const typename Units::Unit *p, int64_t ldp, const T *const *rows, int64_t from, int64_t to, int64_t n, float *o,
+                   int64_t ldo, const RowState *state) {
+  int64_t c = 0;
+  for (; c + 4 * W <= n; c += 4 * W) weighted_sum<Units, T, Rows, 4>(p, ldp, rows, from, to, c, 0, o + c, ldo, state);
+  for (; c + W <= n; c += W) weighted_sum<Units, T, Rows, 1>(p, ldp, rows, from, to, c, 0, o + c, ldo, state);
+  if (c < n) weighted_sum<Units, T, Rows, 1>(p, ldp, rows, from, to, c, static_cast<int>(n - c), o + c, ldo, state);
+}
+
+// The weights of a row, s[from, to) in units, as floats.
+template <class Units>
+ATTNHUB_INLINE const float *weights_of(const float *line, int64_t from, int64_t to, float *room) {
+  if constexpr (Units::kPerUnit == 1) {
+    return line;
+  } else {
+    const Bf16 *rounded = reinterpret_cast<const Bf16 *>(line);
+    for (int64_t x = from; x < to; ++x) room[x] = to_float(rounded[x]);
+    return room;
+  }
+}
+
+// The same for values that are not all finite: a pair of weight 0 contributes nothing, whatever its value is.
+template <class T>
+void select_sum(const float *p, const T *const *rows, int64_t from, int64_t to, int64_t n, float *o, float alpha) {
+  for (int64_t c = 0; c < n; ++c) o[c] *= alpha;
+  for (int64_t j = from; j < to; ++j) {
+    if (p[j] == 0.0f) continue;
+    for (int64_t c = 0; c < n; ++c) o[c] += p[j] * to_float(rows[j][c]);
+  }
+}
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Calls fn(Count<n>, first row) for groups of as many rows as the registers hold.
+template <class Fn>
+ATTNHUB_INLINE void for_row_groups(int64_t rows, Fn fn) {
+  int64_t r = 0;
+  for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) fn(Count<kRowsAtOnce>(), r);
+  if constexpr (kRowsAtOnce > 2) {
+    for (; r + 2 <= rows; r += 2) fn(Count<2>(), r);
+  }
+  for (; r < rows; ++r) fn(Count<1>(), r);
+}
+
+template <class T>
+int32_t decode_task(const Job &job, const Sequence &seq, int64_t kv_head, int64_t split) {
+  using Units = typename UnitsOf<T>::type;
+  using Unit = typename Units::Unit;
+  constexpr int64_t kPer = Units::kPerUnit;
+  const attnhub_cpu_call &c = job.call;
+  const int64_t rows = seq.len_q * job.group, D = c.head_dim, Dv = c.v_head_dim;
+  const int64_t ldq = round_up((D + kPer - 1) / kPer, W), ldo = round_up(Dv, W);
+  constexpr int64_t kPointers = kDecodeKeys + kPrefetchRows + W;
+  const size_t bytes = sizeof(float) * static_cast<size_t>(kDecodeRows * (ldq + 2 * ldo + kDecodeKeys)) + 2 * kPointers * sizeof(void *);
+  Unit *q = static_cast<Unit *>(scratch(kTaskScratch, bytes));
+  if (!q) return ATTNHUB_CPU_NO_MEMORY;
+  float *o = reinterpret_cast<float *>(q + kDecodeRows * ldq), *before = o + kDecodeRows * ldo, *s = before + kDecodeRows * ldo;
+  const T **k_rows = reinterpret_cast<const T **>(s + kDecodeRows * kDecodeKeys), **v_rows = k_rows + kPointers;
+
+  const float unit = job.predicated ? 1.0f : static_cast<float>(c.softmax_scale);
+  const Scores scores(job, seq);
+  RowState state[kDecodeRows];
+  Interval keys[kDecodeRows];
+  Interval all{seq.len_k, 0};
+  Intervals intervals(job, seq);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t i = r / job.group, head = kv_head * job.group + r % job.group;
+    const T *row = static_cast<const T *>(c.q) + seq.batch * c.q_strides[0] + head * c.q_strides[1] + (seq.q_begin + i) * c.q_strides[2];
+    pack_q<Units>(row, D, q + r * ldq);
+    state[r] = {-INFINITY, 0.0f, 1.0f};
+    keys[r] = intervals.of(i);
+    if (keys[r].low < keys[r].high) all = {min64(all.low, keys[r].low), max64(all.high, keys[r].high)};
+  }
+  std::memset(o, 0, static_cast<size_t>(rows * ldo) * sizeof(float));
+
+  const int64_t begin = split * job.split_keys, end = min64(min64(begin + job.split_keys, seq.len_k), all.high);
+  const KeyRows<T> k_source(job, seq, kv_head, c.k, c.k_strides), v_source(job, seq, kv_head, c.v, c.v_strides);
+  for (int64_t j0 = max64(begin, all.low / kDecodeKeys * kDecodeKeys); j0 < end; j0 += kDecodeKeys) {
+    const int64_t low = max64(0, all.low - j0), high = min64(kDecodeKeys, end - j0);
+    const int64_t from = low / W * W, to = round_up(high, W);
+    const int64_t ahead = min64(high + kPrefetchRows, seq.len_k - j0);
+    k_source.fill(k_rows, j0, ahead);
+    v_source.fill(v_rows, j0, ahead);
+    for (int64_t x = ahead; x < kPointers; ++x) {  // prefetched or computed and dropped, never used
+      k_rows[x] = k_rows[high - 1];
+      v_rows[x] = v_rows[high - 1];
+    }
+    for_row_groups(rows, [&](auto group, int64_t r) {
+      constexpr int kRows = decltype(group)::value, kKeys = W / kRows;
+      for (int64_t j = from; j < high; j += kKeys) {
+        for (int x = 0; r == 0 && x < kKeys; ++x) prefetch_row(k_rows[j + x + kPrefetchRows], D);
+        dots<Units, T, kRows>(q + r * ldq, ldq, k_rows + j, D, s + r * kDecodeKeys + j, kDecodeKeys);
+      }
+    });
+    for (int64_t r = 0; r < rows; ++r) {
+      float *line = s + r * kDecodeKeys;
+      const int64_t a = max64(0, keys[r].low - j0), b = min64(high, keys[r].high - j0);
+      if (job.predicated && a < b) scores.finish(line + a, b - a, r / job.group, kv_head * job.group + r % job.group, j0 + a);
+      softmax_row<Units>(line, a, b, from, to, unit, state[r]);
+    }
+    std::memcpy(before, o, static_cast<size_t>(rows * ldo) * sizeof(float));
+    for_row_groups(rows, [&](auto group, int64_t r) {
+      weighted_sums<Units, T, decltype(group)::value>(reinterpret_cast<const Unit *>(s + r * kDecodeKeys), kDecodeKeys, v_rows,
+                                                      low / kPer * kPer, high, Dv, o + r * ldo, ldo, state + r);
+    });
+    for (int64_t r = 0; r < rows; ++r) {
+      F poison = {};
+      for (int64_t x = 0; x < ldo; x += W) poison += read<F>(o + r * ldo + x) * 0.0f;
+      if (reduce_add(poison) == 0.0f) continue;
+      std::memcpy(o + r * ldo, before + r * ldo, static_cast<size_t>(ldo) * sizeof(float));
+      float room[kDecodeKeys];
+      select_sum(weights_of<Units>(s + r * kDecodeKeys, from, to, room), v_rows, low, high, Dv, o + r * ldo, state[r].alpha);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) end_row<T>(job, seq, kv_head, split, r, o + r * ldo, state[r], unit);
+  return ATTNHUB_CPU_OK;
+}
+
+}  // namespace
+}  // namespace attnhub_cpu

@@ -1,0 +1,250 @@
+// The tiled forward pass: one task computes a block of rows against its keys, block of keys by block of keys. K and V are
+// packed once per block and shared by all rows of the task; scores live for kSubRows rows at a time.
+#pragma once
+
+#include "decode.h"
+
+namespace attnhub_cpu {
+namespace {
+
+constexpr int64_t kSubRows = W >= 16 ? 96 : 48;  // scores of 96 x 256 floats: 96 KiB, a tenth of a 1 MiB L2
+static_assert(kSubRows % kTileRows == 0, "sub-blocks are whole register tiles");
+
+// Whether any block of a block-sparse mask is kept among rows [r0, r1) and keys [j0, j1).
+ATTNHUB_INLINE bool any_block_kept(const Job &job, const Sequence &seq, int64_t kv_head, int64_t r0, int64_t r1, int64_t j0, int64_t j1) {
+  const attnhub_cpu_mask &m = job.mask;
+  const int64_t *strides = m.block_sparse_strides;
+  const uint8_t *at = m.block_sparse + seq.index * strides[0];
+  for (int64_t g = 0; g < job.group; ++g) {
+    for (int64_t y = r0 / job.group / m.block_sparse_rows; y <= (r1 - 1) / job.group / m.block_sparse_rows; ++y) {
+      for (int64_t x = j0 / m.block_sparse_keys; x <= (j1 - 1) / m.block_sparse_keys; ++x) {
+        if (at[(kv_head * job.group + g) * strides[1] + y * strides[2] + x * strides[3]]) return true;
+      }
+    }
+  }
+  return false;
+}
+
+template <class T>
+class TiledTask {
+  using Units = typename UnitsOf<T>::type;
+  using Unit = typename Units::Unit;
+  static constexpr int64_t kPer = Units::kPerUnit;
+
+ public:
+  TiledTask(const Job &job, const Sequence &seq, int64_t kv_head, int64_t first_row, int64_t rows)
+      : job_(job), seq_(seq), kv_head_(kv_head), first_row_(first_row), rows_(rows), scores_(job, seq) {
+    const attnhub_cpu_call &c = job.call;
+    unit_ = job.predicated ? 1.0f : static_cast<float>(c.softmax_scale);
+    block_keys_ = c.head_dim + c.v_head_dim > 384 ? 128 : 256;  // K and V of a block stay within L2
+    q_units_ = (c.head_dim + kPer - 1) / kPer;
+    ldq_ = round_up(q_units_, W);
+    ldo_ = round_up(c.v_head_dim, W);
+  }
+
+  int32_t run(int64_t split) {
+    if (!allocate()) return ATTNHUB_CPU_NO_MEMORY;
+    const Interval all = start_rows();
+    const int64_t begin = split * job_.split_keys, end = min64(min64(begin + job_.split_keys, seq_.len_k), all.high);
+    for (int64_t j0 = max64(begin, all.low / block_keys_ * block_keys_); j0 < end; j0 += block_keys_) {
+      block(j0, min64(block_keys_, end - j0));
+    }
+    for (int64_t r = 0; r < rows_; ++r) end_row<T>(job_, seq_, kv_head_, split, first_row_ + r, o_ + r * ldo_, state_[r], unit_);
+    return ATTNHUB_CPU_OK;
+  }
+
+ private:
+  bool allocate() {
+    const int64_t panels = block_keys_ / kTileColumns, chunks = (ldo_ + kTileColumns - 1) / kTileColumns;
+    const int64_t k_units = panels * q_units_ * kTileColumns, v_units = chunks * v_chunk_stride();
+    const int64_t subs = (rows_ + kSubRows - 1) / kSubRows;
+    // The units of Q, K and V, scores and O are all 4 bytes wide; what needs 8 comes first.
+    const size_t bytes = static_cast<size_t>(rows_ + subs) * sizeof(Interval) + static_cast<size_t>(2 * block_keys_) * sizeof(void *) +
+                         static_cast<size_t>(rows_) * sizeof(RowState) +
+                         4 * static_cast<size_t>(k_units + v_units + rows_ * (ldq_ + ldo_) + kSubRows * block_keys_) + 8 * 64;
+    char *at = static_cast<char *>(scratch(kTaskScratch, bytes));
+    if (!at) return false;
+    const auto take = [&at](auto *&p, int64_t count) {
+      p = reinterpret_cast<decltype(+p)>(at);
+      at += round_up(count * static_cast<int64_t>(sizeof *p), 64);
+    };
+    take(k_, k_units);
+    take(v_, v_units);
+    take(s_, kSubRows * block_keys_);
+    take(o_, rows_ * ldo_);
+    take(q_, rows_ * ldq_);
+    take(keys_, rows_);
+    take(sub_keys_, subs);
+    take(state_, rows_);
+    take(pointers_, 2 * block_keys_);
+    return true;
+  }
+
+  int64_t v_chunk_stride() const { return block_keys_ / kPer * kTileColumns; }
+  int64_t query(int64_t r) const { return (first_row_ + r) / job_.group; }
+  int64_t head(int64_t r) const { return kv_head_ * job_.group + (first_row_ + r) % job_.group; }
+
+  // Packs q, finds every row's keys and returns the interval that holds all of them.
+  Interval start_rows() {
+    const attnhub_cpu_call &c = job_.call;
+    Intervals intervals(job_, seq_);
+    Interval all{seq_.len_k, 0};
+    for (int64_t r = 0; r < rows_; ++r) {
+      const T *row = static_cast<const T *>(c.q) + seq_.batch * c.q_strides[0] + head(r) * c.q_strides[1] +
+                     (seq_.q_begin + query(r)) * c.q_strides[2];
+      pack_q<Units>(row, c.head_dim, q_ + r * ldq_);
+      keys_[r] = intervals.of(query(r));
+      state_[r] = {-INFINITY, 0.0f, 1.0f};
+      Interval &sub = sub_keys_[r / kSubRows];
+      if (r % kSubRows == 0) sub = {seq_.len_k, 0};
+      if (keys_[r].low < keys_[r].high) {
+        sub = {min64(sub.low, keys_[r].low), max64(sub.high, keys_[r].high)};
+        all = {min64(all.low, keys_[r].low), max64(all.high, keys_[r].high)};
+      }
+    }
+    std::memset(o_, 0, static_cast<size_t>(rows_ * ldo_) * sizeof(float));
+    return all;
+  }
+
+  // All rows against keys [j0, j0 + count).
+  void block(int64_t j0, int64_t count) {
+    bool packed = false;
+    for (int64_t sub = 0; sub * kSubRows < rows_; ++sub) {
+      const int64_t low = max64(sub_keys_[sub].low, j0), high = min64(sub_keys_[sub].high, j0 + count);
+      if (low >= high) continue;
+      const int64_t r0 = sub * kSubRows, r1 = min64(rows_, r0 + kSubRows);
+      if (job_.mask.block_sparse && !any_block_kept(job_, seq_, kv_head_, first_row_ + r0, first_row_ + r1, low, high)) continue;
+      if (!packed) pack(j0, count);
+      packed = true;
+      sub_block(r0, r1, j0, count);
+    }
+  }
+
+  void pack(int64_t j0, int64_t count) {
+    const attnhub_cpu_call &c = job_.call;
+    const T **k_rows = pointers_;
+    v_rows_ = pointers_ + block_keys_;
+    KeyRows<T>(job_, seq_, kv_head_, c.k, c.k_strides).fill(k_rows, j0, count);
+    KeyRows<T>(job_, seq_, kv_head_, c.v, c.v_strides).fill(v_rows_, j0, count);
+    for (int64_t j = 0; j < count; j += kTileColumns) {
+      pack_k<Units>(k_rows + j, min64(kTileColumns, count - j), c.head_dim, k_ + j * q_units_);
+    }
+    v_finite_ = pack_v<Units>(v_rows_, count, c.v_head_dim, v_, v_chunk_stride());
+  }
+
+  // Columns [from, to) of a block that a register tile's rows need, in whole vectors; empty: from == to.
+  struct Span {
+    int64_t from;
+    int64_t to;
+  };
+
+  void sub_block(int64_t r0, int64_t r1, int64_t j0, int64_t count) {
+    Span spans[kSubRows / kTileRows];
+    for (int64_t r = r0, g = 0; r < r1; r += kTileRows, ++g) {
+      int64_t low = count, high = 0;
+      for (int64_t x = r; x < min64(r1, r + kTileRows); ++x) {
+        const int64_t a = max64(0, keys_[x].low - j0), b = min64(count, keys_[x].high - j0);
+        if (a < b) {
+          low = min64(low, a);
+          high = max64(high, b);
+        }
+      }
+      spans[g] = low < high ? Span{low / W * W, round_up(high, W)} : Span{0, 0};
+    }
+    products_qk(r0, r1, count, spans);
+    for (int64_t r = r0; r < r1; ++r) {
+      const Span span = spans[(r - r0) / kTileRows];
+      if (span.from == span.to) continue;
+      float *line = s_ + (r - r0) * block_keys_;
+      const int64_t a = max64(0, keys_[r].low - j0), b = min64(count, keys_[r].high - j0);
+      if (job_.predicated && a < b) scores_.finish(line + a, b - a, query(r), head(r), j0 + a);
+      softmax_row<Units>(line, a, b, span.from, span.to, unit_, state_[r]);
+    }
+    if (v_finite_) {
+      products_pv(r0, r1, count, spans);
+    } else {
+      select_pv(r0, r1, count, spans);
+    }
+  }
+
+  void products_qk(int64_t r0, int64_t r1, int64_t count, const Span *spans) {
+    for (int64_t j = 0; j < count; j += kTileColumns) {
+      const Unit *panel = k_ + j * q_units_;
+      for (int64_t r = r0, g = 0; r < r1; r += kTileRows, ++g) {
+        const int64_t width = min64(spans[g].to - j, kTileColumns);
+        if (width <= 0 || spans[g].from >= j + kTileColumns) continue;
+        const Tile<Units> tile = tile_of<Units>(static_cast<int>(min64(kTileRows, r1 - r)), static_cast<int>(width / W));
+        static constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1};
+        for (int64_t u = 0; u < q_units_; u += kChain) {
+          tile(q_ + r * ldq_ + u, ldq_, panel + u * kTileColumns, kTileColumns, s_ + (r - r0) * block_keys_ + j, block_keys_,
+               min64(kChain, q_units_ - u), u ? kOnes : nullptr);
+        }
+      }
+    }
+  }
+
+  void products_pv(int64_t r0, int64_t r1, int64_t count, const Span *spans) {
+    const Unit *p = reinterpret_cast<const Unit *>(s_);
+    const Unit *v = v_;
+    for (int64_t c = 0; c < ldo_; c += kTileColumns, v += v_chunk_stride()) {
+      const int64_t width = min64(kTileColumns, ldo_ - c);
+      for (int64_t r = r0, g = 0; r < r1; r += kTileRows, ++g) {
+        if (spans[g].from == spans[g].to) continue;
+        const int rows = static_cast<int>(min64(kTileRows, r1 - r));
+        float alpha[kTileRows];
+        for (int i = 0; i < rows; ++i) alpha[i] = state_[r + i].alpha;
+        const int64_t from = spans[g].from / kPer, to = (min64(spans[g].to, count) + kPer - 1) / kPer;
+        const Tile<Units> tile = tile_of<Units>(rows, static_cast<int>(width / W));
+        tile(p + (r - r0) * block_keys_ + from, block_keys_, v + from * width, width, o_ + r * ldo_ + c, ldo_, to - from, alpha);
+      }
+    }
+  }
+
+  // V of this block holds Inf or NaN: pairs are selected by their weight, since 0 * NaN would poison rows that mask it out.
+  void select_pv(int64_t r0, int64_t r1, int64_t count, const Span *spans) {
+    float weights[256];
+    for (int64_t r = r0; r < r1; ++r) {
+      const Span span = spans[(r - r0) / kTileRows];
+      if (span.from == span.to) continue;
+      const float *line = weights_of<Units>(s_ + (r - r0) * block_keys_, span.from, span.to, weights);
+      select_sum(line, v_rows_, span.from, min64(span.to, count), job_.call.v_head_dim, o_ + r * ldo_, state_[r].alpha);
+    }
+  }
+
+  const Job &job_;
+  const Sequence &seq_;
+  const int64_t kv_head_, first_row_, rows_;
+  const Scores scores_;
+  float unit_;
+  int64_t block_keys_, q_units_, ldq_, ldo_;
+  Unit *k_ = nullptr, *v_ = nullptr, *q_ = nullptr;
+  float *s_ = nullptr, *o_ = nullptr;
+  Interval *keys_ = nullptr, *sub_keys_ = nullptr;
+  RowState *state_ = nullptr;
+  const T **pointers_ = nullptr, **v_rows_ = nullptr;
+  bool v_finite_ = true;
+};
+
+// One task. The last row blocks come first: under a causal mask they are the longest.
+template <class T>
+int32_t forward_task(const Job &job, int64_t index) {
+  const int64_t split = index % job.splits;
+  index /= job.splits;
+  const int64_t kv_head = index % job.call.kv_heads;
+  index /= job.call.kv_heads;
+  const Sequence seq = sequence_of(job, index % job.sequences);
+  const int64_t first_row = (job.row_blocks - 1 - index / job.sequences) * job.block_rows;
+  const int64_t rows = min64(job.block_rows, seq.len_q * job.group - first_row);
+  if (rows <= 0) return ATTNHUB_CPU_OK;
+  // Decided by the sequence and not by the block, so that a row's arithmetic never depends on how rows are cut into blocks.
+  if (seq.len_q * job.group <= kDecodeRows) return decode_task<T>(job, seq, kv_head, split);
+  return TiledTask<T>(job, seq, kv_head, first_row, rows).run(split);
+}
+
+constexpr Kernels kKernels = {
+    {forward_task<float>, forward_task<Bf16>, forward_task<Fp16>},
+    {combine<float>, combine<Bf16>, combine<Fp16>},
+};
+
+}  // namespace
+}  // namespace attnhub_cpu

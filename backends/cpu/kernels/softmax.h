@@ -1,0 +1,145 @@
+// The online softmax: one row of a block of scores at a time, and what becomes of a row at the end.
+#pragma once
+
+#include "rows.h"
+
+namespace attnhub_cpu {
+namespace {
+
+// The running state of a row. Scores are kept in the unit they come in: `unit` turns them into natural logarithms (the
+// softmax scale for raw products, 1 for finished scores).
+struct RowState {
+  float max;    // -Inf: no key yet
+  float sum;    // of exp(unit * (score - max))
+  float alpha;  // what the last block multiplied sum and the output by
+};
+
+// Replaces scores s[low, high) by their exponentials, as Units, and updates the row. Units for all of [from, to), which
+// holds [low, high) and is bounded by whole vectors, are defined afterwards: zeros outside. Reads nothing outside.
+template <class Units>
+void softmax_row(float *s, int64_t low, int64_t high, int64_t from, int64_t to, float unit, RowState &row) {
+  constexpr int kPer = Units::kPerUnit;
+  if (low >= high) {
+    std::memset(s + from / kPer, 0, static_cast<size_t>((to - from) / kPer) * 4);
+    row.alpha = 1.0f;
+    return;
+  }
+  const int64_t first = low / W * W, last = round_up(high, W);
+  for (int64_t j = first; j < low; ++j) s[j] = -INFINITY;
+  for (int64_t j = high; j < last; ++j) s[j] = -INFINITY;
+
+  F max0 = splat(-INFINITY), max1 = max0;
+  int64_t j = first;
+  for (; j + 2 * W <= last; j += 2 * W) {
+    max0 = vmax(max0, read<F>(s + j));
+    max1 = vmax(max1, read<F>(s + j + W));
+  }
+  if (j < last) max0 = vmax(max0, read<F>(s + j));
+  const float block_max = reduce_max(vmax(max0, max1));
+  float max = block_max > row.max ? block_max : row.max;
+  if (max == -INFINITY) {  // all removed, or NaN that the maximum does not carry
+    for (int64_t x = low; x < high; ++x) {
+      if (s[x] != s[x]) max = s[x];
+    }
+    if (max == -INFINITY) {
+      std::memset(s + from / kPer, 0, static_cast<size_t>((to - from) / kPer) * 4);
+      row.alpha = 1.0f;
+      return;
+    }
+  }
+
+  // The difference is taken before the factor: exact where it matters, and a score of -FLT_MAX does not overflow.
+  const F vmaximum = splat(max), factor = splat(unit * kLog2E);
+  F sum0 = {}, sum1 = {};
+  if constexpr (kPer == 1) {
+    for (j = first; j + 2 * W <= last; j += 2 * W) {
+      const F p0 = exp2v((read<F>(s + j) - vmaximum) * factor);
+      const F p1 = exp2v((read<F>(s + j + W) - vmaximum) * factor);
+      store(s + j, p0);
+      store(s + j + W, p1);
+      sum0 += p0;
+      sum1 += p1;
+    }
+    if (j < last) {
+      const F p = exp2v((read<F>(s + j) - vmaximum) * factor);
+      store(s + j, p);
+      sum0 += p;
+    }
+  } else {
+    Bf16 *p16 = reinterpret_cast<Bf16 *>(s);  // in place: writing never overtakes reading
+    for (j = first; j < last; j += W) {
+      const F p = exp2v<kRounded>((read<F>(s + j) - vmaximum) * factor);
+      store(p16 + j, p);
+      sum0 += p;
+    }
+  }
+  if (from < first) std::memset(s + from / kPer, 0, static_cast<size_t>((first - from) / kPer) * 4);
+  if (last < to) std::memset(s + last / kPer, 0, static_cast<size_t>((to - last) / kPer) * 4);
+
+  row.alpha = row.max == -INFINITY ? 0.0f : exp2f((row.max - max) * (unit * kLog2E));
+  row.sum = row.sum * row.alpha + reduce_add(sum0 + sum1);
+  row.max = max;
+}
+
+// out and lse of one row from its unnormalised output o, its maximum in natural units and its sum.
+template <class T>
+void write_row(const Job &job, const Sequence &seq, int64_t i, int64_t head, const float *o, float max, float sum) {
+  const attnhub_cpu_call &c = job.call;
+  float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+  const float sink = job.mask.sinks ? job.mask.sinks[head] : -INFINITY;
+  if (sink != -INFINITY) {
+    const float top = max > sink ? max : sink;
+    const float weight = max == -INFINITY ? 0.0f : expf(max - top);
+    sum = sum * weight + expf(sink - top);
+    factor = weight / sum;
+    max = top;
+  }
+  T *out = static_cast<T *>(c.out) + seq.batch * c.out_strides[0] + head * c.out_strides[1] + (seq.q_begin + i) * c.out_strides[2];
+  int64_t x = 0;
+  for (; x + W <= c.v_head_dim; x += W) store(out + x, read<F>(o + x) * factor);
+  if (x < c.v_head_dim) store_part(out + x, read<F>(o + x) * factor, static_cast<int>(c.v_head_dim - x));
+  if (c.lse) c.lse[(seq.batch * c.q_heads + head) * c.seqlen_q + seq.q_begin + i] = sum == 0.0f ? -INFINITY : max + logf(sum);
+}
+
+// The end of a row in one task: written out, or kept as a partial result where the keys are split.
+template <class T>
+void end_row(const Job &job, const Sequence &seq, int64_t kv_head, int64_t split, int64_t r, const float *o, const RowState &row, float unit) {
+  const int64_t dims = job.call.v_head_dim;
+  const float max = row.max == -INFINITY ? row.max : row.max * unit;
+  if (job.splits == 1) {
+    write_row<T>(job, seq, r / job.group, kv_head * job.group + r % job.group, o, max, row.sum);
+    return;
+  }
+  const int64_t rows = job.max_len_q * job.group;
+  float *to = job.partial + (((seq.index * job.call.kv_heads + kv_head) * rows + r) * job.splits + split) * job.partial_stride;
+  std::memcpy(to, o, static_cast<size_t>(dims) * sizeof(float));
+  to[dims] = max;
+  to[dims + 1] = row.sum;
+}
+
+// Merges the splits of row `index` of [sequences, kv_heads, max_len_q * group], exactly, in their order.
+template <class T>
+int32_t combine(const Job &job, int64_t index) {
+  const int64_t rows = job.max_len_q * job.group, dims = job.call.v_head_dim;
+  const int64_t r = index % rows, kv_head = index / rows % job.call.kv_heads;
+  const Sequence seq = sequence_of(job, index / (rows * job.call.kv_heads));
+  if (r >= seq.len_q * job.group) return ATTNHUB_CPU_OK;
+  const float *part = job.partial + index * job.splits * job.partial_stride;
+  float max = -INFINITY, sum = 0.0f;
+  for (int64_t s = 0; s < job.splits; ++s) {
+    const float m = part[s * job.partial_stride + dims];
+    if (m > max) max = m;
+  }
+  float o[512 + W] = {};
+  for (int64_t s = 0; s < job.splits; ++s, part += job.partial_stride) {
+    if (part[dims] == -INFINITY) continue;
+    const float weight = expf(part[dims] - max);
+    sum += weight * part[dims + 1];
+    for (int64_t x = 0; x < dims; ++x) o[x] += weight * part[x];
+  }
+  write_row<T>(job, seq, r / job.group, kv_head * job.group + r % job.group, o, max, sum);
+  return ATTNHUB_CPU_OK;
+}
+
+}  // namespace
+}  // namespace attnhub_cpu

@@ -1,0 +1,134 @@
+"""From a `Call` to one call of the shared library."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from attnhub import config
+from attnhub.backend import Call, Plan
+from attnhub.backends.cpu import library
+from attnhub.layouts import empty_out
+from attnhub.mask import FULL, Mask
+from attnhub.problem import Problem
+
+_BIAS_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_pack = library.CALL.pack
+_threads = torch.get_num_threads
+
+
+class CpuPlan(Plan):
+    """Serves every call of one dtype. The instruction set is settled here; everything else follows the call's shapes."""
+
+    def __init__(self, problem: Problem) -> None:
+        """Raises ValueError if ATTNHUB_CPU_ISA names what this processor or this build lacks."""
+        self._library = library.load()
+        self._forward = self._library.attnhub_cpu_forward
+        self._dtype = library.DTYPES[problem.q_dtype]
+        self._isa = library.resolve_isa(config.cpu_isa())
+
+    def describe(self) -> dict[str, Any]:
+        return {"kernel": "tiled online softmax, C++", "isa": library.isa_name(self._isa), "threads": _threads()}
+
+    def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
+        # One call on tiny tensors is to take no longer than torch's own (4 us): nothing is read twice here, and a call
+        # without mask data makes no ctypes object.
+        q, k, v, mask = call.q, call.k, call.v, call.mask
+        batch, q_heads, len_q, dim = q.shape
+        _, kv_heads, len_k, v_dim = v.shape
+        q0, q1, q2, _ = q.stride()
+        k0, k1, k2, _ = k.stride()
+        v0, v1, v2, _ = v.stride()
+        out = empty_out(q, v_dim)
+        o0, o1, o2, _ = out.stride()
+        lse = q.new_empty((batch, q_heads, len_q), dtype=torch.float32) if call.need_lse else None
+        flags, parts, keep = 0, 0, None
+        if mask is not FULL:
+            flags = (1 if mask.causal else 0) | (2 if mask.align == "top_left" else 0)
+        if call.sinks is not None or call.varlen is not None or call.block_table is not None or not _is_plain(mask):
+            keep = _mask_parts(call)
+            parts = ctypes.addressof(keep[0])
+        status = self._forward(_pack(
+            1, self._dtype, self._isa, flags, _threads(),
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(),
+            batch, q_heads, kv_heads, len_q, len_k, dim, v_dim,
+            q0, q1, q2, k0, k1, k2, v0, v1, v2, o0, o1, o2,
+            call.softmax_scale, call.softcap, parts, 0, 0,
+        ))  # fmt: skip
+        if status:
+            self._raise(status)
+        return out, lse
+
+    def _raise(self, status: int) -> None:
+        text = "attnhub's cpu backend: " + self._library.attnhub_cpu_last_error().decode()
+        if status == library.INVALID:
+            raise ValueError(text)
+        raise MemoryError(text) if status == library.NO_MEMORY else RuntimeError(text)
+
+
+def _is_plain(mask: Mask) -> bool:
+    """Whether nothing but causal and the alignment is in a mask."""
+    return mask is FULL or (
+        mask.window == (-1, -1) and mask.seqused_k is None and mask.bool_mask is None and mask.bias is None and mask.leftpad is None
+        and not mask.chunk and mask.prefix is None and mask.segments is None and mask.blocks is None and mask.alibi is None
+        and mask.block_sparse is None
+    )  # fmt: skip
+
+
+def _broadcast_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides in elements, 0 where a dimension of size 1 stands for every index."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride()))
+
+
+def _mask_parts(call: Call) -> tuple[library.Mask, list[Tensor]]:
+    """attnhub_cpu_mask of a call, and the tensors whose memory it points to."""
+    mask, parts, keep = call.mask, library.Mask(), []
+
+    def pointer(tensor: Tensor) -> int:
+        keep.append(tensor)
+        return tensor.data_ptr()
+
+    def strided(name: str, tensor: Tensor) -> None:
+        setattr(parts, name, pointer(tensor))
+        setattr(parts, name + "_strides", _broadcast_strides(tensor))
+
+    parts.window_left, parts.window_right = mask.window
+    parts.chunk = mask.chunk
+    for name in ("seqused_k", "leftpad", "prefix"):
+        lengths = getattr(mask, name)
+        if lengths is not None:
+            setattr(parts, name, pointer(lengths.contiguous()))
+    if mask.segments is not None:
+        strided("segment_q", mask.segments[0])
+        strided("segment_k", mask.segments[1])
+    if mask.blocks is not None:
+        strided("block_q", mask.blocks[0])
+        strided("block_k", mask.blocks[1])
+    if mask.bool_mask is not None:
+        strided("bool_mask", mask.bool_mask)
+    if mask.bias is not None:
+        bias = mask.bias.detach()
+        if bias.dtype not in _BIAS_DTYPES:
+            bias = bias.to(torch.float32)
+        strided("bias", bias)
+        parts.bias_dtype = _BIAS_DTYPES[bias.dtype]
+    if mask.alibi is not None:
+        slopes = mask.alibi.detach()
+        strided("alibi", slopes if slopes.ndim == 2 else slopes[None])
+    if mask.block_sparse is not None:
+        strided("block_sparse", mask.block_sparse)
+        parts.block_sparse_rows, parts.block_sparse_keys = mask.block_size
+    if call.sinks is not None:
+        parts.sinks = pointer(call.sinks.detach().to(torch.float32).contiguous())
+    if call.varlen is not None:
+        parts.cu_seqlens_q = pointer(call.varlen.cu_seqlens_q.contiguous())
+        parts.cu_seqlens_k = pointer(call.varlen.cu_seqlens_k.contiguous())
+        parts.num_sequences = call.varlen.cu_seqlens_q.shape[0] - 1
+    if call.block_table is not None:
+        strided("block_table", call.block_table)
+        parts.max_pages = call.block_table.shape[1]
+        parts.num_pages = call.k.shape[0]
+    return parts, keep

@@ -1,0 +1,92 @@
+"""The shared library libattnhub_cpu.so and its C interface (kernels/attnhub_cpu.h), in ctypes. Torch-free."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.resources
+import struct
+
+ABI_VERSION = 1
+FILE = "libattnhub_cpu.so"
+BUILD_HINT = (
+    "install a C++17 compiler and reinstall attnhub; in a checkout: "
+    "cmake -S . -B build/dev -DATTNHUB_INPLACE=ON && cmake --build build/dev"
+)
+
+OK, INVALID, UNSUPPORTED, NO_MEMORY = range(4)
+#: torch's dtype names -> attnhub_cpu_dtype
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+#: names of ATTNHUB_CPU_ISA -> attnhub_cpu_isa
+ISAS = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
+CAUSAL, TOP_LEFT = 1, 2
+
+_Int = ctypes.c_int64
+_Pointer = ctypes.c_void_p
+
+
+class Mask(ctypes.Structure):
+    """attnhub_cpu_mask. Zero is "absent" everywhere except for the window, whose -1 is."""
+
+    _fields_ = (
+        ("window_left", _Int), ("window_right", _Int), ("chunk", _Int),
+        ("seqused_k", _Pointer), ("leftpad", _Pointer), ("prefix", _Pointer),
+        ("segment_q", _Pointer), ("segment_k", _Pointer), ("segment_q_strides", _Int * 2), ("segment_k_strides", _Int * 2),
+        ("block_q", _Pointer), ("block_k", _Pointer), ("block_q_strides", _Int * 2), ("block_k_strides", _Int * 2),
+        ("bool_mask", _Pointer), ("bool_mask_strides", _Int * 4),
+        ("bias", _Pointer), ("bias_strides", _Int * 4), ("bias_dtype", _Int),
+        ("alibi", _Pointer), ("alibi_strides", _Int * 2),
+        ("block_sparse", _Pointer), ("block_sparse_strides", _Int * 4), ("block_sparse_rows", _Int), ("block_sparse_keys", _Int),
+        ("sinks", _Pointer),
+        ("cu_seqlens_q", _Pointer), ("cu_seqlens_k", _Pointer), ("num_sequences", _Int),
+        ("block_table", _Pointer), ("block_table_strides", _Int * 2), ("max_pages", _Int), ("num_pages", _Int),
+    )  # fmt: skip
+
+
+#: attnhub_cpu_call, packed by one call: 10 us less than 34 ctypes members. In order: abi_version, dtype, isa, flags, threads;
+#: q, k, v, out, lse; batch, q_heads, kv_heads, seqlen_q, seqlen_k, head_dim, v_head_dim; strides of q, k, v, out (3 each);
+#: softmax_scale, softcap; mask; parallel_for, parallel_ctx.
+CALL = struct.Struct("=5q5Q7q12q2dQ2Q")
+
+
+@functools.lru_cache(maxsize=1)
+def load() -> ctypes.CDLL:
+    """The library. Raises OSError when it is not there or does not load, ImportError when it is of another version."""
+    path = importlib.resources.files("attnhub.backends.cpu") / FILE
+    if not path.is_file():
+        raise OSError(f"{FILE} is not there: {path}")
+    lib = ctypes.CDLL(str(path))
+    lib.attnhub_cpu_abi_version.restype = ctypes.c_int32
+    found = lib.attnhub_cpu_abi_version()
+    if found != ABI_VERSION:
+        raise ImportError(f"{path} has ABI version {found}; this attnhub needs {ABI_VERSION}")
+    lib.attnhub_cpu_forward.argtypes = [ctypes.c_char_p]
+    lib.attnhub_cpu_forward.restype = ctypes.c_int32
+    lib.attnhub_cpu_last_error.restype = ctypes.c_char_p
+    lib.attnhub_cpu_isa_available.argtypes = [ctypes.c_int32]
+    lib.attnhub_cpu_isa_available.restype = ctypes.c_int32
+    lib.attnhub_cpu_best_isa.restype = ctypes.c_int32
+    return lib
+
+
+def isa_name(isa: int) -> str:
+    """The name of an attnhub_cpu_isa."""
+    return next(name for name, number in ISAS.items() if number == isa)
+
+
+def available_isas() -> tuple[str, ...]:
+    """The paths that this build and this processor have."""
+    lib = load()
+    return tuple(name for name, number in ISAS.items() if number and lib.attnhub_cpu_isa_available(number))
+
+
+def resolve_isa(name: str) -> int:
+    """The attnhub_cpu_isa that a name (empty: automatic) stands for here. ValueError for a name that cannot run."""
+    lib = load()
+    if name in ("", "auto"):
+        return int(lib.attnhub_cpu_best_isa())
+    if name not in ISAS:
+        raise ValueError(f"ATTNHUB_CPU_ISA={name!r}: allowed are {', '.join(list(ISAS)[1:])}")
+    if not lib.attnhub_cpu_isa_available(ISAS[name]):
+        raise ValueError(f"ATTNHUB_CPU_ISA={name!r}: this processor or this build lacks it; it has {', '.join(available_isas())}")
+    return ISAS[name]

@@ -1,0 +1,79 @@
+"""The triton backend: forward, backward and decode kernels in Triton. This module only declares; triton is imported by
+``probe`` and ``prepare``."""
+
+from __future__ import annotations
+
+from attnhub import config
+from attnhub.backend import Backend, Plan, PrepareError
+from attnhub.capability import Capability, DeviceRange
+from attnhub.problem import Feature, Problem
+from attnhub.reasons import Code, Reason
+
+_ALL = frozenset({"float16", "bfloat16", "float32"})
+_GPUS = (
+    DeviceRange("cuda", "nvidia", (8, 0), None, _ALL),
+    DeviceRange("cuda", "amd", (), None, _ALL, status="untested"),
+    DeviceRange("xpu", "intel", (), None, _ALL, status="untested"),
+)
+_INTERPRETER = DeviceRange("cpu", "", (), None, _ALL)
+_BOTH_WAYS = frozenset({
+    Feature.GQA, Feature.DV_DIFFERS, Feature.CAUSAL_BOTTOM_RIGHT, Feature.CAUSAL_TOP_LEFT, Feature.WINDOW, Feature.CHUNK,
+    Feature.PREFIX, Feature.SEGMENTS, Feature.SEQLENS, Feature.LEFTPAD, Feature.BOOL_MASK, Feature.BIAS, Feature.ALIBI,
+    Feature.SOFTCAP, Feature.SINKS, Feature.VARLEN, Feature.DETERMINISTIC,
+})  # fmt: skip
+
+
+class TritonBackend(Backend):
+    """Triton kernels for GPUs; for CPU tensors only under Triton's interpreter (TRITON_INTERPRET=1), as a test of them."""
+
+    name = "triton"
+    extra = "triton"
+
+    def __init__(self) -> None:
+        # Triton decides once, when a kernel is defined, whether it is interpreted; so does the declaration.
+        self.capability = Capability(
+            devices=(*_GPUS, _INTERPRETER) if config.triton_interpret() else _GPUS,
+            features=_BOTH_WAYS | {Feature.LSE, Feature.PAGED},
+            head_dims=(1, 256, 1),
+            backward_features=_BOTH_WAYS | {Feature.LSE_GRAD, Feature.SINKS_GRAD},
+        )
+
+    def probe(self) -> tuple[Reason, ...]:
+        try:
+            import triton.language  # noqa: F401
+        except ModuleNotFoundError as error:
+            if error.name == "triton":
+                return (Reason(Code.NOT_INSTALLED, "the package triton is not installed", "pip install 'attnhub[triton]'"),)
+            return (Reason(Code.BROKEN, f"importing triton fails: {error!r}"),)
+        except Exception as error:  # An installed package can fail in any way.
+            return (Reason(Code.BROKEN, f"importing triton fails: {error!r}"),)
+        if config.triton_interpret():
+            return ()
+        import torch
+
+        if torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available()):
+            return ()
+        return (Reason(Code.NO_DEVICE, "torch sees no CUDA, ROCm or XPU device", "TRITON_INTERPRET=1 interprets the kernels on CPU tensors"),)
+
+    def cost(self, problem: Problem) -> float:
+        if problem.device.type == "cpu":
+            return 1e6
+        # Against the faster of SDPA's flash and cuDNN kernels on an H200 (README.md): 1.04 to 1.4 forward, about 1.8 backward.
+        return 1.8 if problem.need_backward else 1.4
+
+    def prepare(self, problem: Problem) -> Plan:
+        try:
+            from attnhub.backends.triton.launcher import TritonPlan
+        except ImportError as error:
+            raise PrepareError(Reason(Code.BROKEN, f"importing the kernels fails: {error!r}")) from error
+        return TritonPlan(problem)
+
+    def versions(self) -> dict[str, str]:
+        try:
+            import triton
+        except Exception:  # doctor reports what probe says of it.
+            return {}
+        return {"triton": str(triton.__version__)}
+
+
+backend = TritonBackend()

@@ -1,0 +1,277 @@
+"""Forward: online softmax over the key tiles of one block of query rows (arXiv 2205.14135, 2307.08691).
+
+One program serves BLOCK_M rows of one head of one sequence, or, for short queries, rows of all query heads that share a
+K/V head (PACK), so that K/V are read once. With SPLIT the keys are divided among programs, each of which writes a partial
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+(out, lse) that `kernels.combine` merges.
+"""
+
+# Triton compiles this Python: constants are upper case, and an `if` over constants must stay a statement.
+# ruff: noqa: N803, N806, SIM102, SIM108, PLW2901
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnhub.backends.triton.kernels.mask import align_range, keep_pairs, key_range
+from attnhub.backends.triton.kernels.tile import (
+    CAREFUL,
+    INF,
+    LN_2,
+    LOG2_E,
+    add_bias,
+    any_nonfinite,
+    dot,
+    dot_kept,
+    head_pointer,
+    load_tile,
+    tanh,
+)
+
+#: Lengths and limits change from call to call and take no part in the choice of instructions.
+RUNTIME = ["scale", "softcap", "sequences", "max_q", "max_k", "tokens_q", "tokens_k", "left", "right", "chunk", "splits", "table_stride"]
+
+
+@triton.jit
+def query_block(cu_q, b, max_q, tokens_q, sequences):
+    """(first token, rows, batch index in memory) of sequence b. Packed: sequence N is what lies behind the last one."""
+    if cu_q is None:
+        first = 0
+        length = max_q
+        memory_b = b
+    else:
+        first = tl.load(cu_q + b)
+        length = tl.where(b == sequences, tokens_q, tl.load(cu_q + tl.minimum(b + 1, sequences))) - first
+        memory_b = 0
+    return first, length, memory_b
+
+
+@triton.jit
+def key_block(cu_k, seqused_k, leftpad, b, max_k):
+    """(first token, keys that exist, keys in memory, first key that is no padding, batch index in memory) of sequence b."""
+    if cu_k is None:
+        first = 0
+        room = max_k
+        memory_b = b
+    else:
+        first = tl.load(cu_k + b)
+        room = tl.load(cu_k + b + 1) - first
+        memory_b = 0
+    length = room
+    if seqused_k is not None:
+        length = tl.maximum(tl.minimum(tl.load(seqused_k + b), room), 0)
+    lowest = 0
+    if leftpad is not None:
+        lowest = tl.maximum(tl.load(leftpad + b), 0)
+    return first, length, room, lowest, memory_b
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def forward_kernel(
+    q, k, v, out, lse, sinks, scale, softcap,
+    q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
+    v_stride_b, v_stride_h, v_stride_s, out_stride_b, out_stride_h, out_stride_s,
+    cu_q, cu_k, seqused_k, leftpad, prefix, block_table, table_stride,
+    sequences, max_q, max_k, tokens_q, tokens_k, left, right, chunk, splits,
+    segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
+    bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
+    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b,
+    Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
+    LEFT_PHASE: tl.constexpr, MASK_ALL: tl.constexpr, MASK_VALUES: tl.constexpr, SOFTCAP: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    PACK: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """out [B, Hq, Sq, Dv] and, if lse is not None, lse [B, Hq, Sq] fp32 of one block of query rows.
+
+    The grid is one-dimensional: (sequences (+ 1 if packed) * heads * splits * row blocks); heads are K/V heads with PACK.
+    scale is softmax_scale * log2(e), or softmax_scale alone with SOFTCAP; it is never negative.
+    """
+    PACKED_HEADS: tl.constexpr = GROUP if PACK else 1
+    PROGRAM_HEADS: tl.constexpr = Q_HEADS // PACKED_HEADS
+    row_blocks = tl.cdiv(max_q * PACKED_HEADS, BLOCK_M)
+    pid = tl.program_id(0)
+    row_block = pid % row_blocks
+    if RIGHT or CAUSAL:
+        # The last rows see the most keys: start with them, so that no long block is left for the end.
+        row_block = row_blocks - 1 - row_block
+    rest = pid // row_blocks
+    split = 0
+    if SPLIT:
+        split = rest % splits
+        rest = rest // splits
+    head = rest % PROGRAM_HEADS
+    b = rest // PROGRAM_HEADS
+
+    first_q, len_q, memory_b = query_block(cu_q, b, max_q, tokens_q, sequences)
+    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    v_dims = tl.arange(0, BLOCK_DV)
+    if SPLIT:
+        # Partial results lie split by split, each in the shape of the whole.
+        split_rows = tl.cast(split, tl.int64) * tokens_q * Q_HEADS
+        if cu_q is None:
+            split_rows = split_rows * sequences
+        out += split_rows * V_HEAD_DIM
+        lse += split_rows
+    if cu_q is not None:
+        if b == sequences:
+            # Tokens behind the last sequence: rows without keys.
+            for start in tl.range(row_block * BLOCK_M, len_q * PACKED_HEADS, row_blocks * BLOCK_M):
+                tail = start + tl.arange(0, BLOCK_M)
+                h = head * PACKED_HEADS + tail % PACKED_HEADS
+                token = first_q + tail // PACKED_HEADS
+                ok = tail < len_q * PACKED_HEADS
+                pointers = out + (h.to(tl.int64) * out_stride_h + token.to(tl.int64) * out_stride_s)[:, None] + v_dims[None, :]
+                zeros = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+                tl.store(pointers, zeros.to(out.dtype.element_ty), mask=ok[:, None] & (v_dims[None, :] < V_HEAD_DIM))
+                if lse is not None:
+                    no_keys = tl.full((BLOCK_M,), -INF, tl.float32)
+                    if sinks is not None and not SPLIT:
+                        no_keys = tl.load(sinks + h, mask=ok, other=-INF)
+                    tl.store(lse + h.to(tl.int64) * tokens_q + token, no_keys, mask=ok)
+            return
+    if row_block * BLOCK_M >= len_q * PACKED_HEADS:
+        return
+    first_k, len_k, _, lowest, memory_bk = key_block(cu_k, seqused_k, leftpad, b, max_k)
+    if TOP_LEFT:
+        shift = 0
+    else:
+        shift = len_k - len_q
+    prefix_len = 0
+    if prefix is not None:
+        prefix_len = tl.load(prefix + b)
+
+    # A packed row is one query token of one head of the group: tokens outside, heads inside.
+    i = rows // PACKED_HEADS
+    h = head * PACKED_HEADS + rows % PACKED_HEADS
+    kv_head = head if PACK else head // GROUP
+    row_ok = i < len_q
+    p = i + shift
+    position_first = row_block * BLOCK_M // PACKED_HEADS + shift
+    position_last = tl.minimum((row_block * BLOCK_M + BLOCK_M - 1) // PACKED_HEADS, len_q - 1) + shift
+
+    q_rows = h.to(tl.int64) * q_stride_h + (first_q + i).to(tl.int64) * q_stride_s
+    q_tile = load_tile(
+        q + tl.cast(memory_b, tl.int64) * q_stride_b + q_rows[:, None] + dims[None, :], row_ok, dims < HEAD_DIM, True, BLOCK_D != HEAD_DIM
+    )
+    if PAGE_SIZE > 0:
+        k_base = head_pointer(k, 0, kv_head, 0, k_stride_b, k_stride_h, k_stride_s)
+        v_base = head_pointer(v, 0, kv_head, 0, v_stride_b, v_stride_h, v_stride_s)
+        table = block_table + tl.cast(b, tl.int64) * table_stride
+    else:
+        k_base = head_pointer(k, memory_bk, kv_head, first_k, k_stride_b, k_stride_h, k_stride_s)
+        v_base = head_pointer(v, memory_bk, kv_head, first_k, v_stride_b, v_stride_h, v_stride_s)
+        table = 0
+
+    lo, full_lo, full_hi, hi = key_range(
+        position_first, position_last, len_k, lowest, left, right, chunk, prefix_len, LEFT, RIGHT, CHUNK, CAUSAL and blocks_q is None
+    )
+    lo, full_lo, full_hi, hi = align_range(lo, full_lo, full_hi, hi, BLOCK_N, MASK_ALL)
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_N), splits) * BLOCK_N
+        lo += split * share
+        hi = tl.minimum(hi, lo + share)
+        full_lo = tl.minimum(tl.maximum(full_lo, lo), tl.maximum(hi, lo))
+        full_hi = tl.maximum(tl.minimum(full_hi, hi // BLOCK_N * BLOCK_N), full_lo)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    m = tl.full((BLOCK_M,), -INF, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    # Phases: 0 masked tiles on the left, 1 full tiles, 2 masked tiles on the right; 3 repeats everything, with the product
+    # that keeps masked values apart, if a NaN or infinity has shown up (a masked one enters as 0 * NaN).
+    for phase in tl.static_range(0, 4):
+        if phase == 0:
+            start = lo
+            stop = full_lo
+        elif phase == 1:
+            start = full_lo
+            stop = full_hi
+        elif phase == 2:
+            start = full_hi
+            stop = hi
+        else:
+            start = hi
+            stop = hi
+            if MASK_VALUES:
+                bad = any_nonfinite(acc)
+                start = tl.where(bad, lo, hi)
+                acc = tl.where(bad, 0.0, acc)
+                m = tl.where(bad, -INF, m)
+                total = tl.where(bad, 0.0, total)
+        if (phase == 0 and LEFT_PHASE) or (phase == 1 and not MASK_ALL) or phase == 2 or (phase == 3 and MASK_VALUES):
+            columns = tl.arange(0, CAREFUL if phase == 3 else BLOCK_N)
+            offset_columns = columns.to(tl.int64) if WIDE else columns
+            k_offsets = offset_columns[:, None] * k_stride_s + dims[None, :]
+            v_offsets = offset_columns[:, None] * v_stride_s + v_dims[None, :]
+            for n in tl.range(start, stop, CAREFUL if phase == 3 else BLOCK_N):
+                n = tl.multiple_of(n, CAREFUL if phase == 3 else BLOCK_N)
+                j = n + columns
+                column_ok = (j < len_k) & (j >= lowest)
+                if PAGE_SIZE > 0:
+                    page = tl.load(table + j // PAGE_SIZE, mask=column_ok, other=0).to(tl.int64)
+                    slot = j % PAGE_SIZE
+                    k_tile_pointers = k_base + (page * k_stride_b + slot * k_stride_s)[:, None] + dims[None, :]
+                    v_tile_pointers = v_base + (page * v_stride_b + slot * v_stride_s)[:, None] + v_dims[None, :]
+                else:
+                    k_tile_pointers = k_base + tl.cast(n, tl.int64) * k_stride_s + k_offsets
+                    v_tile_pointers = v_base + tl.cast(n, tl.int64) * v_stride_s + v_offsets
+                k_tile = load_tile(k_tile_pointers, column_ok, dims < HEAD_DIM, phase != 1, BLOCK_D != HEAD_DIM)
+                s = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, CAREFUL if phase == 3 else BLOCK_N), tl.float32), PRECISION, UPCAST)
+                if SOFTCAP:
+                    s = softcap * LOG2_E * tanh(s * (scale / softcap))
+                elif phase != 1 or alibi is not None:
+                    s = s * scale
+                s = add_bias(
+                    s, b, h[:, None], i[:, None], j[None, :], p[:, None], len_q, len_k,
+                    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b,
+                )  # fmt: skip
+                if phase != 1:
+                    keep = keep_pairs(
+                        b, h[:, None], i[:, None], j[None, :], p[:, None], len_q, len_k, lowest, left, right, chunk, prefix_len,
+                        segments_q, segments_k, segments_q_stride, segments_k_stride,
+                        blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
+                        bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k, LEFT, RIGHT, CHUNK, CAUSAL,
+                    )  # fmt: skip
+                    if bias is not None:
+                        keep = keep & (s != -INF)
+                    s = tl.where(keep, s, -INF)
+                    m_new = tl.maximum(m, tl.max(s, 1))
+                    # A row that has met no key yet: -inf - -inf would be NaN.
+                    m_used = tl.where(m_new == -INF, 0.0, m_new)
+                    weights = tl.exp2(s - m_used[:, None])
+                    shrink = tl.exp2(m - m_used)
+                elif SOFTCAP or alibi is not None:
+                    m_new = tl.maximum(m, tl.max(s, 1))
+                    weights = tl.exp2(s - m_new[:, None])
+                    shrink = tl.exp2(m - m_new)
+                else:
+                    # One fused multiply-add per score.
+                    m_new = tl.maximum(m, tl.max(s, 1) * scale)
+                    weights = tl.exp2(s * scale - m_new[:, None])
+                    shrink = tl.exp2(m - m_new)
+                total = total * shrink + tl.sum(weights, 1)
+                acc = acc * shrink[:, None]
+                m = m_new
+                v_tile = load_tile(v_tile_pointers, column_ok, v_dims < V_HEAD_DIM, phase != 1, BLOCK_DV != V_HEAD_DIM)
+                if phase == 3:
+                    acc = dot_kept(weights.to(v_tile.dtype), keep, v_tile, acc, PRECISION, UPCAST)
+                else:
+                    acc = dot(weights.to(v_tile.dtype), v_tile, acc, PRECISION, UPCAST)
+
+    if sinks is not None and not SPLIT:
+        sink = tl.load(sinks + h, mask=row_ok, other=0.0) * LOG2_E
+        m_new = tl.maximum(m, sink)
+        m_used = tl.where(m_new == -INF, 0.0, m_new)
+        shrink = tl.exp2(m - m_used)
+        total = total * shrink + tl.exp2(sink - m_used)
+        acc = acc * shrink[:, None]
+        m = m_new
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    out_rows = tl.cast(memory_b, tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h + (first_q + i).to(tl.int64) * out_stride_s
+    tl.store(out + out_rows[:, None] + v_dims[None, :], acc.to(out.dtype.element_ty), mask=row_ok[:, None] & (v_dims[None, :] < V_HEAD_DIM))
+    if lse is not None:
+        value = tl.where(empty, -INF, (m + tl.log2(tl.where(empty, 1.0, total))) * LN_2)
+        lse_rows = (tl.cast(memory_b, tl.int64) * Q_HEADS + h) * tokens_q + first_q + i
+        tl.store(lse + lse_rows, value, mask=row_ok)

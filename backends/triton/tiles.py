@@ -1,0 +1,119 @@
+"""Tile sizes: which blocks, warps and pipeline stages a kernel is compiled with. Free of torch and triton."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """block_m query rows by block_n keys; num_warps, num_stages as Triton means them."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def smaller(self) -> Tiles | None:
+        """The next configuration that needs less shared memory, or None."""
+        if self.num_stages > 1:
+            return Tiles(self.block_m, self.block_n, self.num_warps, self.num_stages - 1)
+        if self.block_m <= 16 and self.block_n <= 16:
+            return None
+        block_m, block_n = (self.block_m, self.block_n // 2) if self.block_n >= self.block_m else (self.block_m // 2, self.block_n)
+        return Tiles(block_m, block_n, min(self.num_warps, 4), 2)
+
+
+def padded(head_dim: int, v_head_dim: int = 0) -> int:
+    """The width that a kernel gives both head dimensions: a power of two, at least 16 (the smallest matrix product).
+
+    One width for both, although the kernels take two: with 64 for q and k and 32 for v, the code that Triton 3.6 makes for
+    Hopper gave wrong results in bf16 (out, dQ and dK; the same kernels are right when interpreted).
+    """
+    return max(16, 1 << (max(head_dim, v_head_dim) - 1).bit_length())
+
+
+#: role -> element size -> largest padded head_dim -> tiles. The 2-byte rows are the fastest of four to six measured on an
+#: H200 at 4096 tokens (decode: of five at 8192 keys); in fp32 the products run
+#: on ordinary units, whose operands all live in registers, so that blocks are small.
+_TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
+    "forward": {
+        2: {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2)},
+        4: {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 16, 4, 1)},
+    },
+    "decode": {
+        2: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 4, 3), 256: Tiles(16, 64, 4, 2)},
+        4: {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 32, 4, 2), 256: Tiles(16, 16, 4, 2)},
+    },
+    "grad_kv": {
+        2: {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(32, 64, 8, 2)},
+        4: {64: Tiles(32, 32, 4, 1), 128: Tiles(16, 32, 4, 1), 256: Tiles(16, 16, 4, 1)},
+    },
+    "grad_q": {
+        2: {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(128, 32, 8, 1)},
+        4: {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 4, 1)},
+    },
+}
+ROLES = tuple(_TABLE)
+
+#: Shared memory that one block of threads may use, in bytes, by NVIDIA compute capability.
+_SHARED_MEMORY = {(7, 5): 65536, (8, 0): 166912, (8, 6): 101376, (8, 7): 166912, (8, 9): 101376, (9, 0): 232448, (10, 0): 232448, (12, 0): 101376}
+
+
+def shared_memory(vendor: str, arch: tuple[int, ...]) -> int:
+    """Bytes of shared memory per block: of the newest known architecture not above this one, or 64 KiB (AMD, Intel)."""
+    if vendor != "nvidia":
+        return 65536
+    known = [a for a in _SHARED_MEMORY if a <= arch]
+    # A minor version above 0 inside a family may have less than its first member; an unknown one is taken as small.
+    return _SHARED_MEMORY[max(known)] if arch in _SHARED_MEMORY or not known else min(_SHARED_MEMORY[max(known)], 101376)
+
+
+def estimate(role: str, tiles: Tiles, dims: int, item: int) -> int:
+    """Bytes of shared memory that a kernel needs, roughly: resident operands plus staged ones. dims is D + Dv, padded."""
+    if role in ("forward", "decode"):
+        return item * (tiles.block_m * dims // 2 + tiles.num_stages * tiles.block_n * dims)
+    resident, staged = (tiles.block_n, tiles.block_m) if role == "grad_kv" else (tiles.block_m, tiles.block_n)
+    return item * (resident * dims + tiles.num_stages * staged * dims + tiles.block_m * tiles.block_n)
+
+
+def choices(role: str, head_dim: int, v_head_dim: int, item: int, limit: int) -> list[Tiles]:
+    """Tiles to try in this order for a kernel: the table's, then smaller ones, without those that surely do not fit."""
+    width = padded(head_dim, v_head_dim)
+    rows = _TABLE[role][item]
+    tiles: Tiles | None = rows[min(d for d in rows if d >= width)]
+    found = []
+    while tiles is not None:
+        if estimate(role, tiles, 2 * width, item) <= limit:
+            found.append(tiles)
+        tiles = tiles.smaller()
+    return found
+
+
+def interpreted() -> dict[str, list[Tiles]]:
+    """Tiles for Triton's interpreter: small, so that tiny tensors still have several of them."""
+    return {role: [Tiles(16, 32, 1, 1) if role == "grad_q" else Tiles(16, 16, 1, 1)] for role in ROLES}
+
+
+#: Programs of a decode kernel (4 warps, 72 KB of shared memory at head_dim 128) that one multiprocessor runs at a time.
+_RESIDENT = 3
+
+
+@functools.lru_cache(maxsize=1024)
+def split_count(programs: int, key_tiles: int, processors: int) -> int:
+    """Into how many parts to divide the keys so that every multiprocessor has work.
+
+    One if the programs nearly fill the device, else the fewest that reach 85% of the best achievable wave efficiency, with
+    at least two key tiles in each.
+    """
+    if programs >= 0.8 * processors or key_tiles <= 1:
+        return 1
+    slots = processors * _RESIDENT
+    most = max(1, min(key_tiles // 2, 128, slots // programs))
+    efficiency = []
+    for splits in range(1, most + 1):
+        waves = programs * splits / slots
+        efficiency.append(waves / -(-programs * splits // slots))
+    best = max(efficiency)
+    return next(i + 1 for i, e in enumerate(efficiency) if e >= 0.85 * best)

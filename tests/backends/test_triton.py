@@ -1,0 +1,415 @@
+"""The triton backend: its kernels under Triton's interpreter against the fp64 reference, and compiled for GPUs that are not here.
+
+Triton decides at import whether kernels are interpreted. The process that pytest was started in keeps real compilation
+(the tests of compilation need it) and runs this file once more in a process of its own with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any, Optional
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the extra attnhub[triton] is not installed")
+
+from attnhub import config
+from attnhub.backend import Call, Needs, Plan, PrepareError
+from attnhub.backends.reference import maths
+from attnhub.backends.triton import TritonBackend, tiles
+from attnhub.device import describe
+from attnhub.layouts import Varlen
+from attnhub.mask import FULL, ALiBi, Bias, BoolMask, Causal, Chunk, LeftPad, Mask, Prefix, Segments, SeqLens, Window
+from attnhub.problem import DeviceInfo, Problem
+from attnhub.reasons import Code
+
+INTERPRETED = config.triton_interpret()
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
+compiled = pytest.mark.skipif(INTERPRETED, reason="runs in the process without TRITON_INTERPRET")
+
+
+@compiled
+@pytest.mark.timeout(900)
+def test_interpreted() -> None:
+    """Every test below that is marked `interpreted`, in its own process."""
+    root = pathlib.Path(__file__).parents[2]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", str(pathlib.Path(__file__).resolve())]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def problem(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, device: Optional[DeviceInfo] = None) -> Problem:
+    dtype = str(q.dtype).removeprefix("torch.")
+    return Problem(
+        device or describe(q.device), dtype, dtype, q.shape[3], v.shape[3], q.shape[1], k.shape[1], q.shape[0], q.shape[2], k.shape[2]
+    )  # fmt: skip
+
+
+def plan_for(call: Call) -> Plan:
+    return TritonBackend().prepare(problem(call.q, call.k, call.v))
+
+
+def tensors(batch: int, heads: tuple[int, int], lengths: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype, bshd: bool = False) -> Any:
+    generator = torch.Generator().manual_seed(sum(lengths) * 7 + sum(dims))
+    found = []
+    for h, s, d in ((heads[0], lengths[0], dims[0]), (heads[1], lengths[1], dims[0]), (heads[1], lengths[1], dims[1])):
+        shape = (batch, s, h, d) if bshd else (batch, h, s, d)
+        x = torch.randn(shape, generator=generator).to(dtype)
+        found.append(x.transpose(1, 2) if bshd else x)
+    return found
+
+
+def variant(call: Call, dtype: torch.dtype) -> Call:
+    sinks = None if call.sinks is None else call.sinks.to(dtype)
+    return Call(
+        call.q.to(dtype), call.k.to(dtype), call.v.to(dtype), call.mask, call.softmax_scale, call.softcap, sinks, 0.0, None, call.varlen,
+        call.block_table, True,
+    )  # fmt: skip
+
+
+def agree(name: str, got: torch.Tensor, want: torch.Tensor, plain: torch.Tensor, dtype: torch.dtype, factor: int = 2) -> None:
+    """At most twice (factor) the error of PyTorch's own maths in this dtype, plus one rounding unit; non-finite values equal."""
+    finite = torch.isfinite(want)
+    assert torch.equal(torch.isfinite(got), finite), f"{name}: finite values elsewhere"
+    assert torch.equal(got[~finite].double().nan_to_num(nan=1.5), want[~finite].double().nan_to_num(nan=1.5)), f"{name}: other non-finite values"
+    if not finite.any():
+        return
+    error = (got.double() - want)[finite].abs().max().item()
+    allowed = factor * (plain.double() - want)[finite].abs().max().item() + torch.finfo(dtype).eps * want[finite].abs().max().item()
+    assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def check(call: Call, backward: bool = True) -> None:
+    """Forward and backward against the reference in fp64; the yardstick is the reference in the inputs' own precision."""
+    dtype = call.q.dtype
+    plan = plan_for(call)
+    out, lse = plan.forward(call)
+    assert lse is not None and lse.dtype == torch.float32 and out.dtype == dtype
+    exact, same = variant(call, torch.float64), variant(call, dtype)
+    want, want_lse = maths.forward(exact, None, torch.float64, True)
+    plain, plain_lse = maths.forward(same, None, torch.float32, True)
+    assert want_lse is not None and plain_lse is not None
+    agree("out", out, want, plain, dtype)
+    agree("lse", lse, want_lse, plain_lse, torch.float32)
+    if not backward:
+        return
+    generator = torch.Generator().manual_seed(5)
+    # Strides that are not the output's.
+    grad_out = torch.randn(out.transpose(1, 2).shape, generator=generator).to(dtype).transpose(1, 2)
+    grad_lse = torch.randn(lse.shape, generator=generator)
+    needs = Needs(True, True, True, False, call.sinks is not None)
+    grads = plan.backward(call, grad_out, grad_lse, out, lse, needs)
+    exact_grads = maths.backward(exact, grad_out.double(), grad_lse.double(), want, want_lse, needs, None, torch.float64)
+    # P and dS are multiplied in the inputs' dtype by any implementation: the yardstick rounds them too.
+    plain_grads = maths.backward(same, grad_out, grad_lse, plain, plain_lse, needs, None, torch.float32)
+    for name in ("q", "k", "v", "sinks"):
+        got, wanted, yardstick = getattr(grads, name), getattr(exact_grads, name), getattr(plain_grads, name)
+        if wanted is None:
+            assert got is None
+            continue
+        # A sink's gradient is a sum over all rows: with two of them, the yardstick's error may vanish by chance.
+        slack = 1.0 if dtype != torch.float32 or name == "sinks" else 0.0
+        yardstick = yardstick.double() + slack * torch.finfo(dtype).eps * wanted.abs().max()
+        # Three times for gradients: P is recomputed from an lse that is itself rounded.
+        agree("d" + name, got, wanted, yardstick, dtype, factor=3)
+
+
+def document_ids(length: int, size: int, first: int) -> torch.Tensor:
+    return (torch.arange(length) // size + first).int()[None].repeat(2, 1)
+
+
+def some_bias() -> torch.Tensor:
+    bias = torch.randn(1, 2, 20, 37, generator=torch.Generator().manual_seed(1))
+    bias[..., 5:9] = float("-inf")
+    bias[:, :, 3] = float("-inf")
+    return bias
+
+
+PACKED = Varlen(ints(0, 20, 20, 45), ints(0, 13, 33, 70), 25, 37)
+SINKS = torch.tensor([0.5, -1.0])
+#: name -> (lengths of q and k, mask, further arguments of Call).
+CASES: dict[str, tuple[tuple[int, int], Mask, dict[str, Any]]] = {
+    "full": ((20, 37), FULL, {}),
+    "causal": ((37, 37), Causal(), {}),
+    "causal_more_keys": ((20, 50), Causal(), {}),
+    "causal_more_queries": ((50, 20), Causal(), {}),
+    "causal_top_left": ((20, 50), Causal("top_left"), {}),
+    "causal_top_left_more_queries": ((50, 20), Causal("top_left"), {}),
+    "window": ((50, 60), Window(17, 3), {}),
+    "causal_window": ((60, 60), Causal() & Window(9), {}),
+    "window_right_top_left": ((40, 60), Window(-1, 5, "top_left"), {}),
+    "chunk": ((50, 40), Causal() & Chunk(13), {}),
+    "prefix": ((40, 40), Causal() & Prefix(ints(25, 0)), {}),
+    "segments": ((40, 40), Causal() & Segments(document_ids(40, 11, 0)), {}),
+    "blocks": ((40, 40), Causal() & Segments(document_ids(40, 11, -1), widen_causal=True), {}),
+    "seqlens": ((20, 50), SeqLens(ints(33, 0)), {}),
+    "seqlens_causal": ((20, 50), SeqLens(ints(33, 7)) & Causal(), {}),
+    "leftpad": ((20, 50), LeftPad(ints(19, 3)) & Causal(), {}),
+    "bool_mask": ((20, 37), BoolMask(torch.rand(2, 1, 20, 37, generator=torch.Generator().manual_seed(2)) > 0.4), {}),
+    "bias": ((20, 37), Bias(some_bias()), {}),
+    "alibi": ((20, 37), ALiBi(torch.tensor([0.5, 0.25])) & Causal(), {}),
+    "softcap": ((20, 37), Causal(), {"softcap": 2.0}),
+    "sinks": ((20, 37), Causal() & Window(4), {"sinks": SINKS}),
+    "sinks_rows_without_keys": ((40, 17), Causal(), {"sinks": SINKS}),
+    "negative_scale": ((20, 37), Causal(), {"softmax_scale": -0.3}),
+    "decode": ((1, 100), Causal(), {}),
+    "decode_split_sinks": ((3, 300), Causal() & SeqLens(ints(277, 2)), {"sinks": SINKS}),
+    "decode_window": ((2, 100), Causal() & Window(30), {}),
+    "packed": ((50, 80), Causal(), {"varlen": PACKED}),
+    "packed_sinks": ((50, 80), FULL, {"varlen": PACKED, "sinks": SINKS}),
+    "packed_seqlens": ((50, 80), Causal() & SeqLens(ints(5, 3, 30)), {"varlen": PACKED}),
+    "packed_decode": ((5, 80), Causal(), {"varlen": Varlen(ints(0, 1, 1, 3), ints(0, 13, 33, 70), 2, 37)}),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_reference(name: str) -> None:
+    lengths, mask, extra = CASES[name]
+    extra = dict(extra)
+    scale = extra.pop("softmax_scale", 0.25)
+    q, k, v = tensors(1 if "varlen" in extra else 2, (2, 1), lengths, (16, 16), torch.float32)
+    check(Call(q, k, v, mask, scale, need_lse=True, **extra))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dims", [(16, 16), (5, 24)])
+def test_two_byte_types(dtype: torch.dtype, dims: tuple[int, int]) -> None:
+    q, k, v = tensors(1, (4, 2), (37, 37), dims, dtype, bshd=True)
+    check(Call(q, k, v, Causal(), 0.3, need_lse=True))
+
+
+@interpreted
+@pytest.mark.parametrize("dims", [(1, 1), (3, 40), (80, 8)])
+def test_any_head_dim(dims: tuple[int, int]) -> None:
+    q, k, v = tensors(1, (2, 2), (18, 33), dims, torch.float32)
+    check(Call(q, k, v, Causal(), dims[0] ** -0.5, need_lse=True))
+
+
+@interpreted
+@pytest.mark.parametrize("length", [1, 15, 17, 32, 33])
+def test_lengths_around_a_tile(length: int) -> None:
+    q, k, v = tensors(1, (2, 1), (length, length), (16, 16), torch.float32)
+    check(Call(q, k, v, Causal(), 0.25, need_lse=True))
+
+
+@interpreted
+def test_expanded_keys_and_strange_strides() -> None:
+    q, k, v = tensors(2, (4, 1), (20, 20), (16, 16), torch.float32)
+    k, v = k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)
+    # The stride of a dimension of size 1 is arbitrary.
+    k = k.as_strided(k.shape, (0, 2**40, 16, 1))
+    check(Call(q, k, v, Causal(), 0.25, need_lse=True))
+
+
+@interpreted
+def test_extreme_scores() -> None:
+    q, k, v = tensors(1, (2, 2), (17, 33), (16, 16), torch.float32)
+    for shift in (-300.0, 300.0):
+        far = torch.cat([k, torch.full_like(k[..., :1], shift)], -1)
+        check(Call(torch.cat([q, torch.ones_like(q[..., :1])], -1), far, v, Causal(), 1.0, need_lse=True), backward=False)
+
+
+@interpreted
+@pytest.mark.parametrize("page_size", [4, 16])
+@pytest.mark.parametrize("length", [1, 3, 20])
+def test_paged(page_size: int, length: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    k, v = (torch.randn(17, 2, page_size, 16, generator=generator) for _ in range(2))
+    k[0], v[0] = float("nan"), float("nan")
+    q = torch.randn(2, 4, length, 16, generator=generator)
+    used = ints(5 * page_size + 3, page_size)
+    table = torch.randperm(16, generator=generator).reshape(2, 8).int() + 1
+    # Entries behind a sequence's length are never followed.
+    table[0, 6:], table[1, 1:] = -1, 10**6
+    for page, filled in ((table[0, 5], 3),):
+        k[page, :, filled:], v[page, :, filled:] = float("nan"), float("inf")
+    check(Call(q, k, v, Causal() & Window(9) & SeqLens(used), 0.3, need_lse=True, block_table=table), backward=False)
+
+
+@interpreted
+def test_masked_values_that_are_not_finite() -> None:
+    """NaN and infinities reach exactly the rows that attend to them, in both directions."""
+    q, k, v = tensors(1, (2, 1), (40, 40), (16, 16), torch.float32)
+    v[:, :, 30], v[:, 0, 35, 3], v[:, 0, 36, 4] = float("nan"), float("inf"), float("-inf")
+    check(Call(q, k, v, Causal(), 0.25, need_lse=True), backward=False)
+
+    q, k, v = tensors(1, (2, 1), (40, 40), (16, 16), torch.float32)
+    k[:, :, 30], v[:, :, 33] = float("nan"), float("nan")
+    call = Call(q, k, v, Causal(), 0.25, need_lse=True)
+    plan = plan_for(call)
+    out, lse = plan.forward(call)
+    assert lse is not None
+    assert torch.isfinite(out[:, :, :30]).all() and not torch.isfinite(out[:, :, 30:]).any()
+    grads = plan.backward(call, torch.ones_like(out), None, out, lse, Needs())
+    assert grads.q is not None and torch.isfinite(grads.q[:, :, :30]).all()
+
+    q, k, v = tensors(1, (2, 1), (40, 40), (16, 16), torch.float32)
+    call = Call(q, k, v, Window(2, 0), 0.25, need_lse=True)
+    out, lse = plan.forward(call)
+    assert lse is not None
+    grad_out = torch.ones_like(out)
+    grad_out[:, :, 20] = float("nan")
+    grads = plan.backward(call, grad_out, None, out, lse, Needs())
+    for grad in (grads.k, grads.v):
+        assert grad is not None
+        assert (~torch.isfinite(grad[0, 0, :, 0])).nonzero().flatten().tolist() == [18, 19, 20]
+
+
+@interpreted
+@pytest.mark.parametrize("fill", [float("nan"), float("inf")])
+def test_padding_is_never_read(fill: float) -> None:
+    q, k, v = tensors(2, (2, 1), (20, 50), (16, 16), torch.float32)
+    for x in (k, v):
+        x[0, :, 33:], x[1, :, 7:], x[0, :, :3] = fill, fill, fill
+    check(Call(q, k, v, SeqLens(ints(33, 7)) & LeftPad(ints(3, 0)) & Causal(), 0.25, need_lse=True))
+
+
+@interpreted
+def test_only_asked_gradients() -> None:
+    q, k, v = tensors(1, (2, 2), (17, 17), (16, 16), torch.float32)
+    call = Call(q, k, v, FULL, 0.25, need_lse=True)
+    plan = plan_for(call)
+    out, lse = plan.forward(call)
+    assert lse is not None
+    grads = plan.backward(call, torch.ones_like(out), None, out, lse, Needs(False, False, True))
+    assert grads.q is None and grads.k is None and grads.v is not None
+    no_lse = Call(q, k, v, FULL, 0.25)
+    assert plan.forward(no_lse)[1] is None
+
+
+@interpreted
+def test_cpu_tensors_are_served_but_never_preferred() -> None:
+    q, k, v = tensors(1, (2, 2), (4, 4), (16, 16), torch.float32)
+    backend = TritonBackend()
+    assert backend.capability.check(problem(q, k, v)) == () and backend.probe() == ()
+    assert backend.cost(problem(q, k, v)) > 1e5
+
+
+@compiled
+def test_declaration() -> None:
+    backend = TritonBackend()
+    q, k, v = tensors(1, (2, 2), (4, 4), (16, 16), torch.float32)
+    assert [r.code for r in backend.capability.check(problem(q, k, v))] == [Code.DEVICE_TYPE]
+    assert backend.capability.check(problem(q, k, v, DeviceInfo("cuda", "nvidia", (9, 0)))) == ()
+    assert [r.code for r in backend.capability.check(problem(q, k, v, DeviceInfo("cuda", "nvidia", (7, 0))))] == [Code.ARCH]
+    if not torch.cuda.is_available() and not torch.xpu.is_available():
+        assert [r.code for r in backend.probe()] == [Code.NO_DEVICE]
+    wide = tensors(1, (2, 2), (4, 4), (320, 320), torch.float32)
+    assert Code.HEAD_DIM in {r.code for r in backend.capability.check(problem(*wide, DeviceInfo("cuda", "nvidia", (9, 0))))}
+
+
+def test_importing_the_declaration_imports_no_triton() -> None:
+    code = "import sys, attnhub.backends.triton as t; assert t.backend.name == 'triton'; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[2])
+
+
+def test_smaller_tiles_after_a_refusal() -> None:
+    """A device that refuses the first tiles gets smaller ones, and at last a reason; nothing has run until then."""
+    from triton.runtime.errors import OutOfResources
+
+    from attnhub.backends.triton.launcher import TritonPlan
+
+    q, k, v = tensors(1, (2, 2), (4, 4), (128, 128), torch.float16)
+    plan = TritonPlan(problem(q, k, v, DeviceInfo("cuda", "nvidia", (9, 0))))
+    plan._tiles = {"forward": tiles.choices("forward", 128, 128, 2, 232448)}
+    offered = []
+
+    def launch(choice: tiles.Tiles) -> None:
+        offered.append(choice)
+        if len(offered) < 3:
+            raise OutOfResources(100, 50, "shared memory")
+
+    plan._try("forward", launch)
+    assert len(offered) == 3
+    assert plan._tiles["forward"][0] is offered[-1]
+    sizes = [tiles.estimate("forward", t, 256, 2) for t in offered]
+    assert sizes == sorted(sizes, reverse=True)
+
+    def refuse(choice: tiles.Tiles) -> None:
+        raise OutOfResources(100, 50, "shared memory")
+
+    with pytest.raises(PrepareError) as error:
+        plan._try("forward", refuse)
+    assert error.value.reason.code is Code.OUT_OF_RESOURCES
+
+
+def test_split_count() -> None:
+    assert tiles.split_count(1000, 64, 132) == 1
+    assert tiles.split_count(8, 1, 132) == 1
+    for programs, key_tiles in ((8, 128), (1, 1000), (64, 16)):
+        splits = tiles.split_count(programs, key_tiles, 132)
+        assert 1 < splits <= max(1, key_tiles // 2)
+
+
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
+
+
+def shared_memory_of(kernel: Any, arguments: dict[str, Any], choice: tiles.Tiles, arch: tuple[int, int]) -> int:
+    """Compile a kernel for an architecture without a GPU; the bytes of shared memory that it asks for."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    arguments = {**arguments, "BLOCK_M": choice.block_m, "BLOCK_N": choice.block_n}
+    signature: dict[str, str] = {}
+    constants, attributes = {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + _TYPES[value.dtype]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and not parameter.do_not_specialize and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "enable_fp_fusion": True}
+    compiled_kernel = triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", arch[0] * 10 + arch[1], 32), options=options)
+    return int(compiled_kernel.metadata.shared)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("arch", "dtype", "dim", "mask"),
+    [
+        ((9, 0), torch.bfloat16, 64, Causal() & SeqLens(ints(64, 64))),
+        ((8, 0), torch.float16, 64, BoolMask(torch.ones(1, 1, 256, 256, dtype=torch.bool))),
+    ],
+)
+def test_compiles_for_gpus_that_are_not_here(arch: tuple[int, int], dtype: torch.dtype, dim: int, mask: Mask) -> None:
+    """All kernels compile for the architecture, and the first tiles offered fit its shared memory."""
+    from attnhub.backends.triton import launcher
+    from attnhub.backends.triton.kernels.backward import grad_kv_kernel, grad_q_kernel
+    from attnhub.backends.triton.kernels.forward import forward_kernel
+
+    q, k, v = (torch.empty(2, heads, 256, dim, dtype=dtype) for heads in (4, 2, 2))
+    arguments = launcher._arguments(Call(q, k, v, mask, 0.1), False)
+    row = torch.empty(2, 4, 256)
+    forward = {
+        **arguments, **launcher._strides("out", q), "out": q, "lse": row, "sinks": row, "block_table": None, "table_stride": 0,
+        "splits": 1, "PAGE_SIZE": 0, "PACK": False, "SPLIT": False,
+    }  # fmt: skip
+    backward = {**arguments, "grad_out": q, "lse": row, "delta": row, "softmax_scale": 0.1, "grad_q": q, "grad_k": k, "grad_v": v}
+    for name, x in (("grad_out", q), ("grad_q", q), ("grad_k", k), ("grad_v", v)):
+        backward.update(launcher._strides(name, x))
+    limit = tiles.shared_memory("nvidia", arch)
+    kernels = {"forward": forward_kernel, "decode": forward_kernel, "grad_kv": grad_kv_kernel, "grad_q": grad_q_kernel}
+    for role, kernel in kernels.items():
+        choice = tiles.choices(role, dim, dim, 2, limit)[0]
+        extra = {"PACK": True, "SPLIT": True, "out": row} if role == "decode" else {}
+        used = shared_memory_of(kernel, {**(backward if role.startswith("grad") else forward), **extra}, choice, arch)
+        assert 0 < used <= limit, f"{role}: {used} bytes with {choice}"
