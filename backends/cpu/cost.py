@@ -2,7 +2,8 @@
 
 Measured on an AMD Zen 5 CPU (AVX-512, avx512_bf16, no AMX) with torch 2.13, head_dim 64 and 128: README.md has the
 figures. Below 1 only there and where it was seen: torch's wheel takes another path of its matrix library on Intel CPUs,
-and its bf16 products run on AMX where that is.
+and its bf16 products run on AMX where that is. The cost is that of the forward: torch's own backward kernel runs from our lse,
+and the choice must be the same with and without gradients.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from attnhub.problem import Feature, Problem
 #: dtype -> relative time of (full, causal, decoding) with AVX-512 on AMD, rounded up from the medians.
 _AVX512 = {"float32": (0.5, 0.4, 0.85), "bfloat16": (0.3, 0.25, 0.4), "float16": (0.25, 0.2, 0.15)}
 _CAUSAL = frozenset({Feature.CAUSAL_BOTTOM_RIGHT, Feature.CAUSAL_TOP_LEFT})
-#: With nothing else, torch's own backward kernel runs from our lse.
-_PLAIN = _CAUSAL | {Feature.LSE, Feature.DETERMINISTIC}
 
 
 def cost(problem: Problem) -> float:
@@ -23,16 +22,7 @@ def cost(problem: Problem) -> float:
         return 2.0  # the portable path: 1.5 to 2.4 measured
     if not avx512 or "AMD" not in device.name:
         return 3.0 if "amx_bf16" in device.isa and problem.q_dtype == "bfloat16" and problem.seqlen_q > 16 else 1.05
-    if problem.need_backward:
-        return _with_backward(problem)
     full, causal, decoding = _AVX512.get(problem.q_dtype, (1.05, 1.05, 1.05))
     if problem.seqlen_q <= 16:
         return decoding
     return causal if problem.features & _CAUSAL else full
-
-
-def _with_backward(problem: Problem) -> float:
-    """Forward and backward together. Another backend runs the backward, so that only the forward can be faster."""
-    if problem.features - _PLAIN:
-        return 3.2  # from lse, masks go through tiled torch maths: 2.9 to 3.2 measured against torch's own autograd
-    return 0.85 if problem.q_dtype == "float32" else 1.05

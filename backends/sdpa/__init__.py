@@ -6,9 +6,8 @@ of backends that have none.
 
 from __future__ import annotations
 
-from attnhub.backends.reference import EVERYTHING, TORCH_DEVICES, probe_torch
-
 from attnhub.backend import Backend, Plan
+from attnhub.backends.reference import EVERYTHING, TORCH_DEVICES, probe_torch
 from attnhub.capability import Capability
 from attnhub.problem import Problem
 from attnhub.reasons import Reason

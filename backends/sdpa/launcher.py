@@ -6,13 +6,14 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from attnhub.backends.reference import maths
 from torch import Tensor
 
 from attnhub import dense
 from attnhub.backend import Call, Gradients, Needs, Plan
+from attnhub.backends.reference import maths
+from attnhub.backends.sdpa.backward import flash_backward
+from attnhub.backends.sdpa.blocks import BLOCK_ELEMENTS, row_blocks, without_padding
 from attnhub.layouts import lse_dtype
-from attnhub.mask import Mask
 from attnhub.problem import Feature, Problem
 
 #: Beyond F.scaled_dot_product_attention: softcap and sinks change the maths, dropout there draws its own random numbers
@@ -20,8 +21,6 @@ from attnhub.problem import Feature, Problem
 _NOT_EXPRESSIBLE = frozenset({Feature.SOFTCAP, Feature.SINKS, Feature.DROPOUT, Feature.VARLEN, Feature.PAGED})
 #: Expressible without a dense mask.
 _MASKLESS = frozenset({Feature.GQA, Feature.DV_DIFFERS, Feature.CAUSAL_TOP_LEFT, Feature.CAUSAL_BOTTOM_RIGHT, Feature.DETERMINISTIC})
-#: Scores (or mask elements) of one block of rows: 4 Mi elements are 16 MiB in fp32.
-_BLOCK_ELEMENTS = 1 << 22
 
 
 def expressible(problem: Problem) -> bool:
@@ -47,7 +46,7 @@ class TiledPlan(Plan):
         return maths.forward(call, _block_rows(call), torch.promote_types(call.q.dtype, torch.float32), exact_nan=False)
 
     def backward(self, call: Call, grad_out: Tensor, grad_lse: Optional[Tensor], out: Tensor, lse: Tensor, needs: Needs) -> Gradients:
-        fast = _flash_backward(call, grad_out, grad_lse, out, lse, needs)
+        fast = flash_backward(call, grad_out, grad_lse, out, lse, needs)
         if fast is not None:
             return fast
         dtype = torch.promote_types(call.q.dtype, torch.float32)
@@ -111,18 +110,12 @@ class TorchPlan(TiledPlan):
         return out[..., : v.shape[3]]
 
     def _masked(self, call: Call) -> Tensor:
-        q, k, v, mask = call.q, call.k, call.v, call.mask
+        q, mask = call.q, call.mask
         batch, q_heads, seqlen_q, _ = q.shape
+        k, v = without_padding(call)
         seqlen_k = k.shape[2]
-        if mask.seqused_k is not None or mask.leftpad is not None:
-            exists = dense.existing_keys(mask, seqlen_k, k.device)[:, None, :, None]
-            zero = torch.zeros((), dtype=k.dtype, device=k.device)
-            k, v = torch.where(exists, k, zero), torch.where(exists, v, zero)
-        rows_at_once = max(1, _BLOCK_ELEMENTS // max(1, seqlen_k * _mask_planes(mask, batch, q_heads)))
         outs = []
-        for start in range(0, seqlen_q, rows_at_once):
-            rows = (start, min(start + rows_at_once, seqlen_q))
-            first, last = _key_range(mask, seqlen_q, seqlen_k, rows)
+        for rows, (first, last) in row_blocks(call):
             allowed = dense.allowed_pairs(mask, batch, seqlen_q, seqlen_k, rows, q.device)[..., first:last]
             bias = dense.added_bias(mask, q_heads, seqlen_q, seqlen_k, rows, q.device, torch.promote_types(q.dtype, torch.float32))
             some = allowed.any(-1, keepdim=True)
@@ -186,70 +179,8 @@ def _has_lse_kernel(problem: Problem) -> bool:
     return nvidia and problem.q_dtype in ("float16", "bfloat16") and problem.head_dim <= 256 and problem.head_dim % 8 == 0
 
 
-def _flash_backward(call: Call, grad_out: Tensor, grad_lse: Optional[Tensor], out: Tensor, lse: Tensor, needs: Needs) -> Optional[Gradients]:
-    """torch's flash backward from any backend's lse, or None where it cannot express the call or a row may lack keys."""
-    q, k, v, mask = call.q, call.k, call.v, call.mask
-    causal_square = mask.causal and q.shape[2] == k.shape[2]
-    simple = (
-        grad_lse is None and call.varlen is None and call.block_table is None and call.sinks is None and not call.softcap
-        and not call.dropout_p and q.shape[3] == v.shape[3] and (causal_square or not mask.causal)
-        and not mask.features() - {Feature.CAUSAL_TOP_LEFT, Feature.CAUSAL_BOTTOM_RIGHT}
-    )  # fmt: skip
-    if not simple:
-        return None
-    cuda = q.device.type == "cuda"
-    if cuda and (torch.version.hip or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[3] > 256 or q.shape[3] % 8):
-        return None
-    if q.device.type not in ("cpu", "cuda"):
-        return None
-    group = q.shape[1] // k.shape[1]
-    if group > 1:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    out = out if out.dtype == q.dtype else out.to(q.dtype)
-    if cuda:
-        # Without dropout the seed and offset are not read.
-        rng = torch.empty((), dtype=torch.uint64, device=q.device)
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, mask.causal, rng, rng, scale=call.softmax_scale
-        )  # fmt: skip
-    else:
-        aten_lse = lse.to(torch.float64) if q.dtype == torch.float64 else lse
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out.to(q.dtype), q, k, v, out, aten_lse, 0.0, mask.causal, scale=call.softmax_scale
-        )  # fmt: skip
-    dq, dk, dv = grads
-    if group > 1:
-        dk, dv = (g.unflatten(1, (-1, group)).sum(2) for g in (dk, dv))
-    return Gradients(dq if needs.q else None, dk if needs.k else None, dv if needs.v else None)
-
-
 def _block_rows(call: Call) -> int:
     seqlen_k = call.k.shape[2] if call.block_table is None else call.block_table.shape[1] * call.k.shape[2]
     if call.varlen is not None:
         seqlen_k = call.varlen.max_seqlen_k
-    return max(16, _BLOCK_ELEMENTS // max(1, call.q.shape[0] * call.q.shape[1] * seqlen_k))
-
-
-def _mask_planes(mask: Mask, batch: int, q_heads: int) -> int:
-    """How many Sq x Sk planes the dense mask has."""
-    by_head = mask.alibi is not None or any(t is not None and t.shape[1] > 1 for t in (mask.bool_mask, mask.bias, mask.block_sparse))
-    by_batch = any(True for _ in mask.tensors())
-    return (q_heads if by_head else 1) * (batch if by_batch else 1)
-
-
-def _key_range(mask: Mask, seqlen_q: int, seqlen_k: int, rows: tuple[int, int]) -> tuple[int, int]:
-    """A range that holds every key that the rows can attend to by structure alone, so that blocks skip what is masked anyway."""
-    if mask.seqused_k is not None and mask.align == "bottom_right":
-        return 0, seqlen_k
-    offset = 0 if mask.align == "top_left" else seqlen_k - seqlen_q
-    first, last = 0, seqlen_k
-    left, right = mask.window
-    if left >= 0:
-        first = max(0, rows[0] + offset - left)
-    if right >= 0:
-        last = min(last, rows[1] + offset + right)
-    if mask.causal and mask.prefix is None and mask.blocks is None:
-        last = min(last, rows[1] + offset)
-    last = max(0, last)
-    return min(first, last), last
-
+    return max(16, BLOCK_ELEMENTS // max(1, call.q.shape[0] * call.q.shape[1] * seqlen_k))

@@ -1,0 +1,44 @@
+"""Models of one node: what the backend runs, and the smallest complete example of a file with a function body."""
+
+from __future__ import annotations
+
+import onnx
+from onnx import TensorProto, helper
+
+from attnhub.backends.onnx.body import function_body
+from attnhub.backends.onnx.node import DOMAIN, OP, VERSION, Form
+
+#: Newer defaults of the onnx package do not load in ONNX Runtime; 10 is the first that has overloads of functions.
+IR_VERSION = 10
+
+_RANKS = {"nonpad_kv_seqlen": 1, "sinks": 1, "leftpad": 1, "lse": 3}
+_SIZES = {
+    "Q": ("batch", "q_heads", "seqlen_q", "head_dim"),
+    "K": ("batch", "kv_heads", "seqlen_k", "head_dim"),
+    "V": ("batch", "kv_heads", "seqlen_k", "v_head_dim"),
+    "Y": ("batch", "q_heads", "seqlen_q", "v_head_dim"),
+}
+
+
+def one_node(form: Form, dtype: int, *, opset: int = 18, body: bool = True, mask_dtype: int = 0, alibi_rank: int = 1) -> onnx.ModelProto:
+    """A model whose inputs and outputs are those of one node of this form, named as in the specification, of any sizes.
+
+    dtype: `onnx.TensorProto.FLOAT`, FLOAT16 or BFLOAT16, of Q, K, V, Y. mask_dtype: of a float mask, default ``dtype``.
+    """
+    types: dict[str, int] = {"nonpad_kv_seqlen": TensorProto.INT64, "leftpad": TensorProto.INT64}
+    types.update(dict.fromkeys(("sinks", "alibi_slopes", "lse"), TensorProto.FLOAT))
+    types["attn_mask"] = TensorProto.BOOL if form.mask == "bool" else mask_dtype or dtype
+    ranks = {**_RANKS, "alibi_slopes": alibi_rank}
+
+    def declare(name: str) -> onnx.ValueInfoProto:
+        sizes = _SIZES.get(name) or [f"{name}_{axis}" for axis in range(ranks.get(name, 4))]
+        return helper.make_tensor_value_info(name, types.get(name, dtype), sizes)
+
+    node = helper.make_node(OP, form.inputs(), form.outputs(), name=OP, domain=DOMAIN, overload=form.overload(), **form.attributes())
+    graph = helper.make_graph([node], "attention", [declare(n) for n in form.inputs() if n], [declare(n) for n in form.outputs() if n])
+    return helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)],
+        functions=[function_body(form, opset)] if body else [],
+        ir_version=IR_VERSION,
+    )
