@@ -143,8 +143,9 @@ def _packed(t: Tensor, inputs: Inputs) -> Tensor:
     return t[0].transpose(0, 1) if t.ndim == 4 and "varlen" in inputs.kwargs else t[0] if "varlen" in inputs.kwargs else t
 
 
-def fraction(got: Tensor, exact: Tensor, plain: Tensor, unit: float) -> float:
-    """Largest error over the largest that the rule allows. Non-finite values must agree exactly."""
+def fraction(got: Tensor, exact: Tensor, plain: Tensor, unit: float, floor: float = 1e-3) -> float:
+    """Largest error over the largest that the rule allows. Non-finite values must agree exactly. ``floor``: least size of the values
+    that the rounding unit is taken of."""
     got, exact, plain = got.detach().double(), exact.detach().double(), plain.detach().double()
     if got.shape != exact.shape:
         raise ConformanceError(f"shape {tuple(got.shape)}, expected {tuple(exact.shape)}")
@@ -156,7 +157,7 @@ def fraction(got: Tensor, exact: Tensor, plain: Tensor, unit: float) -> float:
         return 0.0
     if not got.isfinite().all():
         return float("inf")
-    allowed = 2 * (plain - exact).abs().nan_to_num(0.0).max() + unit * exact.abs().max().clamp_min(1e-3)
+    allowed = 2 * (plain - exact).abs().nan_to_num(0.0).max() + unit * exact.abs().max().clamp_min(floor)
     return float((got - exact).abs().max() / allowed)
 
 
@@ -215,7 +216,9 @@ def _backward(backend: str, case: Case, device: str) -> dict[str, float]:
     dtype = inputs.q.dtype
     # One unit for the gradient, and one for the stored lse that it is made from: P = exp(s - lse) carries lse's absolute rounding
     # as a relative one.
-    largest = float(lse.abs().nan_to_num(0.0, posinf=0.0).max()) if lse.numel() else 0.0
+    # Rows that a bias of the smallest finite number masks are left out: their lse would allow anything.
+    sizes = lse.abs()[lse.abs() < 1e6]
+    largest = float(sizes.max()) if sizes.numel() else 0.0
     unit = _unit(dtype) + torch.finfo(lse_dtype(dtype)).eps * max(1.0, largest)
     random_ = torch.Generator().manual_seed(case.seed + 1)
     grad_out = torch.randn(out.shape, generator=random_, dtype=torch.float64).to(dtype).to(device)
@@ -238,7 +241,8 @@ def _backward(backend: str, case: Case, device: str) -> dict[str, float]:
             right, rough = getattr(want, name), getattr(naive, name)
             if name in ("q", "k", "v"):
                 right, rough = _packed(right, inputs), _packed(rough, inputs)
-            errors[f"d{name}{label}"] = fraction(grad, right, rough, unit)
+            # Gradients are differences of numbers of up to 3 (inputs have unit variance), also where they cancel to 0.
+            errors[f"d{name}{label}"] = fraction(grad, right, rough, unit, floor=3.0)
     return errors
 
 

@@ -190,7 +190,7 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
     width = tiling.padded(head_dim, v.shape[3])
     return {
         "negated": negated, "q": q, "k": k, "v": v, **strides,
-        "scale": scale if call.softcap else scale * math.log2(math.e), "softcap": float(call.softcap),
+        "scale": scale if call.softcap or mask.bias is not None else scale * math.log2(math.e), "softcap": float(call.softcap),
         "cu_q": None if varlen is None else varlen.cu_seqlens_q,
         "cu_k": None if varlen is None or call.block_table is not None else varlen.cu_seqlens_k,
         "seqused_k": mask.seqused_k, "leftpad": mask.leftpad, "prefix": prefix,
@@ -203,7 +203,7 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
         "Q_HEADS": heads, "GROUP": heads // k.shape[1], "HEAD_DIM": head_dim, "V_HEAD_DIM": v.shape[3],
         "BLOCK_D": width, "BLOCK_DV": width,
         "LEFT": left >= 0, "RIGHT": right >= 0, "CHUNK": mask.chunk > 0, "CAUSAL": widened, "TOP_LEFT": mask.align == "top_left",
-        "LEFT_PHASE": not mask_all and (left >= 0 or mask.chunk > 0 or mask.leftpad is not None), "MASK_ALL": mask_all, "MASK_VALUES": mask_all or limited, "SOFTCAP": call.softcap != 0.0,
+        "LEFT_PHASE": not mask_all and (left >= 0 or mask.chunk > 0 or mask.leftpad is not None), "MASK_ALL": mask_all, "MASK_VALUES": mask_all or limited, "SOFTCAP": call.softcap != 0.0, "NATURAL": mask.bias is not None,
         "WIDE": max(strides.values()) >= 2**23, "PRECISION": _precision(q), "UPCAST": interpreted and q.dtype == torch.bfloat16,
     }  # fmt: skip
 

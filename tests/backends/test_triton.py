@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("triton", reason="the extra attnhub[triton] is not installed")
 
-from attnhub import config
+from attnhub import config, testing
 from attnhub.backend import Call, Needs, Plan, PrepareError
 from attnhub.backends.reference import maths
 from attnhub.backends.triton import TritonBackend, tiles
@@ -42,6 +42,12 @@ def test_interpreted() -> None:
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+@interpreted
+@pytest.mark.parametrize("check", testing.checks("triton", device="cpu", level="tiny") if INTERPRETED else [], ids=str)
+def test_conformance(check: testing.Check) -> None:
+    check.run()
 
 
 def ints(*values: int) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 Every gradient element is summed by one program in a fixed order: no atomics, results repeat bitwise. The heads of a group
 that share a K/V head are summed inside the dK/dV program. P is recomputed from lse, so out and lse may come from any backend.
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """
 
 # Triton compiles this Python: constants are upper case, and an `if` over constants must stay a statement.
@@ -14,7 +13,19 @@ import triton.language as tl
 
 from attnhub.backends.triton.kernels.forward import key_block, query_block
 from attnhub.backends.triton.kernels.mask import align_range, keep_pairs, key_range, query_range
-from attnhub.backends.triton.kernels.tile import CAREFUL, INF, LOG2_E, add_bias, any_nonfinite, dot, dot_kept, head_pointer, load_tile, tanh
+from attnhub.backends.triton.kernels.tile import (
+    CAREFUL,
+    INF,
+    LOG2_E,
+    add_bias,
+    any_nonfinite,
+    dot,
+    dot_kept,
+    head_pointer,
+    load_tile,
+    power,
+    tanh,
+)
 
 RUNTIME = ["scale", "softmax_scale", "softcap", "sequences", "max_q", "max_k", "tokens_q", "tokens_k", "left", "right", "chunk"]
 
@@ -53,7 +64,7 @@ def grad_kv_kernel(
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
-    LEFT_PHASE: tl.constexpr, MASK_ALL: tl.constexpr, MASK_VALUES: tl.constexpr, SOFTCAP: tl.constexpr,
+    LEFT_PHASE: tl.constexpr, MASK_ALL: tl.constexpr, MASK_VALUES: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """grad_k, grad_v of one block of BLOCK_N keys of one K/V head. Grid: sequences (+ 1 if packed) * K/V heads * key blocks."""
@@ -151,20 +162,20 @@ def grad_kv_kernel(
                         q_tile = load_tile(q_pointers, row_ok, dims < HEAD_DIM, phase != 1, BLOCK_D != HEAD_DIM)
                         # Rows without keys, and rows that do not exist, have P = 0.
                         row_lse = tl.load(lse + row_base + i, mask=row_ok, other=INF)
-                        row_lse = tl.where(row_lse == -INF, INF, row_lse) * LOG2_E
+                        row_lse = tl.where(row_lse == -INF, INF, row_lse) * (1.0 if NATURAL else LOG2_E)
                         s = dot(k_tile, tl.trans(q_tile), tl.zeros((BLOCK_N, CAREFUL if attempt == 1 else BLOCK_M), tl.float32), PRECISION, UPCAST)
                         slope = 1.0
                         if SOFTCAP:
                             capped = tanh(s * (scale / softcap))
                             slope = 1.0 - capped * capped
-                            s = softcap * LOG2_E * capped
+                            s = softcap * (1.0 if NATURAL else LOG2_E) * capped
                         else:
                             s = s * scale
                         s = add_bias(
                             s, b, h, i[None, :], j[:, None], p[None, :], len_q, len_k,
-                            bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b,
+                            bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, NATURAL,
                         )  # fmt: skip
-                        weights = tl.exp2(s - row_lse[None, :])
+                        weights = power(s - row_lse[None, :], NATURAL)
                         if phase != 1:
                             keep = keep_pairs(
                                 b, h, i[None, :], j[:, None], p[None, :], len_q, len_k, lowest, left, right, chunk, prefix_len,
@@ -212,7 +223,7 @@ def grad_q_kernel(
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
-    LEFT_PHASE: tl.constexpr, MASK_ALL: tl.constexpr, MASK_VALUES: tl.constexpr, SOFTCAP: tl.constexpr,
+    LEFT_PHASE: tl.constexpr, MASK_ALL: tl.constexpr, MASK_VALUES: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """grad_q of one block of BLOCK_M query rows of one head. Grid: sequences (+ 1 if packed) * heads * row blocks."""
@@ -258,7 +269,7 @@ def grad_q_kernel(
     do_tile = load_tile(do_pointers, row_ok, v_dims < V_HEAD_DIM, True, BLOCK_DV != V_HEAD_DIM)
     row_base = (tl.cast(memory_b, tl.int64) * Q_HEADS + h) * tokens_q + first_q
     row_lse = tl.load(lse + row_base + i, mask=row_ok, other=INF)
-    row_lse = tl.where(row_lse == -INF, INF, row_lse) * LOG2_E
+    row_lse = tl.where(row_lse == -INF, INF, row_lse) * (1.0 if NATURAL else LOG2_E)
     row_delta = tl.load(delta + row_base + i, mask=row_ok, other=0.0)
 
     kv_head = h // GROUP
@@ -308,14 +319,14 @@ def grad_q_kernel(
                 if SOFTCAP:
                     capped = tanh(s * (scale / softcap))
                     slope = 1.0 - capped * capped
-                    s = softcap * LOG2_E * capped
+                    s = softcap * (1.0 if NATURAL else LOG2_E) * capped
                 else:
                     s = s * scale
                 s = add_bias(
                     s, b, h, i[:, None], j[None, :], p[:, None], len_q, len_k,
-                    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b,
+                    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, NATURAL,
                 )  # fmt: skip
-                weights = tl.exp2(s - row_lse[:, None])
+                weights = power(s - row_lse[:, None], NATURAL)
                 dp = dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK_M, CAREFUL if phase == 3 else BLOCK_N), tl.float32), PRECISION, UPCAST)
                 ds = weights * (dp - row_delta[:, None]) * slope
                 if phase != 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnhub.backends.triton.kernels.tile import INF, LN_2, LOG2_E
+from attnhub.backends.triton.kernels.tile import INF, LN_2, power
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "tokens_q"])
@@ -27,21 +27,21 @@ def combine_kernel(
     acc = tl.zeros((BLOCK_R, BLOCK_DV), tl.float32)
     for split in tl.range(0, splits):
         base = tl.cast(split, tl.int64) * rows
-        part = tl.load(partial_lse + base + row, mask=row_ok, other=-INF) * LOG2_E
+        part = tl.load(partial_lse + base + row, mask=row_ok, other=-INF)
         value = tl.load(partial_out + (base + row)[:, None] * V_HEAD_DIM + dims[None, :], mask=ok, other=0.0)
         m_new = tl.maximum(m, part)
         m_used = tl.where(m_new == -INF, 0.0, m_new)
-        shrink = tl.exp2(m - m_used)
-        weight = tl.exp2(part - m_used)
+        shrink = power(m - m_used, True)
+        weight = power(part - m_used, True)
         total = total * shrink + weight
         acc = acc * shrink[:, None] + value * weight[:, None]
         m = m_new
     if sinks is not None:
-        sink = tl.load(sinks + h, mask=row_ok, other=0.0) * LOG2_E
+        sink = tl.load(sinks + h, mask=row_ok, other=0.0)
         m_new = tl.maximum(m, sink)
         m_used = tl.where(m_new == -INF, 0.0, m_new)
-        shrink = tl.exp2(m - m_used)
-        total = total * shrink + tl.exp2(sink - m_used)
+        shrink = power(m - m_used, True)
+        total = total * shrink + power(sink - m_used, True)
         acc = acc * shrink[:, None]
         m = m_new
     empty = total == 0.0
@@ -49,4 +49,4 @@ def combine_kernel(
     pointers = row // tokens_q // Q_HEADS * out_stride_b + h * out_stride_h + row % tokens_q * out_stride_s
     tl.store(out + pointers[:, None] + dims[None, :], acc.to(out.dtype.element_ty), mask=ok)
     if lse is not None:
-        tl.store(lse + row, tl.where(empty, -INF, (m + tl.log2(tl.where(empty, 1.0, total))) * LN_2), mask=row_ok)
+        tl.store(lse + row, tl.where(empty, -INF, m + tl.log2(tl.where(empty, 1.0, total)) * LN_2), mask=row_ok)

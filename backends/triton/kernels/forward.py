@@ -2,7 +2,6 @@
 
 One program serves BLOCK_M rows of one head of one sequence, or, for short queries, rows of all query heads that share a
 K/V head (PACK), so that K/V are read once. With SPLIT the keys are divided among programs, each of which writes a partial
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 (out, lse) that `kernels.combine` merges.
 """
 
@@ -25,6 +24,7 @@ from attnhub.backends.triton.kernels.tile import (
     dot_kept,
     head_pointer,
     load_tile,
+    power,
     tanh,
 )
 
@@ -79,13 +79,13 @@ def forward_kernel(
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
-    LEFT_PHASE: tl.constexpr, MASK_ALL: tl.constexpr, MASK_VALUES: tl.constexpr, SOFTCAP: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    LEFT_PHASE: tl.constexpr, MASK_ALL: tl.constexpr, MASK_VALUES: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, PAGE_SIZE: tl.constexpr,
     PACK: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out [B, Hq, Sq, Dv] and, if lse is not None, lse [B, Hq, Sq] fp32 of one block of query rows.
 
     The grid is one-dimensional: (sequences (+ 1 if packed) * heads * splits * row blocks); heads are K/V heads with PACK.
-    scale is softmax_scale * log2(e), or softmax_scale alone with SOFTCAP; it is never negative.
+    scale is softmax_scale * log2(e), or softmax_scale alone with SOFTCAP or NATURAL; it is never negative.
     """
     PACKED_HEADS: tl.constexpr = GROUP if PACK else 1
     PROGRAM_HEADS: tl.constexpr = Q_HEADS // PACKED_HEADS
@@ -219,12 +219,12 @@ def forward_kernel(
                 k_tile = load_tile(k_tile_pointers, column_ok, dims < HEAD_DIM, phase != 1, BLOCK_D != HEAD_DIM)
                 s = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, CAREFUL if phase == 3 else BLOCK_N), tl.float32), PRECISION, UPCAST)
                 if SOFTCAP:
-                    s = softcap * LOG2_E * tanh(s * (scale / softcap))
+                    s = softcap * (1.0 if NATURAL else LOG2_E) * tanh(s * (scale / softcap))
                 elif phase != 1 or alibi is not None:
                     s = s * scale
                 s = add_bias(
                     s, b, h[:, None], i[:, None], j[None, :], p[:, None], len_q, len_k,
-                    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b,
+                    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, NATURAL,
                 )  # fmt: skip
                 if phase != 1:
                     keep = keep_pairs(
@@ -239,8 +239,8 @@ def forward_kernel(
                     m_new = tl.maximum(m, tl.max(s, 1))
                     # A row that has met no key yet: -inf - -inf would be NaN.
                     m_used = tl.where(m_new == -INF, 0.0, m_new)
-                    weights = tl.exp2(s - m_used[:, None])
-                    shrink = tl.exp2(m - m_used)
+                    weights = power(s - m_used[:, None], NATURAL)
+                    shrink = power(m - m_used, NATURAL)
                 elif SOFTCAP or alibi is not None:
                     m_new = tl.maximum(m, tl.max(s, 1))
                     weights = tl.exp2(s - m_new[:, None])
@@ -260,11 +260,11 @@ def forward_kernel(
                     acc = dot(weights.to(v_tile.dtype), v_tile, acc, PRECISION, UPCAST)
 
     if sinks is not None and not SPLIT:
-        sink = tl.load(sinks + h, mask=row_ok, other=0.0) * LOG2_E
+        sink = tl.load(sinks + h, mask=row_ok, other=0.0) * (1.0 if NATURAL else LOG2_E)
         m_new = tl.maximum(m, sink)
         m_used = tl.where(m_new == -INF, 0.0, m_new)
-        shrink = tl.exp2(m - m_used)
-        total = total * shrink + tl.exp2(sink - m_used)
+        shrink = power(m - m_used, NATURAL)
+        total = total * shrink + power(sink - m_used, NATURAL)
         acc = acc * shrink[:, None]
         m = m_new
     empty = total == 0.0
@@ -272,6 +272,6 @@ def forward_kernel(
     out_rows = tl.cast(memory_b, tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h + (first_q + i).to(tl.int64) * out_stride_s
     tl.store(out + out_rows[:, None] + v_dims[None, :], acc.to(out.dtype.element_ty), mask=row_ok[:, None] & (v_dims[None, :] < V_HEAD_DIM))
     if lse is not None:
-        value = tl.where(empty, -INF, (m + tl.log2(tl.where(empty, 1.0, total))) * LN_2)
+        value = tl.where(empty, -INF, m * (1.0 if NATURAL else LN_2) + tl.log2(tl.where(empty, 1.0, total)) * LN_2)
         lse_rows = (tl.cast(memory_b, tl.int64) * Q_HEADS + h) * tokens_q + first_q + i
         tl.store(lse + lse_rows, value, mask=row_ok)

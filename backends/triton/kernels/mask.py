@@ -2,12 +2,12 @@
 
 Positions are those of `attnhub.mask`: query row i stands at ``p = i + shift`` on the key axis. A causal mask that nothing
 widens is the window ``right = 0``; CAUSAL is set only where a prefix or blocks widen it. Every range function returns
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 ``(lo, full_lo, full_hi, hi)``: tiles inside [full_lo, full_hi) need no mask, tiles outside [lo, hi) hold no allowed pair.
 """
 
 # Triton compiles this Python: constants are upper case, and an `if` over constants must stay a statement.
 # ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from __future__ import annotations
 
 import triton

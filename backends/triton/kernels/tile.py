@@ -43,18 +43,29 @@ def tanh(x):
 @triton.jit
 def add_bias(
     s, b, h, i, j, p, len_q, len_k,
-    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b,
+    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, NATURAL: tl.constexpr,
 ):  # fmt: skip
-    """Scores in base 2 plus bias and ALiBi. A bias of -inf gives -inf whatever the score was."""
+    """Scores plus bias and ALiBi, in base 2 or, with NATURAL, base e. A bias of -inf gives -inf whatever the score was.
+
+    Bias wants base e: the smallest finite number, which models use as a mask, would become -inf in base 2.
+    """
     if bias is not None:
         base = bias + b * bias_stride_b + h.to(tl.int64) * bias_stride_h
         value = tl.load(base + i.to(tl.int64) * bias_stride_q + j.to(tl.int64) * bias_stride_k, mask=(i < len_q) & (j < len_k), other=0.0)
         value = value.to(tl.float32)
-        s = tl.where(value == -INF, -INF, s + value * LOG2_E)
+        s = tl.where(value == -INF, -INF, s + value)
     if alibi is not None:
-        slope = tl.load(alibi + b * alibi_stride_b + h) * LOG2_E
+        slope = tl.load(alibi + b * alibi_stride_b + h) * (1.0 if NATURAL else LOG2_E)
         s = s - slope * tl.abs(p - j).to(tl.float32)
     return s
+
+
+@triton.jit
+def power(x, NATURAL: tl.constexpr):
+    """e^x for differences of scores in base e, 2^x for those in base 2."""
+    if NATURAL:
+        x = x * LOG2_E
+    return tl.exp2(x)
 
 
 @triton.jit
