@@ -158,9 +158,9 @@ def explain(
     return runtime.explain(call, backend or "", _wants_grad(call), _grad_bits(call, return_lse))
 
 
-#: Calls seen before, by exact metadata: they need no validation and no classification. Cleared when full (a decode loop fills it
-#: with lengths that never return; those calls are served by the runtime's cache of classes).
-_seen: dict[tuple[Any, ...], tuple[runtime.Prepared, float]] = {}
+#: Calls seen before, by exact metadata, need no validation and no classification. Forgotten when full (a decode loop brings
+#: lengths that never return; those calls are served by the runtime's cache of classes).
+_seen = runtime.seen
 _SEEN_LIMIT = 1024
 
 

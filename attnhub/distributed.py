@@ -120,9 +120,10 @@ def _data_placements(over: Optional[int], data: Sequence[Any], spec: str) -> lis
     from torch.distributed.tensor import Shard
 
     names = [name for name, _ in parse(spec) for _ in range(WORDS[name][1])]
+    dims = _BATCH_DIM if over == _BATCH else _HEADS_DIM if over == _HEADS else {}
     found: list[Any] = []
     for name, tensor in zip(names, data):
-        dim = {_BATCH: _BATCH_DIM, _HEADS: _HEADS_DIM}.get(over, {}).get(name)  # type: ignore[call-overload]
+        dim = dims.get(name)
         if name == "alibi" and over == _BATCH and tensor.ndim == 1:
             dim = None
         if dim is not None:

@@ -70,12 +70,29 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_out(q: Tensor, v_head_dim: int) -> Tensor:
-    """The output [B, Hq, Sq, Dv], uninitialised: always with the heads inside the tokens in memory ([B, Sq, Hq, Dv] dense).
+def out_strides(q: Tensor, v_head_dim: int) -> tuple[int, int, int, int]:
+    """Strides of the output [B, Hq, Sq, Dv]: dense, in the memory order of q (heads inside tokens, or tokens inside heads).
 
-    The only place where output strides are decided; real kernels and the fake one both call it. Models go on with
-    ``out.transpose(1, 2).reshape(B, S, H * Dv)``, which this order makes free, and torch's own flash kernels return it.
+    The only place where output strides are decided; real kernels and the fake one both ask it, and torch's own attention
+    does the same. Where one of the two dimensions has size 1, its stride means nothing and the order is [B, Hq, Sq, Dv].
     """
+    _, heads, length, _ = q.shape
+    if heads != 1 and length != 1 and q.stride(1) < q.stride(2):
+        return (length * heads * v_head_dim, v_head_dim, heads * v_head_dim, 1)
+    return (heads * length * v_head_dim, length * v_head_dim, v_head_dim, 1)
+
+
+def empty_out(q: Tensor, v_head_dim: int) -> Tensor:
+    """The output [B, Hq, Sq, Dv], uninitialised, with `out_strides`."""
     batch, heads, length, _ = q.shape
-    row = heads * v_head_dim
-    return q.new_empty_strided((batch, heads, length, v_head_dim), (length * row, v_head_dim, row, 1))
+    return q.new_empty_strided((batch, heads, length, v_head_dim), out_strides(q, v_head_dim))
+
+
+def in_order(out: Tensor, q: Tensor) -> Tensor:
+    """An output of another memory order as one with `out_strides` (a differentiable copy where it differs)."""
+    strides = out_strides(q, out.shape[3])
+    if out.stride() == strides:
+        return out
+    if strides[1] < strides[2]:
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out.contiguous().view(out.shape)

@@ -125,6 +125,10 @@ class Mask:
             added_bias(self, q_heads, seqlen_q, seqlen_k, rows, where, torch.float32),
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields, without what was computed from them."""
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
     def tensors(self) -> Iterator[Tensor]:
         """All tensors that the mask holds."""
         for name in _TENSOR_FIELDS:
@@ -324,6 +328,7 @@ def register_pytree(cls: type, flatten: Any, unflatten: Any) -> None:
         cls, flatten, unflatten, serialized_type_name=f"attnhub.{cls.__name__}", flatten_with_keys_fn=with_keys,
         to_dumpable_context=list, from_dumpable_context=_tuples,
     )  # fmt: skip
+    torch.serialization.add_safe_globals([cls])  # torch.load of what holds one, by its safe default
 
 
 def _tuples(dumped: Any) -> Any:

@@ -115,7 +115,10 @@ class _Attention(_SingleLevelFunction):
     """The derivative of ``attnhub::forward``. One per autograd level: see `_apply`."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, static: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], sinks: Optional[Tensor], *data: Tensor) -> Any:
+    def forward(
+        ctx: Any, keyset: Any, static: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], sinks: Optional[Tensor],
+        *data: Tensor,
+    ) -> Any:  # fmt: skip
         out, lse = _below_autograd(forward_op, keyset, (q, k, v, bias, sinks, list(data), *static))
         ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *data)
         spec, sizes, softmax_scale, _, _, backend = static

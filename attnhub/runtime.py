@@ -84,6 +84,10 @@ def policy(backend: str = "") -> Policy:
     return Policy(("auto",), "default", disabled)
 
 
+#: Calls by exact metadata, with their plan and scale; see `attnhub.api._repeated`.
+seen: dict[tuple[Any, ...], tuple[Prepared, float]] = {}
+
+
 class Prepared:
     """A decision with its plan; the backward's plan is made at the first backward."""
 
@@ -352,5 +356,6 @@ def clear() -> None:
     with _lock:
         _cache.clear()
         _plans.clear()
+        seen.clear()
         _failed.clear()
         _said.clear()

@@ -73,7 +73,7 @@ def _standard(device: str) -> list[Case]:
     """The shapes by which torch's kernels were judged when this project began, per device type."""
     if device != "cpu":
         return [c for c in _grid(device) if c.head_dim == 128 and c.seqlen_q in (1024, 4096, 16384)]
-    cases = []
+    cases: list[Case] = []
     for dtype in ("float32", "bfloat16"):
         for heads, length, dim in ((8, 512, 64), (8, 1024, 64), (16, 2048, 128)):
             cases.extend(Case(length, heads=heads, head_dim=dim, dtype=dtype, causal=causal) for causal in (False, True))

@@ -89,7 +89,7 @@ def _step(case: Case, peer: Peer, tensors: Inputs) -> Callable[[], Any]:
         return forward
     leaves = tuple(t.detach().requires_grad_() for t in tensors)
     out = peer.attend(*leaves)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    grad = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device).to(out.dtype)
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
@@ -97,7 +97,8 @@ def _truth(case: Case, tensors: Inputs) -> Optional[Tensor]:
     if case.scores() > _CHECKED_SCORES:
         return None
     with torch.no_grad():
-        return naive(*(t.double() for t in tensors), case.causal)
+        q, k, v = (t.double() for t in tensors)
+        return naive(q, k, v, case.causal)
 
 
 def _max_error(peer: Peer, tensors: Inputs, truth: Tensor) -> float:

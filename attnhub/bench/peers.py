@@ -55,10 +55,10 @@ def default_names(device: torch.device) -> tuple[str, ...]:
 
 def inputs(case: Case, device: torch.device) -> Inputs:
     """q, k, v [B, H, S, D], contiguous, normally distributed, the same for every peer."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
+    generator = torch.Generator(device=device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
     shapes = ((case.heads, case.seqlen_q), (case.kv_heads, case.seqlen_k), (case.kv_heads, case.seqlen_k))
-    q, k, v = (torch.randn(case.batch, h, s, case.head_dim, generator=generator).to(device, dtype) for h, s in shapes)
+    q, k, v = (torch.randn(case.batch, h, s, case.head_dim, generator=generator, device=device).to(dtype) for h, s in shapes)
     return q, k, v
 
 
@@ -137,6 +137,8 @@ def _flex(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
     try:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+        # Dynamo compiles one function for a few shapes only and then runs it uncompiled: each case starts afresh.
+        torch.compiler.reset()
         compiled = torch.compile(flex_attention, dynamic=False)
         device = str(tensors[0].device)
         block_mask = None

@@ -56,6 +56,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except CommandError as error:
         print(f"attnhub {parsed.command}: {error}", file=sys.stderr)
         return 2
+    except ImportError as error:
+        print(f"attnhub {parsed.command}: {type(error).__name__}: {error}; `attnhub doctor` shows what is here", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         # The reader (head, less) has seen enough. Python flushes stdout again at exit, which must not fail.
         sys.stdout = open("/dev/null", "w")  # noqa: SIM115

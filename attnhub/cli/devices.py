@@ -41,7 +41,7 @@ def resolve(name: str) -> tuple[DeviceInfo, bool]:
     """(device, whether it is one of this machine). name: ``cpu``, ``cuda``, ``cuda:1``, ``xpu``, ``mps``, or a class."""
     if name in CLASSES:
         return CLASSES[name], False
-    kind = name.split(":")[0]
+    kind = name.split(":", maxsplit=1)[0]
     if kind not in ("cpu", "cuda", "xpu", "mps"):
         raise CommandError(f"--device {name}: neither a device (cpu, cuda, xpu, mps) nor a class ({', '.join(CLASSES)})")
     try:

@@ -32,15 +32,16 @@ def run(args: argparse.Namespace) -> int:
 
 def pages(root: pathlib.Path) -> dict[pathlib.Path, str]:
     """Every generated page with its text."""
-    from attnhub.bench import pages as results
+    from attnhub.bench.pages import page as results_page
+    from attnhub.bench.pages import readme_blocks
 
     readme = root / "README.md"
-    blocks = {"matrix": matrix.readme_block(), **results.readme_blocks(root)}
+    blocks = {"matrix": matrix.readme_block(), **readme_blocks(root)}
     return {
         root / "docs" / "reasons.md": reasons(),
         root / "docs" / "environment.md": environment(),
         root / matrix.PAGE: matrix.page(),
-        root / "docs" / "results.md": results.page(root),
+        root / "docs" / "results.md": results_page(root),
         readme: fill(readme.read_text(encoding="utf-8"), blocks),
     }
 

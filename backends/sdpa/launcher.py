@@ -13,7 +13,7 @@ from attnhub.backend import Call, Gradients, Needs, Plan
 from attnhub.backends.reference import maths
 from attnhub.backends.sdpa.backward import flash_backward
 from attnhub.backends.sdpa.blocks import BLOCK_ELEMENTS, row_blocks, without_padding
-from attnhub.layouts import lse_dtype
+from attnhub.layouts import in_order, lse_dtype
 from attnhub.problem import Feature, Problem
 
 #: Beyond F.scaled_dot_product_attention: softcap and sinks change the maths, dropout there draws its own random numbers
@@ -21,6 +21,9 @@ from attnhub.problem import Feature, Problem
 _NOT_EXPRESSIBLE = frozenset({Feature.SOFTCAP, Feature.SINKS, Feature.DROPOUT, Feature.VARLEN, Feature.PAGED})
 #: Expressible without a dense mask.
 _MASKLESS = frozenset({Feature.GQA, Feature.DV_DIFFERS, Feature.CAUSAL_TOP_LEFT, Feature.CAUSAL_BOTTOM_RIGHT, Feature.DETERMINISTIC})
+
+#: Far below any score, and far enough above the smallest number for a factor of log2(e). fp16 masks are not that small.
+_LEAST_BIAS = -1e30
 
 
 def expressible(problem: Problem) -> bool:
@@ -68,20 +71,25 @@ class TorchPlan(TiledPlan):
         self._top_left = Feature.CAUSAL_TOP_LEFT in problem.features
         if problem.features <= {Feature.DETERMINISTIC} and type(self) is TorchPlan:
             self.forward = self._plain  # type: ignore[method-assign]
+        # On CPU torch's kernel keeps the contract's memory order where it gets the tensors as they are.
+        self._in_order = problem.device.type == "cpu" and not self._gqa and not self._dv_differs
 
     @staticmethod
     def _plain(call: Call) -> tuple[Tensor, Optional[Tensor]]:
-        return F.scaled_dot_product_attention(call.q, call.k, call.v, scale=call.softmax_scale), None
+        out = F.scaled_dot_product_attention(call.q, call.k, call.v, scale=call.softmax_scale)
+        return out if call.q.is_cpu else in_order(out, call.q), None
 
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
         q, k, v, mask = call.q, call.k, call.v, call.mask
         if self._maskless:
-            seqlen_q, seqlen_k = q.shape[2], k.shape[2]
-            if not mask.causal or self._top_left or seqlen_q == seqlen_k:
-                return self._torch(q, k, v, None, mask.causal, call.softmax_scale), None
-            if seqlen_q == 1:
-                return self._torch(q, k, v, None, False, call.softmax_scale), None
-        return self._masked(call), None
+            causal = mask.causal
+            if causal and not self._top_left and q.shape[2] == 1:
+                causal = False
+            if not causal or self._top_left or q.shape[2] == k.shape[2]:
+                if self._in_order:
+                    return F.scaled_dot_product_attention(q, k, v, None, 0.0, causal, scale=call.softmax_scale), None
+                return in_order(self._torch(q, k, v, None, causal, call.softmax_scale), q), None
+        return in_order(self._masked(call), q), None
 
     def describe(self) -> dict[str, Any]:
         return {"kernel": "F.scaled_dot_product_attention" + ("" if self._maskless else ", dense mask by blocks of rows")}
@@ -127,8 +135,11 @@ class TorchPlan(TiledPlan):
             allowed = allowed | ~some
             attn_mask = allowed
             if bias is not None:
-                bias = torch.where(some, bias, torch.zeros((), dtype=bias.dtype, device=bias.device))
-                attn_mask = torch.where(allowed, bias[..., first:last] if bias.shape[3] > 1 else bias, float("-inf")).to(q.dtype)
+                # Models mask with the smallest finite number; kernels that work in base 2 would make it -inf.
+                bias = torch.where(some, bias, torch.zeros((), dtype=bias.dtype, device=bias.device)).clamp_min(_LEAST_BIAS)
+                # On CPU torch adds an fp32 mask to 16-bit scores as it is; elsewhere the mask has q's dtype.
+                dtype = bias.dtype if q.is_cpu else q.dtype
+                attn_mask = torch.where(allowed, bias[..., first:last] if bias.shape[3] > 1 else bias, float("-inf")).to(dtype)
             out = self._torch(q[:, :, rows[0] : rows[1]], k[:, :, first:last], v[:, :, first:last], attn_mask, False, call.softmax_scale)
             outs.append(torch.where(some, out, torch.zeros((), dtype=out.dtype, device=out.device)))
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
@@ -162,7 +173,7 @@ class LsePlan(TiledPlan):
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask.causal, scale=call.softmax_scale)
         else:
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, mask.causal, False, scale=call.softmax_scale)[:2]
-        return out, lse.to(lse_dtype(q.dtype))
+        return in_order(out, q), lse.to(lse_dtype(q.dtype))
 
     def describe(self) -> dict[str, Any]:
         return {"kernel": "aten flash attention with lse (tiled torch maths where causal and Sq != Sk)"}

@@ -1,0 +1,56 @@
+"""A result file as a picture: speed over F.scaled_dot_product_attention for every case and peer. Needs matplotlib."""
+
+from __future__ import annotations
+
+import io
+import os
+import pathlib
+from typing import Any
+
+from attnhub.bench.cases import Case
+from attnhub.bench.peers import BASELINE
+
+_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
+
+
+def draw(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a PNG: one group of bars a case, one bar a peer, its end the speed relative to F.sdpa (1.0, the line)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in result["rows"] if row.get("speedup") is not None and row["peer"] not in (BASELINE, "naive", "attnhub reference")]
+    if not rows:
+        raise ValueError("nothing to draw: no row has a ratio to F.sdpa")
+    labels = list(dict.fromkeys(_label(row) for row in rows))
+    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    figure, axes = plt.subplots(figsize=(9, 0.22 * len(labels) * (len(peers) + 1) + 1.4), layout="constrained")
+    height = 0.8 / len(peers)
+    for n, peer in enumerate(peers):
+        mine = [(labels.index(_label(row)), row["speedup"]) for row in rows if row["peer"] == peer]
+        at = [place + (n - (len(peers) - 1) / 2) * height for place, _ in mine]
+        # A logarithmic axis has no zero to begin at: bars start at the line, faster to the right, slower to the left.
+        axes.barh(at, [s - 1 for _, s in mine], height * 0.9, left=1.0, label=peer, color=_COLOURS[n % len(_COLOURS)])
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}x"))
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("speed relative to F.scaled_dot_product_attention, same run (right is faster)")
+    environment = result["environment"]
+    axes.set_title(f"{environment['device']['name']}, {environment['threads']} threads, torch {environment['torch']}", fontsize=10)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=4, frameon=False)
+    axes.grid(axis="x", alpha=0.3)
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130, metadata={"Software": None})
+    plt.close(figure)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(picture.getvalue())
+    os.replace(temporary, target)
+
+
+def _label(row: dict[str, Any]) -> str:
+    return str(Case(**{name: row[name] for name in Case.__dataclass_fields__}))

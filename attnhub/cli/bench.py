@@ -1,0 +1,169 @@
+"""``attnhub bench``: peers side by side, with a progress bar, a table, a JSON file and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Optional
+
+from attnhub.bench import cases as bench_cases
+from attnhub.cli import CommandError, console, files
+
+_PEERS = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "onnxruntime")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("suite", choices=("cpu", "gpu", "overhead", "plot"), help="plot draws --input again, without measuring")
+    presets = "; ".join(f"{name}: {preset.text}" for name, preset in bench_cases.PRESETS.items())
+    parser.add_argument("--preset", choices=tuple(bench_cases.PRESETS), default="standard", help=presets)
+    parser.add_argument("--lengths", type=_numbers, default=(), help="keep only the cases with these numbers of keys")
+    parser.add_argument("--dtypes", type=_names, default=(), help="time every case in these dtypes instead of its own")
+    parser.add_argument("--modes", type=_names, default=(), help="keep only forward or backward cases")
+    parser.add_argument("--peers", type=_names, default=None, help=f"joined by commas: {', '.join(_PEERS)}")
+    parser.add_argument("--backends", type=_names, default=None, help="attnhub backends (auto is the automatic choice); default: all that accept")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds, whose median counts")
+    parser.add_argument("--seconds", type=float, default=0.1, help="length of a peer's turn in a round")
+    parser.add_argument("--threads", type=int, default=0, help="torch.set_num_threads")
+    parser.add_argument("--device", default="", help="overhead: cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--output", default="", help="result file; a folder (ending in /) gets <device>/<suite>-<preset>.json")
+    parser.add_argument("--input", default="", help="plot: a result file")
+    parser.add_argument("--plot", default="", help="picture (PNG); with --output the default is beside the result file")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.suite == "plot":
+        return _plot(args)
+    import torch
+
+    from attnhub.bench import results
+    from attnhub.bench.measure import Settings
+
+    if args.threads or args.suite == "overhead":
+        # Host time is that of one thread: waking a pool for a tiny call would be timed instead.
+        torch.set_num_threads(args.threads or 1)
+    device = _device(args)
+    if args.rounds < 1 or args.seconds <= 0:
+        raise CommandError("--rounds must be at least 1 and --seconds above 0")
+    if args.suite == "overhead":
+        # Many short turns: see attnhub/bench/overhead.py.
+        settings = Settings(max(args.rounds, 15), min(args.seconds, 0.02))
+        rows = _overhead(args, device, settings)
+    else:
+        settings = Settings(args.rounds, args.seconds)
+        rows = _cases(args, device, settings)
+    preset = device.type if args.suite == "overhead" else args.preset
+    told = {"rounds": settings.rounds, "round_seconds": settings.round_seconds}
+    result = results.document(args.suite, preset, device, told, rows)
+    if args.output:
+        path = results.target(args.output, result)
+        files.write_json(path, result)
+        print(f"written: {path}", file=sys.stderr)
+        if args.suite != "overhead" and not args.plot and importlib.util.find_spec("matplotlib"):
+            args.plot = str(path.with_suffix(".png"))
+    if args.plot and args.suite != "overhead":
+        _draw(result, args.plot)
+    if args.json:
+        console.emit_json(result)
+    return 0
+
+
+def _device(args: argparse.Namespace) -> Any:
+    import torch
+
+    wanted = args.device or {"cpu": "cpu", "gpu": "cuda"}.get(args.suite) or ("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted.split(":")[0] == "cuda" and not torch.cuda.is_available():
+        raise CommandError("torch finds no CUDA device here; `attnhub bench cpu` needs none")
+    return torch.device("cuda", torch.cuda.current_device()) if wanted == "cuda" else torch.device(wanted)
+
+
+def _cases(args: argparse.Namespace, device: Any, settings: Any) -> list[dict[str, Any]]:
+    from attnhub.bench import measure, pages, peers
+
+    try:
+        todo = bench_cases.select(args.preset, device.type, args.lengths, args.dtypes, args.modes)
+    except KeyError as error:
+        raise CommandError(str(error)) from error
+    if not todo:
+        raise CommandError("--lengths and --modes leave no case of this preset")
+    names = peers.default_names(device) if args.peers is None else args.peers
+    if unknown := [name for name in names if name not in _PEERS]:
+        raise CommandError(f"--peers: unknown {', '.join(unknown)}; known are {', '.join(_PEERS)}")
+    rows: list[dict[str, Any]] = []
+    for n, case in enumerate(todo):
+        tensors = peers.inputs(case, device)
+        everybody = peers.assemble(case, tensors, names, args.backends)
+        turns = sum(isinstance(p, peers.Peer) for p in everybody) * (settings.rounds + 1)
+        with _progress(f"[{n + 1}/{len(todo)}] {case}", turns, args.json) as tick:
+            found = measure.run_case(case, tensors, everybody, settings, tick)
+        rows.extend(found)
+        if not args.json:
+            console.table(str(case), *pages.table(found), right=("time", "over F.sdpa", "TFLOP/s", "tokens/s", "extra MiB", "max error"))
+    return rows
+
+
+def _overhead(args: argparse.Namespace, device: Any, settings: Any) -> list[dict[str, Any]]:
+    from attnhub.bench import overhead, pages
+
+    names = args.backends or (("auto", "sdpa", "cpu") if device.type == "cpu" else ("auto", "sdpa", "triton", "cuda"))
+    with _progress(f"host time of a {list(overhead.SHAPE)} call on {device}", len(overhead.MODES) * (1 + len(names)) * settings.rounds, args.json) as tick:
+        rows = overhead.run(device, tuple(names), settings, tick)
+    if not args.json:
+        console.table("", *pages.overhead_rows(rows), right=("us a call", "ratio", "budget"))
+        console.say("ratio: to F.scaled_dot_product_attention in the same rounds; budget: what the design allows (docs/design.md)")
+    return rows
+
+
+@contextlib.contextmanager
+def _progress(text: str, turns: int, quiet: bool) -> Iterator[Optional[Callable[[str], None]]]:
+    """A bar on standard error, where a person looks at it; nothing else otherwise."""
+    if quiet or not sys.stderr.isatty() or not importlib.util.find_spec("rich"):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(text, total=turns)
+
+        def tick(who: str) -> None:
+            progress.update(task, advance=1, description=f"{text}: {who}")
+
+        yield tick
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from attnhub.bench import results
+
+    if not args.input or not args.plot:
+        raise CommandError("plot needs --input FILE and --plot PICTURE")
+    try:
+        result = results.load(args.input)
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    _draw(result, args.plot)
+    if args.json:
+        console.emit_json({"plot": args.plot})
+    return 0
+
+
+def _draw(result: dict[str, Any], path: str) -> None:
+    try:
+        from attnhub.bench.plot import draw
+
+        draw(result, path)
+    except ImportError as error:
+        raise CommandError(f"drawing needs matplotlib ({error}): pip install 'attnhub[bench]'") from error
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    print(f"written: {path}", file=sys.stderr)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(name) for name in _names(text))

@@ -1,0 +1,205 @@
+"""torch's own attention as a backend: conformance, padding that is never read, and every path through which training goes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Optional
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import attnhub
+from attnhub import testing
+
+
+@pytest.mark.parametrize("check", testing.checks("sdpa"), ids=str)
+def test_conformance(check: testing.Check) -> None:
+    check.run()
+
+
+def _both(q: Tensor, k: Tensor, v: Tensor, mask: Optional[attnhub.Mask], **kwargs: Any) -> tuple[Tensor, ...]:
+    """Outputs and gradients of sdpa, and of the reference, one after the other."""
+    found: list[Tensor] = []
+    for backend in ("sdpa", "reference"):
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = attnhub.attention(*leaves, mask, backend=backend, **kwargs)
+        assert isinstance(out, Tensor)
+        found += [out.detach(), *torch.autograd.grad(out, leaves, torch.linspace(-1, 1, out.numel()).view(out.shape))]
+    return tuple(found)
+
+
+# -- padding --------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("extra", ["", "causal", "softcap", "bias", "gqa", "decode", "dv"])
+def test_padding_is_never_read(extra: str, grad: bool, poison: float) -> None:
+    """NaN and Inf behind seqused_k and before leftpad reach neither results nor gradients."""
+    heads = 2 if extra == "gqa" else 4
+    sq = 1 if extra == "decode" else 6
+    q, k, v = torch.randn(2, 4, sq, 16), torch.randn(2, heads, 9, 16), torch.randn(2, heads, 9, 8 if extra == "dv" else 16)
+    mask = attnhub.SeqLens(torch.tensor([6, 9])) & attnhub.LeftPad(torch.tensor([0, 4]))
+    if extra == "causal":
+        mask = mask & attnhub.Causal()
+    if extra == "bias":
+        mask = mask & attnhub.Bias(torch.randn(1, 1, sq, 9))
+    kwargs: dict[str, Any] = {"softcap": 2.0} if extra == "softcap" else {}
+    for t in (k, v):
+        t[0, :, 6:] = poison
+        t[1, :, :4] = poison
+    if grad:
+        out, dq, dk, dv, want, want_dq, want_dk, want_dv = _both(q, k, v, mask, **kwargs)
+        assert not dk[0, :, 6:].any() and not dv[1, :, :4].any()
+        for got, right in ((dq, want_dq), (dk, want_dk), (dv, want_dv)):
+            torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-4)
+    else:
+        out, want = (attnhub.attention(q, k, v, mask, backend=name, **kwargs) for name in ("sdpa", "reference"))  # type: ignore[misc]
+    assert bool(out.isfinite().all())
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-4)
+
+
+def test_page_tails_and_unused_pages_are_never_read() -> None:
+    pages = torch.full((6, 2, 4, 8), math.nan)
+    k, v = torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    k_cache, v_cache = pages.clone(), pages.clone()
+    for t in range(7):
+        k_cache[(5, 2)[t // 4], :, t % 4], v_cache[(5, 2)[t // 4], :, t % 4] = k[0, :, t], v[0, :, t]
+    cache = attnhub.KVCache(k_cache, v_cache, torch.tensor([7], dtype=torch.int32), torch.tensor([[5, 2, 77]], dtype=torch.int32))  # the last entry is no page at all
+    q = torch.randn(1, 4, 2, 8)
+    got = attnhub.attention(q, kv_cache=cache, mask=attnhub.Causal(), backend="sdpa")
+    torch.testing.assert_close(got, attnhub.attention(q, k, v, attnhub.Causal(), backend="reference"), atol=1e-5, rtol=1e-5)
+
+
+def test_gaps_behind_packed_sequences_are_never_read() -> None:
+    q, k, v = torch.randn(9, 2, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    k[7:] = v[7:] = math.nan
+    out = attnhub.attention(q, k, v, varlen=attnhub.Varlen(torch.tensor([0, 3, 7]), torch.tensor([0, 3, 7]), 4, 4), backend="sdpa")
+    assert bool(out.isfinite().all()) and not out[7:].any()
+
+
+# -- training -------------------------------------------------------------------------------------------------------------------------------
+
+
+_DENSE = torch.rand(9, 9, generator=torch.Generator().manual_seed(1)) < 0.5
+_DENSE[2] = False
+TRAINING: dict[str, tuple[dict[str, Any], Optional[attnhub.Mask], dict[str, Any]]] = {
+    "plain": ({}, None, {}),
+    "causal": ({}, attnhub.Causal(), {}),
+    "causal-longer-k": ({"sk": 14}, attnhub.Causal(), {}),
+    "causal-longer-q": ({"sq": 14}, attnhub.Causal(), {}),
+    "top-left-longer-k": ({"sk": 14}, attnhub.Causal("top_left"), {}),
+    "top-left-longer-q": ({"sq": 14}, attnhub.Causal("top_left"), {}),
+    "gqa": ({"kv": 2}, attnhub.Causal(), {}),
+    "mqa-decode": ({"kv": 1, "sq": 1}, attnhub.Causal(), {}),
+    "gqa-decode-top-left": ({"kv": 2, "sq": 1}, attnhub.Causal("top_left"), {}),
+    "narrow-v": ({"dv": 8}, attnhub.Causal(), {}),
+    "wide-v-gqa": ({"dv": 24, "kv": 2}, None, {}),
+    "bool-mask-with-empty-row": ({}, attnhub.BoolMask(_DENSE), {}),
+    "bool-mask-gqa": ({"kv": 2}, attnhub.BoolMask(_DENSE) & attnhub.Causal(), {}),
+    "window": ({}, attnhub.Causal() & attnhub.Window(2), {}),
+    "seqlens-zero": ({}, attnhub.SeqLens(torch.tensor([0, 5])), {}),
+    "alibi": ({}, attnhub.ALiBi(torch.rand(4)), {}),
+    "softcap": ({}, attnhub.Causal(), {"softcap": 1.5}),
+    "sinks": ({}, attnhub.Causal(), {"sinks": torch.randn(4)}),
+    "scale": ({}, attnhub.Causal(), {"softmax_scale": 0.9}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", TRAINING)
+def test_training(name: str, dtype: torch.dtype) -> None:
+    sizes, mask, kwargs = TRAINING[name]
+    sq, sk, kv, dv = sizes.get("sq", 9), sizes.get("sk", 9), sizes.get("kv", 4), sizes.get("dv", 16)
+    q, k, v = (torch.randn(shape).to(dtype) for shape in ((2, 4, sq, 16), (2, kv, sk, 16), (2, kv, sk, dv)))
+    *got, want, want_dq, want_dk, want_dv = _both(q, k, v, mask, **kwargs)
+    tolerance = {torch.float32: 2e-5, torch.float64: 1e-10, torch.bfloat16: 4e-2}[dtype]
+    for a, b in zip(got, (want, want_dq, want_dk, want_dv)):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "gqa", "causal-longer-k", "bool-mask-with-empty-row", "softcap"])
+@pytest.mark.parametrize("with_lse_grad", [False, True])
+def test_training_with_lse(name: str, with_lse_grad: bool) -> None:
+    """lse takes another way through torch, with and without a gradient of its own."""
+    sizes, mask, kwargs = TRAINING[name]
+    shapes = ((2, 4, 9, 16), (2, sizes.get("kv", 4), sizes.get("sk", 9), 16), (2, sizes.get("kv", 4), sizes.get("sk", 9), 16))
+    data = [torch.randn(shape) for shape in shapes]
+    found = []
+    for backend in ("sdpa", "reference"):
+        leaves = [t.clone().requires_grad_() for t in data]
+        out, lse = attnhub.attention(*leaves, mask, return_lse=True, backend=backend, **kwargs)
+        loss = out.square().sum() + (lse.clamp_min(-50).square().sum() if with_lse_grad else 0)
+        found.append([out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("needs", ["q", "k", "v", "kv"])
+@pytest.mark.parametrize("mask", [None, attnhub.Causal()], ids=["full", "causal"])
+def test_gradients_of_some_inputs_only(mask: Optional[attnhub.Mask], needs: str) -> None:
+    inputs = {name: torch.randn(1, 2, 6, 8) for name in "qkv"}
+    grads = []
+    for backend in ("sdpa", "reference"):
+        leaves = {name: t.clone().requires_grad_(name in needs) for name, t in inputs.items()}
+        attnhub.attention(**leaves, mask=mask, backend=backend).square().sum().backward()  # type: ignore[union-attr, arg-type]
+        grads.append([leaves[name].grad for name in "qkv"])
+    for name, a, b in zip("qkv", *grads):
+        assert (a is not None) == (name in needs)
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_it_runs_the_backward_of_other_forwards(register: Any) -> None:
+    """From another backend's (out, lse), by torch's flash backward where it applies and by tiled maths elsewhere."""
+    from attnhub.backend import Backend, Plan
+    from attnhub.backends.reference import EVERYTHING, FLOATS, ReferencePlan
+    from attnhub.capability import Capability, DeviceRange
+    from attnhub.problem import Problem
+
+    class ForwardOnly(Backend):
+        name = "forward_only"
+        capability = Capability((DeviceRange("cpu", dtypes=FLOATS),), EVERYTHING)
+
+        def prepare(self, problem: Problem) -> Plan:
+            return ReferencePlan()
+
+    register(ForwardOnly())
+    for name, (sizes, mask, kwargs) in TRAINING.items():
+        sq, sk, kv, dv = sizes.get("sq", 9), sizes.get("sk", 9), sizes.get("kv", 4), sizes.get("dv", 16)
+        data = [torch.randn(2, 4, sq, 16), torch.randn(2, kv, sk, 16), torch.randn(2, kv, sk, dv)]
+        grads = []
+        for backend in ("forward_only", "reference"):
+            leaves = [t.clone().requires_grad_() for t in data]
+            out = attnhub.attention(*leaves, mask, backend=backend, **kwargs)
+            decision = attnhub.last_decision()
+            assert decision is not None and decision.chosen == backend and backend in (decision.backward, "forward_only")
+            grads.append(torch.autograd.grad(out, leaves, torch.linspace(-1, 1, out.numel()).view(out.shape)))  # type: ignore[union-attr, arg-type]
+        for a, b in zip(*grads):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# -- memory and blocks ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["window", "alibi", "softcap", "sinks", "seqlens-zero", "bool-mask"])
+def test_blocks_of_rows_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last block is a part of one, and no block sees all rows."""
+    from attnhub.backends.sdpa import blocks, launcher
+
+    _, mask, kwargs = TRAINING.get(name, ({}, attnhub.BoolMask(torch.rand(2, 1, 40, 40) < 0.5), {}))
+    q, k = torch.randn(2, 4, 40, 16), torch.randn(2, 4, 40, 16)
+    whole = _both(q, k, k, mask, **kwargs)
+    for module in (blocks, launcher):
+        monkeypatch.setattr(module, "BLOCK_ELEMENTS", 40 * 2 * 4 * 3)
+    for a, b in zip(_both(q, k, k, mask, **kwargs), whole):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_the_result_is_torchs_where_torch_says_the_same() -> None:
+    q = torch.randn(2, 3, 33, 16)
+    assert torch.equal(attnhub.attention(q, q, q, backend="sdpa"), F.scaled_dot_product_attention(q, q, q))
+    assert torch.equal(attnhub.attention(q, q, q, attnhub.Causal(), backend="sdpa"), F.scaled_dot_product_attention(q, q, q, is_causal=True))

@@ -1,0 +1,145 @@
+"""Bad arguments: every error is a ValueError or TypeError that names the argument, what it was, and what is allowed or the fix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import attnhub
+from attnhub import BoolMask, Causal, KVCache, SeqLens, Varlen, attention
+
+Q, K, V = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8), torch.zeros(2, 2, 7, 6)
+PACKED = torch.zeros(5, 2, 8)
+LENGTHS = Varlen.from_lengths(torch.tensor([2, 3]))
+CACHE = KVCache.empty(2, 2, 16, 8)
+META = torch.device("meta")
+
+#: id -> (call, words that the message must hold)
+BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
+    "q none": (lambda: attention(None, K, V), ("q", "NoneType", "Tensor")),
+    "q numpy": (lambda: attention(Q.numpy(), K, V), ("q", "ndarray", "Tensor")),
+    "k list": (lambda: attention(Q, [1.0], V), ("k", "list", "Tensor")),
+    "v float": (lambda: attention(Q, K, 3.0), ("v", "float", "Tensor")),
+    "k missing": (lambda: attention(Q), ("k and v", "kv_cache")),
+    "v missing": (lambda: attention(Q, K), ("v", "needed")),
+    "3 dimensions": (lambda: attention(Q[0], K[0], V[0]), ("4 dimensions", "(4, 5, 8)", "varlen")),
+    "head_dim": (lambda: attention(Q, K[..., :4], V), ("head_dim", "8", "4")),
+    "length of v": (lambda: attention(Q, K, V[:, :, :3]), ("k (2, 2, 7, 8)", "v (2, 2, 3, 6)", "length")),
+    "heads of v": (lambda: attention(Q, K, V[:, :1]), ("k", "v", "heads")),
+    "batch": (lambda: attention(Q, K[:1], V[:1]), ("batch 2", "k 1", "expand")),
+    "heads": (lambda: attention(Q[:, :3], K, V), ("3 heads", "k 2", "multiple")),
+    "no k heads": (lambda: attention(Q, K[:, :0], V[:, :0]), ("4 heads", "k 0", "multiple")),
+    "head_dim 0": (lambda: attention(Q[..., :0], K[..., :0], V), ("head_dim", "at least 1")),
+    "dtypes": (lambda: attention(Q, K.bfloat16(), V), ("float32", "bfloat16", "autocast")),
+    "dtype of v": (lambda: attention(Q, K, V.double()), ("float32", "float64", "cast")),
+    "integers": (lambda: attention(Q.int(), K.int(), V.int()), ("int32", "float16")),
+    "complex": (lambda: attention(Q.cfloat(), K.cfloat(), V.cfloat()), ("complex64", "float32")),
+    "devices": (lambda: attention(Q, K.to(META), V.to(META)), ("cpu", "meta", "one device")),
+    "mask tensor": (lambda: attention(Q, K, V, torch.ones(5, 7, dtype=torch.bool)), ("mask", "Tensor", "BoolMask", "Bias")),
+    "mask string": (lambda: attention(Q, K, V, "causal"), ("mask", "str", "attnhub.Mask")),
+    "mask shape": (lambda: attention(Q, K, V, BoolMask(torch.ones(4, 7, dtype=torch.bool))), ("bool_mask", "(1, 1, 4, 7)", "[2, 4, 5, 7]")),
+    "bias shape": (lambda: attention(Q, K, V, attnhub.Bias(torch.ones(3, 1, 1, 7))), ("bias", "(3, 1, 1, 7)", "broadcast")),
+    "alibi shape": (lambda: attention(Q, K, V, attnhub.ALiBi(torch.ones(3))), ("ALiBi", "(3,)", "[4]")),
+    "lengths": (lambda: attention(Q, K, V, SeqLens(torch.tensor([1]))), ("seqused_k", "1 entries", "2 sequences")),
+    "padding": (lambda: attention(Q, K, V, attnhub.LeftPad(torch.tensor([1, 2, 3]))), ("leftpad", "3 entries", "2")),
+    "prefix": (lambda: attention(Q, K, V, Causal() & attnhub.Prefix(torch.tensor([1]))), ("prefix", "1 entries", "2")),
+    "segments": (lambda: attention(Q, K, V, attnhub.Segments(torch.zeros(2, 5, dtype=torch.int32))), ("segment", "(2, 5)", "[2, 7]")),
+    "blocks": (lambda: attention(Q, K, V, attnhub.BlockSparse(torch.ones(2, 2, dtype=torch.bool), (4, 4)) & attnhub.Bias(torch.ones(9))), ("bias", "(1, 1, 1, 9)")),
+    "block count": (lambda: attention(Q, K, V, attnhub.BlockSparse(torch.ones(3, 2, dtype=torch.bool), (4, 4))), ("BlockSparse", "(1, 1, 3, 2)", "2, 2")),
+    "mask device": (lambda: attention(Q, K, V, SeqLens(torch.zeros(2, dtype=torch.int32, device=META))), ("mask", "meta", "cpu", "move")),
+    "scale tensor": (lambda: attention(Q, K, V, softmax_scale=torch.tensor(0.5)), ("softmax_scale", "Tensor", ".item()")),
+    "scale nan": (lambda: attention(Q, K, V, softmax_scale=math.nan), ("softmax_scale", "nan", "finite")),
+    "scale inf": (lambda: attention(Q, K, V, softmax_scale=math.inf), ("softmax_scale", "inf", "finite")),
+    "softcap negative": (lambda: attention(Q, K, V, softcap=-1.0), ("softcap=-1.0", "positive")),
+    "softcap nan": (lambda: attention(Q, K, V, softcap=math.nan), ("softcap", "nan")),
+    "softcap string": (lambda: attention(Q, K, V, softcap="30"), ("softcap", "str", "number")),
+    "sinks shape": (lambda: attention(Q, K, V, sinks=torch.zeros(2)), ("sinks", "(2,)", "[4]")),
+    "sinks list": (lambda: attention(Q, K, V, sinks=[0.0] * 4), ("sinks", "list", "Tensor")),
+    "sinks integers": (lambda: attention(Q, K, V, sinks=torch.zeros(4, dtype=torch.int64)), ("sinks", "int64", "float")),
+    "sinks device": (lambda: attention(Q, K, V, sinks=torch.zeros(4, device=META)), ("sinks", "meta", "cpu")),
+    "dropout 1": (lambda: attention(Q, K, V, dropout_p=1.0), ("dropout_p=1.0", "< 1")),
+    "dropout negative": (lambda: attention(Q, K, V, dropout_p=-0.1), ("dropout_p=-0.1", "0 <=")),
+    "dropout string": (lambda: attention(Q, K, V, dropout_p="0.1"), ("dropout_p", "str", "number")),
+    "layout": (lambda: attention(Q, K, V, layout="sbhd"), ("layout='sbhd'", "bhsd", "bshd")),  # type: ignore[arg-type]
+    "backend type": (lambda: attention(Q, K, V, backend=3), ("backend=3", "name")),  # type: ignore[arg-type]
+    "backend auto first": (lambda: attention(Q, K, V, backend="auto,sdpa"), ("backend='auto,sdpa'", "end")),
+    "varlen 4-D": (lambda: attention(Q, K, V, varlen=LENGTHS), ("varlen", "[T, H, D]", "(2, 4, 5, 8)")),
+    "varlen tuple": (lambda: attention(PACKED, PACKED, PACKED, varlen=(1, 2)), ("varlen", "tuple", "Varlen")),  # type: ignore[arg-type]
+    "varlen device": (lambda: attention(*(t.to(META) for t in (PACKED, PACKED, PACKED)), varlen=LENGTHS), ("cu_seqlens", "cpu", "meta", "move")),
+    "varlen and cache": (lambda: attention(PACKED, PACKED, PACKED, varlen=LENGTHS, kv_cache=CACHE), ("kv_cache", "varlen", "together")),
+    "cache tuple": (lambda: attention(Q, K, V, kv_cache=(K, V)), ("kv_cache", "tuple", "KVCache")),  # type: ignore[arg-type]
+    "cache half": (lambda: attention(Q, K, kv_cache=CACHE), ("kv_cache", "both k and v")),
+    "cache batch": (lambda: attention(Q[:1], kv_cache=CACHE), ("batch 1", "cache_seqlens", "2")),
+    "cache grad": (lambda: attention(Q.clone().requires_grad_(), kv_cache=CACHE), ("kv_cache", "gradient", "no_grad")),
+    "cache and lengths": (lambda: attention(Q, None, None, SeqLens(torch.tensor([1, 1])), kv_cache=CACHE), ("SeqLens", "kv_cache", "cache_seqlens")),
+    "cache device": (lambda: attention(Q, kv_cache=KVCache.empty(2, 2, 16, 8, device="meta")), ("cpu", "meta", "device")),
+    "cache heads": (lambda: attention(Q, kv_cache=KVCache.empty(2, 3, 16, 8)), ("4 heads", "k 3", "multiple")),
+    # -- parts and layouts by themselves
+    "align": (lambda: Causal("lower_right"), ("align='lower_right'", "bottom_right", "top_left")),  # type: ignore[arg-type]
+    "window -2": (lambda: attnhub.Window(-2, 0), ("Window(left=-2", "-1")),
+    "window string": (lambda: attnhub.Window("3"), ("Window(left='3'", "-1")),  # type: ignore[arg-type]
+    "window fraction": (lambda: attnhub.Window(1.5), ("Window(left=1.5",)),  # type: ignore[arg-type]
+    "chunk 0": (lambda: attnhub.Chunk(0), ("Chunk(size=0)", "at least 1")),
+    "chunk fraction": (lambda: attnhub.Chunk(1.5), ("Chunk(size=1.5)",)),  # type: ignore[arg-type]
+    "lengths float": (lambda: SeqLens(torch.tensor([1.0])), ("seqused_k", "integer", "float32")),
+    "lengths list": (lambda: SeqLens([1, 2]), ("seqused_k", "integer tensor", "list")),  # type: ignore[arg-type]
+    "lengths bool": (lambda: attnhub.LeftPad(torch.tensor([True])), ("leftpad", "bool")),
+    "lengths 2-D": (lambda: attnhub.Prefix(torch.zeros(1, 2, dtype=torch.int32)), ("Prefix", "1 dimension", "(1, 2)")),
+    "segments 1-D": (lambda: attnhub.Segments(torch.zeros(3, dtype=torch.int32)), ("Segments(ids_q)", "2 dimension")),
+    "bool mask float": (lambda: BoolMask(torch.ones(2, 2)), ("BoolMask", "float32", "Bias")),
+    "bool mask 5-D": (lambda: BoolMask(torch.ones(1, 1, 1, 1, 1, dtype=torch.bool)), ("BoolMask", "at most 4", "(1, 1, 1, 1, 1)")),
+    "bias bool": (lambda: attnhub.Bias(torch.ones(2, 2, dtype=torch.bool)), ("Bias", "bool", "BoolMask")),
+    "alibi list": (lambda: attnhub.ALiBi([0.5]), ("ALiBi", "[Hq]", "list")),  # type: ignore[arg-type]
+    "alibi 3-D": (lambda: attnhub.ALiBi(torch.ones(1, 1, 1)), ("ALiBi", "(1, 1, 1)")),
+    "block size": (lambda: attnhub.BlockSparse(torch.ones(1, 1, dtype=torch.bool), (0, 4)), ("block_size=(0, 4)", "at least 1")),
+    "block size number": (lambda: attnhub.BlockSparse(torch.ones(1, 1, dtype=torch.bool), 64), ("block_size=64", "BlockSparse")),  # type: ignore[arg-type]
+    "blocks float": (lambda: attnhub.BlockSparse(torch.ones(1, 1), (4, 4)), ("BlockSparse", "bool")),
+    "cu_seqlens float": (lambda: Varlen(torch.zeros(2), torch.zeros(2), 1, 1), ("Varlen(cu_seqlens_q)", "integer", "float32")),
+    "cu_seqlens differ": (lambda: Varlen(torch.tensor([0, 1]), torch.tensor([0, 1, 2]), 1, 1), ("cu_seqlens_q (2,)", "cu_seqlens_k (3,)", "N + 1")),
+    "max_seqlen negative": (lambda: Varlen(torch.tensor([0, 1]), torch.tensor([0, 1]), -1, 1), ("max_seqlen_q", "-1")),
+    "max_seqlen string": (lambda: Varlen(torch.tensor([0, 1]), torch.tensor([0, 1]), 1, "1"), ("max_seqlen_k", "'1'")),  # type: ignore[arg-type]
+    "cache layout": (lambda: KVCache(K, K, torch.zeros(2, dtype=torch.int32), layout="hbsd"), ("layout='hbsd'", "bshd")),  # type: ignore[arg-type]
+    "cache shapes": (lambda: KVCache(K, V[:1], torch.zeros(2, dtype=torch.int32)), ("k_cache (2, 2, 7, 8)", "v_cache (1, 2, 7, 6)")),
+    "cache table and index": (lambda: KVCache(K, K, torch.zeros(2, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)),
+                              ("block_table", "cache_batch_idx", "not both")),
+    "cache lengths 2-D": (lambda: KVCache(K, K, torch.zeros(2, 1, dtype=torch.int32)), ("cache_seqlens", "1 dimension")),
+    "use a number": (lambda: attnhub.use(3), ("attnhub.use(3)", "strings")),  # type: ignore[arg-type]
+    "use auto first": (lambda: attnhub.use("auto", "sdpa"), ("attnhub.use", "auto", "end")),
+    "sdpa mask and causal": (lambda: attnhub.scaled_dot_product_attention(Q, Q, Q, torch.ones(5, 5), is_causal=True), ("attn_mask", "is_causal", "None")),
+    "sdpa 1-D": (lambda: attnhub.scaled_dot_product_attention(Q[0, 0, 0], Q, Q), ("at least 2 dimensions", "1")),
+    "sdpa integer mask": (lambda: attnhub.scaled_dot_product_attention(Q, Q, Q, torch.ones(5, 5, dtype=torch.int64)), ("int64", "floating")),
+    "sdpa heads": (lambda: attnhub.scaled_dot_product_attention(Q, K[:, :1].expand(2, 3, 7, 8), K[:, :1].expand(2, 3, 7, 8), enable_gqa=True), ("4 query heads", "3 key heads")),
+    "merge shapes": (lambda: attnhub.merge_states((Q, Q[..., 0]), (K, K[..., 0])), ("part 1", "(2, 4, 5, 8)")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_errors_name_argument_value_and_fix(name: str) -> None:
+    call, words = BAD[name]
+    with pytest.raises((ValueError, TypeError)) as caught:
+        call()
+    said = str(caught.value)
+    for word in words:
+        assert word in said, f"{word!r} is not in: {said}"
+
+
+def test_nothing_is_chosen_or_written_before_the_arguments_are_checked() -> None:
+    before = attnhub.last_decision()
+    cache = KVCache.empty(2, 2, 16, 8)
+    for bad in (lambda: attention(Q, K, V[:, :, :3]), lambda: attention(Q[:, :3], K, K, kv_cache=cache), lambda: attention(Q, K, K, "causal", kv_cache=cache)):
+        with pytest.raises((ValueError, TypeError)):
+            bad()
+    assert attnhub.last_decision() is before
+
+
+@pytest.mark.parametrize("name", ["mask string", "softcap negative", "sinks shape", "heads", "layout", "backend auto first"])
+def test_explain_checks_like_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, words = BAD[name]
+    monkeypatch.setitem(globals(), "attention", attnhub.explain)
+    with pytest.raises((ValueError, TypeError)) as caught:
+        call()
+    assert all(word in str(caught.value) for word in words)
