@@ -11,7 +11,7 @@ VENV  := .venv
 PY    := $(VENV)/bin/python
 DEPS  := $(VENV)/.attnhub-deps
 BUILT := $(VENV)/.attnhub-built
-NATIVE := CMakeLists.txt $(wildcard backends/*/CMakeLists.txt) $(wildcard backends/*/kernels/*.cpp backends/*/kernels/*.cc backends/*/kernels/*.h backends/*/kernels/*.hpp backends/*/kernels/*.inc)
+NATIVE := CMakeLists.txt $(wildcard backends/*/CMakeLists.txt) $(wildcard backends/*/kernels/*.cpp backends/*/kernels/*.cc backends/*/kernels/*.h backends/*/kernels/*.hpp backends/*/kernels/*.inc backends/*/kernels/*.map)
 SOURCES := attnhub backends integrations tests examples
 # Tests run in two processes; a thread pool in each of them would only make them wait for one another.
 RUN_TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n 2

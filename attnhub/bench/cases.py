@@ -132,5 +132,7 @@ def select(preset: str, device: str, lengths: Iterable[int] = (), dtypes: Iterab
     if chosen := set(modes):
         cases = [c for c in cases if c.mode in chosen]
     if replaced := list(dtypes):
+        if unknown := [name for name in replaced if name not in ITEM]:
+            raise ValueError(f"dtype {', '.join(unknown)}: allowed are {', '.join(ITEM)}")
         cases = [dataclasses.replace(c, dtype=dtype) for dtype in replaced for c in cases]
     return list(dict.fromkeys(cases))

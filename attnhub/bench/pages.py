@@ -65,7 +65,7 @@ def _where(path: str, result: dict[str, Any]) -> str:
     environment = result["environment"]
     commit, _, changes = (result["commit"] or "unknown").partition("+")
     return (
-        f"{environment['device']['name']}, {environment['threads']} threads, torch {environment['torch']}, commit `{commit[:12]}`"
+        f"{environment['device']['name']}, threads: {environment['threads']}, torch {environment['torch']}, commit `{commit[:12]}`"
         f"{' with ' + changes if changes else ''}; file `{path}`.\n"
     )
 

@@ -84,7 +84,7 @@ def _cases(args: argparse.Namespace, device: Any, settings: Any) -> list[dict[st
 
     try:
         todo = bench_cases.select(args.preset, device.type, args.lengths, args.dtypes, args.modes)
-    except KeyError as error:
+    except ValueError as error:
         raise CommandError(str(error)) from error
     if not todo:
         raise CommandError("--lengths and --modes leave no case of this preset")

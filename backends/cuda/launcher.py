@@ -9,13 +9,13 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from attnhub.backends.cuda import compile, nvrtc
-from attnhub.backends.cuda.params import LAYOUT
-from attnhub.backends.cuda.variant import THREADS, Variant, choose
 from torch import Tensor
 
 from attnhub import config
 from attnhub.backend import Call, Plan, PrepareError
+from attnhub.backends.cuda import compile, nvrtc
+from attnhub.backends.cuda.params import LAYOUT
+from attnhub.backends.cuda.variant import THREADS, Variant, choose
 from attnhub.layouts import empty_out
 from attnhub.problem import Problem
 from attnhub.reasons import Code, Reason

@@ -6,9 +6,9 @@ import importlib.metadata
 import importlib.util
 
 import torch
+
 from attnhub.backends.cuda import nvrtc
 from attnhub.backends.cuda.launcher import toolkit_major
-
 from attnhub.reasons import Code, Reason
 
 

@@ -220,7 +220,7 @@ def _backward_one(
     # A non-finite key makes the scores of the rows that attend to it non-finite; to the others it is a zero weight, and must not be 0 * NaN.
     finite_k = torch.where(torch.isfinite(k), k, torch.zeros_like(k))
     dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
-    dbias = [] if call.mask.bias is not None else None
+    dbias: Optional[list[Tensor]] = [] if call.mask.bias is not None else None
     dsinks = torch.zeros(call.q.shape[1], dtype=dtype, device=k.device) if call.sinks is not None else None
     for rows in _blocks(call, block_rows):
         here = slice(*rows)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnhub import dense
 from attnhub.backend import Call, Gradients, Needs
-from attnhub.backends.sdpa.blocks import row_blocks, without_padding
+from attnhub.backends.sdpa.blocks import MOST_HEADS, row_blocks, without_padding
 from attnhub.problem import Feature
 
 _CAUSAL = frozenset({Feature.CAUSAL_TOP_LEFT, Feature.CAUSAL_BOTTOM_RIGHT})
@@ -38,11 +38,12 @@ def flash_backward(call: Call, grad_out: Tensor, grad_lse: Optional[Tensor], out
         delta = (grad_out.float() * out.float()).sum(-1)
         share = torch.where(lse == float("-inf"), 0.0, torch.exp(call.sinks[None, :, None] - lse))
         sinks = -(share * delta).sum((0, 2)).to(call.sinks.dtype)
-    return Gradients(*(grad if need else None for grad, need in zip(grads, needs)), sinks=sinks)
+    dq, dk, dv = (grad if need else None for grad, need in zip(grads, needs))
+    return Gradients(dq, dk, dv, None, sinks)
 
 
 def _on_cuda(q: Tensor) -> bool:
-    nvidia = q.device.type == "cuda" and not torch.version.hip
+    nvidia = q.device.type == "cuda" and not torch.version.hip and q.shape[0] * q.shape[1] <= MOST_HEADS
     return nvidia and q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] <= 256 and q.shape[3] % 8 == 0
 
 

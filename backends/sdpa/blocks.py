@@ -13,6 +13,8 @@ from attnhub.mask import Mask
 
 #: Scores (or mask elements) of one block of rows: 4 Mi elements are 16 MiB in fp32.
 BLOCK_ELEMENTS = 1 << 22
+#: Batch times heads that torch's CUDA kernels take; beyond, some launch a grid that the device refuses (pytorch#142228).
+MOST_HEADS = 65535
 
 
 def row_blocks(call: Call) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:

@@ -12,7 +12,7 @@ from attnhub import dense
 from attnhub.backend import Call, Gradients, Needs, Plan
 from attnhub.backends.reference import maths
 from attnhub.backends.sdpa.backward import flash_backward
-from attnhub.backends.sdpa.blocks import BLOCK_ELEMENTS, row_blocks, without_padding
+from attnhub.backends.sdpa.blocks import BLOCK_ELEMENTS, MOST_HEADS, row_blocks, without_padding
 from attnhub.layouts import in_order, lse_dtype
 from attnhub.problem import Feature, Problem
 
@@ -28,12 +28,18 @@ _LEAST_BIAS = -1e30
 
 def expressible(problem: Problem) -> bool:
     """Whether torch's kernel serves the forward."""
+    if _too_many_heads(problem):
+        return False
     return not problem.features & (_NOT_EXPRESSIBLE | {Feature.LSE}) or _has_lse_kernel(problem)
+
+
+def _too_many_heads(problem: Problem) -> bool:
+    return problem.device.type == "cuda" and problem.batch * problem.q_heads > MOST_HEADS
 
 
 def plan(problem: Problem) -> Plan:
     """The plan for a problem class."""
-    if problem.features & _NOT_EXPRESSIBLE:
+    if problem.features & _NOT_EXPRESSIBLE or _too_many_heads(problem):
         return TiledPlan()
     if problem.need_backward and not problem.features & {Feature.BIAS_GRAD, Feature.LSE_GRAD}:
         return TrainingPlan(problem)

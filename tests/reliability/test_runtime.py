@@ -39,8 +39,8 @@ def test_23_tensors_on_another_device_than_the_current_one(on: Any) -> None:
 @pytest.mark.parametrize("sq", [1, 40])
 @pytest.mark.needs("causal_bottom_right")
 def test_24_replay_of_a_captured_graph_reads_new_inputs(on: Any, sq: int) -> None:
-    if on.device != "cuda":
-        pytest.skip("graphs are captured on CUDA devices")
+    if on.device != "cuda" or on.name == "reference":
+        pytest.skip("graphs are captured on CUDA devices, and not by the oracle, which looks at values on the host")
     q, k, v = on.randn(2, 4, sq, 64), on.randn(2, 4, 130, 64), on.randn(2, 4, 130, 64)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -1,0 +1,120 @@
+"""Which modules of a transformers model compute attention, and which of them ask transformers' attention interface."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any, Optional
+
+from torch import nn
+
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+#: Attention by its class name. Pieces of one (dropouts, biases, masks, poolers) carry the word without computing attention.
+_NAMED = re.compile(r"Attention|SelfAttn|CrossAttn")
+_PIECE = re.compile(r"Dropout|Mask|Bias$|Embedding|Output$|Norm$")
+#: Models that select keys themselves compare the implementation with this pair, and hand indices to everything else.
+_SPARSE = ("eager", "sdpa")
+
+
+@dataclass(frozen=True)
+class Found:
+    """An attention module: its name in the model, itself, and why it cannot be routed ("" if it can)."""
+
+    name: str
+    module: nn.Module
+    reason: str = ""
+
+
+def find_attention(model: nn.Module) -> list[Found]:
+    """Every attention module of the transformers models inside a model, in order, innermost ones only."""
+    found: list[Found] = []
+    for name, module in _inside_transformers(model):
+        cls = type(module)
+        if _consults(cls):  # type: ignore[arg-type]
+            found.append(Found(name, module, _obstacle(module)))
+        elif _looks_like_attention(module):
+            found.append(Found(name, module, f"{cls.__name__} computes attention itself and never asks transformers' attention interface"))
+    return found
+
+
+def _inside_transformers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    from transformers import PreTrainedModel
+
+    roots = [(name, m) for name, m in model.named_modules() if isinstance(m, PreTrainedModel)]
+    seen: set[int] = set()
+    for prefix, root in roots:
+        for name, module in root.named_modules(prefix=prefix):
+            if id(module) not in seen:
+                seen.add(id(module))
+                yield name, module
+
+
+def _obstacle(module: nn.Module) -> str:
+    cls = type(module)
+    if not is_config(module.__dict__.get("config")):
+        return f"{cls.__name__} holds no config of its own, so its implementation cannot be set"
+    if _constants(cls) & {_SPARSE}:  # type: ignore[arg-type]
+        return f"{cls.__name__} selects its keys itself and applies the selection only for the implementations eager and sdpa"
+    return ""
+
+
+def is_config(value: Any) -> bool:
+    """Whether a value is a transformers configuration."""
+    return isinstance(value, _config_class())
+
+
+@functools.cache
+def _config_class() -> type:
+    from transformers import configuration_utils
+
+    # The class was spelled PretrainedConfig before transformers 5.
+    found: Optional[type] = getattr(configuration_utils, "PreTrainedConfig", None) or getattr(configuration_utils, "PretrainedConfig", None)
+    assert found is not None
+    return found
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    name = type(module).__name__
+    if (
+        not _NAMED.search(name)
+        or _PIECE.search(name)
+        or isinstance(module, nn.MultiheadAttention)
+        or not any(True for _ in module.parameters())
+    ):
+        return False
+    inner = (m for m in module.modules() if m is not module)
+    return not any(isinstance(m, nn.MultiheadAttention) or _consults(type(m)) or _looks_like_attention(m) for m in inner)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _consults(cls: Any) -> bool:
+    """Whether a method of the class reads the attention interface. By its code, so it also holds for code from the Hub."""
+    return any(_INTERFACE in code.co_names for code in _codes(cls))
+
+
+@functools.cache
+def _constants(cls: Any) -> frozenset[Any]:
+    return frozenset(c for code in _codes(cls) for c in code.co_consts if isinstance(c, tuple))
+
+
+def _codes(cls: type) -> Iterator[CodeType]:
+    for base in cls.__mro__:
+        # transformers' own base class manages the interface; that is not computing attention.
+        if base.__module__ in ("transformers.modeling_utils", "builtins") or base.__module__.startswith("torch."):
+            continue
+        for member in vars(base).values():
+            function = inspect.unwrap(member) if callable(member) else member
+            code = getattr(function, "__code__", None)
+            if code is not None:
+                yield from _nested(code)
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)

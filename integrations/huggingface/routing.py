@@ -1,0 +1,109 @@
+"""Switching modules to attnhub by the one thing that they consult, their config, without touching anybody else's.
+
+transformers reads the implementation from ``module.config``. Config objects are shared: by all modules of a model, and by
+every model built from the same object. So a routed module gets a private copy of its config that names attnhub, nested
+configs included. The rest of the model, which makes the masks, gets that copy too if every attention module on the config is
+routed, since others could not read attnhub's masks; otherwise it keeps making the masks that it made before.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from attnhub.integrations.huggingface.modules import is_config
+
+NAME = "attnhub"
+_IMPLEMENTATION = "_attn_implementation_internal"
+
+#: module -> attribute -> (config before the patch, the private copy in its place).
+_swapped: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
+
+
+def route(model: nn.Module, attention: Iterable[nn.Module], routed: Iterable[nn.Module]) -> None:
+    """Give private configs to a model so that the ``routed`` ones of its ``attention`` modules consult attnhub."""
+    chosen = {id(m) for m in routed}
+    if not chosen:
+        return
+    plan = _Plan()
+    for module in attention:
+        if is_config(module.__dict__.get("config")):
+            plan.note(module.__dict__["config"], id(module) in chosen)
+    for module in model.modules():
+        for attribute, config in list(module.__dict__.items()):
+            if not is_config(config):
+                continue
+            private = plan.switched(config) if id(module) in chosen and attribute == "config" else plan.for_others(config)
+            if private is not config:
+                record = _swapped.setdefault(module, {})
+                before = record[attribute][0] if attribute in record else config
+                record[attribute] = (before, private)
+                module.__dict__[attribute] = private
+
+
+def restore(model: nn.Module) -> None:
+    """Put every config back. What was changed in a private copy meanwhile (a vocabulary resized, say) moves to the original."""
+    pairs: dict[int, tuple[Any, Any]] = {}
+    for module in model.modules():
+        for attribute, (before, private) in _swapped.pop(module, {}).items():
+            pairs[id(private)] = (before, private)
+            if module.__dict__.get(attribute) is private:
+                module.__dict__[attribute] = before
+    for before, private in pairs.values():
+        for key, value in private.__dict__.items():
+            if key != _IMPLEMENTATION and id(value) not in pairs and before.__dict__.get(key, _swapped) is not value:
+                before.__dict__[key] = value
+
+
+class _Plan:
+    """The private copies of one patch. ``note`` every attention module first."""
+
+    def __init__(self) -> None:
+        self._configs: dict[int, Any] = {}
+        self._routed: set[int] = set()
+        self._unrouted: set[int] = set()
+        self._switched: dict[int, Any] = {}
+        self._others: dict[int, Any] = {}
+
+    def note(self, config: Any, routed: bool) -> None:
+        self._configs[id(config)] = config
+        (self._routed if routed else self._unrouted).add(id(config))
+
+    def switched(self, config: Any) -> Any:
+        """The copy for routed modules: it names attnhub."""
+        if id(config) not in self._switched:
+            private = self._copy(config)
+            private.__dict__[_IMPLEMENTATION] = NAME
+            self._switched[id(config)] = private
+        return self._switched[id(config)]
+
+    def for_others(self, config: Any) -> Any:
+        """What the modules around the attention get: the copy that makes attnhub's masks, or their own config."""
+        tree = {id(c) for c in _with_nested(config)}
+        if not tree & self._routed:
+            return config
+        if not tree & self._unrouted:
+            return self.switched(config)
+        if id(config) not in self._others:
+            nested = [value for value in config.__dict__.values() if is_config(value)]
+            changes = any(self.for_others(value) is not value for value in nested)
+            self._others[id(config)] = self._copy(config) if changes else config
+        return self._others[id(config)]
+
+    def _copy(self, config: Any) -> Any:
+        private = copy.copy(config)
+        for key, value in config.__dict__.items():
+            if is_config(value):
+                private.__dict__[key] = self.for_others(value)
+        return private
+
+
+def _with_nested(config: Any) -> Iterable[Any]:
+    yield config
+    for value in config.__dict__.values():
+        if is_config(value):
+            yield from _with_nested(value)

@@ -1,0 +1,132 @@
+"""Documents: generated pages are fresh, links lead somewhere, examples run, and claims about backends are what is declared."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import attnhub
+from attnhub.cli.docs import fill, pages, reasons
+from attnhub.cli.files import checkout
+from attnhub.cli.matrix import builtin
+from attnhub.config import VARIABLES, triton_interpret
+from attnhub.decision import explain_command
+from attnhub.reasons import DESCRIPTIONS, Code
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("backends/*/README.md")])
+
+
+@pytest.mark.skipif(triton_interpret(), reason="TRITON_INTERPRET changes what the triton backend declares")
+def test_generated_pages_are_fresh() -> None:
+    stale = [str(path.relative_to(ROOT)) for path, text in pages(checkout(ROOT)).items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    assert not stale, f"run `attnhub docs`: {', '.join(stale)}"
+
+
+def test_every_code_is_described_and_has_its_anchor() -> None:
+    assert set(DESCRIPTIONS) == set(Code)
+    text = reasons()
+    for code in Code:
+        assert f"\n## {code.value}\n" in text
+
+
+def test_no_variable_is_read_that_is_not_documented() -> None:
+    named = set()
+    for path in [*(ROOT / "attnhub").rglob("*.py"), *(ROOT / "backends").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")]:
+        named |= set(re.findall(r"\bATTNHUB_[A-Z_]+\b", path.read_text(encoding="utf-8")))
+    build_options = {"ATTNHUB_INPLACE"}
+    c_names = {name for name in named if name.startswith("ATTNHUB_CPU_") and name != "ATTNHUB_CPU_ISA"}
+    assert named - build_options - c_names <= {v.name for v in VARIABLES}
+
+
+def _anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: pathlib.Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor and file.suffix == ".md":
+            assert anchor in _anchors(file.read_text(encoding="utf-8")), f"{page.name} links to {target}, which has no such heading"
+
+
+def _blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_readme_example_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    (block,) = _blocks("README.md")
+    model = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True).eval()
+    namespace: dict[str, Any] = {"model": model, "inputs": (torch.randn(2, 8, 32),)}
+    exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["out"].shape == (1, 32, 1024, 64) and namespace["report"].patched
+    assert "chosen: " in capsys.readouterr().out
+    assert (tmp_path / "model.onnx").is_file()
+
+
+def test_the_quickstart_examples_run() -> None:
+    call, cache = _blocks("docs/quickstart.md")[:2]
+    namespace: dict[str, Any] = {}
+    exec(compile(call, "quickstart.md", "exec"), namespace)
+    assert namespace["lse"].shape == (2, 16, 1024)
+    exec(compile(cache, "quickstart.md", "exec"), namespace)
+    assert namespace["cache"].cache_seqlens.tolist() == [11, 11]
+
+
+def test_names_in_the_documents_exist() -> None:
+    """`attnhub.x` in any page is a name that attnhub has (or says is planned)."""
+    planned = {"replay", "tune"}
+    modules = {"backends", "integrations", "cli", "bench", "layouts", "mask", "config", "reasons", "problem", "spec", "philox", "api", "registry", "so"}
+    for page in PAGES:
+        for name in set(re.findall(r"\battnhub\.([A-Za-z_]\w*)", page.read_text(encoding="utf-8"))) - planned - modules:
+            assert hasattr(attnhub, name), f"{page.name} speaks of attnhub.{name}"
+
+
+def test_what_the_readme_says_of_backward_passes() -> None:
+    without = {name for name, backend in builtin().items() if backend.capability.backward_features is None} if not triton_interpret() else set()
+    if triton_interpret():
+        pytest.skip("TRITON_INTERPRET changes what the triton backend declares")
+    (said,) = re.findall(r"^- The (.+) backends have no backward of their own", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", said)) == without
+
+
+def test_the_commands_in_the_documents_parse() -> None:
+    from attnhub.cli import COMMANDS
+
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        shell = "".join(re.findall(r"```\n(.*?)```", text, re.DOTALL))
+        for command in re.findall(r"`attnhub ([a-z][a-z-]*)", text) + re.findall(r"^attnhub ([a-z][a-z-]*)", shell, re.MULTILINE):
+            assert command in COMMANDS or command in {"tune", "warmup"}, f"{page.name}: attnhub {command}"
+
+
+def test_blocks_are_filled_between_their_markers() -> None:
+    text = "a\n<!-- generated:x -->\nold\n<!-- /generated:x -->\nb"
+    assert fill(text, {"x": "new\\1\n"}) == "a\n<!-- generated:x -->\nnew\\1\n<!-- /generated:x -->\nb"
+    with pytest.raises(Exception, match="lacks the markers"):
+        fill("nothing", {"x": "new"})
+
+
+def test_typings_show_the_whole_package_to_type_checkers() -> None:
+    linked = {p.name: p.resolve() for p in (ROOT / "typings" / "attnhub").iterdir()}
+    want = {p.name: p for p in (ROOT / "attnhub").iterdir() if p.name != "__pycache__"}
+    want.update(backends=ROOT / "backends", integrations=ROOT / "integrations")
+    assert linked == want, "run `make typings`"
+
+
+def test_explain_command_is_one_that_the_documents_show() -> None:
+    decision = attnhub.explain(*(torch.randn(1, 8, 16, 64) for _ in range(3)), attnhub.Causal())
+    assert explain_command(decision.problem).startswith("attnhub explain --device cpu --dtype float32")

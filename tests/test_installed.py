@@ -1,0 +1,93 @@
+"""What an installation must hold. `make test-wheel` runs this against an installed wheel, from a folder that is not the checkout."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.resources
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import attnhub
+from attnhub import registry, testing
+from attnhub.cli.new_backend import skeleton
+
+INSTALLED = os.environ.get("ATTNHUB_TEST_INSTALLED") == "1"
+CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def test_attnhub_comes_from_where_it_should() -> None:
+    sources = {CHECKOUT / name for name in ("attnhub", "backends", "integrations")}
+    assert pathlib.Path(attnhub.__file__).is_file()
+    if INSTALLED:
+        homes = {pathlib.Path(attnhub.__file__).resolve().parent}
+        homes |= {pathlib.Path(str(importlib.resources.files(f"attnhub.{name}"))).resolve() for name in ("backends", "integrations")}
+        assert not sources & homes, "the wheel is not what is tested"
+
+
+def test_top_level_packages_are_ours_alone() -> None:
+    """`backends` and `integrations` are packages of attnhub, never of the environment."""
+    done = subprocess.run([sys.executable, "-c", "import backends"], cwd="/", capture_output=True, text=True, check=False, env=_elsewhere())
+    assert done.returncode == 1 or not INSTALLED
+
+
+def _elsewhere() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} if INSTALLED else dict(os.environ)
+
+
+def test_entry_points_are_the_built_in_backends() -> None:
+    if not INSTALLED:
+        pytest.skip("a checkout on the path declares no entry points")
+    found = {e.name: e.value for e in importlib.metadata.entry_points(group=registry.GROUP) if e.dist and e.dist.name == "attnhub"}
+    assert found == registry.BUILTIN
+    assert {e.name for e in importlib.metadata.entry_points(group="attnhub.integrations")} >= {"huggingface", "mha"}
+
+
+def test_every_backend_loads_and_native_libraries_are_there() -> None:
+    found = attnhub.backends()
+    assert set(registry.BUILTIN) <= set(found)
+    for name, entry in found.items():
+        codes = {reason["code"] for reason in entry["reasons"]}
+        assert not codes & {"plugin_error", "not_built"}, f"{name}: {entry['reasons']}"
+
+
+def test_files_that_are_not_python_are_there() -> None:
+    assert skeleton("mine")["pyproject.toml"]
+    kernels = importlib.resources.files("attnhub.backends.cuda") / "kernels"
+    assert any(p.name.endswith((".cu", ".cuh")) for p in kernels.iterdir())
+
+
+@pytest.mark.parametrize("name", ["sdpa", "cpu"])
+def test_a_part_of_the_conformance_suite(name: str) -> None:
+    todo = testing.checks(name, "cpu", "tiny")
+    for check in todo[:: max(1, len(todo) // 12)]:
+        check.run()
+
+
+def test_training_works() -> None:
+    q, k, v = (torch.randn(1, 4, 24, 32, requires_grad=True) for _ in range(3))
+    out = attnhub.attention(q, k, v, attnhub.Causal())
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    for mine, theirs in zip(grads, torch.autograd.grad(want.square().sum(), (q, k, v))):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_and_eager_agree() -> None:
+    q = torch.randn(1, 4, 24, 32)
+    compiled = torch.compile(lambda x: attnhub.attention(x, x, x, attnhub.Causal()), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q), attnhub.attention(q, q, q, attnhub.Causal()))
+
+
+def test_the_command_line() -> None:
+    done = subprocess.run([sys.executable, "-m", "attnhub", "doctor", "--json"], capture_output=True, text=True, check=False)
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["attnhub"]["version"] == attnhub.__version__
+    if INSTALLED:
+        script = pathlib.Path(sys.executable).with_name("attnhub")
+        assert subprocess.run([script, "explain", "--device", "h200"], capture_output=True, check=False).returncode == 0

@@ -1,0 +1,1 @@
+../../attnhub/__init__.py

@@ -1,0 +1,1 @@
+../../attnhub/__main__.py

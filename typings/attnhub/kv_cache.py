@@ -1,0 +1,1 @@
+../../attnhub/kv_cache.py
