@@ -61,7 +61,7 @@ def attention(
     the call, with every reason.
     """
     plain = varlen is None and kv_cache is None and sinks is None and not dropout_p and layout == "bhsd" and (mask is None or (type(mask) is Mask and mask.structural))
-    if plain and not torch.compiler.is_compiling() and _no_modes() and _on_cpu(q) and _on_cpu(k) and _on_cpu(v):
+    if plain and not torch.compiler.is_compiling() and _no_modes() and _is_usual_tensor(q) and _is_usual_tensor(k) and _is_usual_tensor(v):
         return _repeated(q, k, v, FULL if mask is None else mask, softmax_scale, softcap, return_lse, backend or "")  # type: ignore[arg-type]
     call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout)
     out, lse = _run(call, backend or "", return_lse)
@@ -95,7 +95,7 @@ def scaled_dot_product_attention(
         raise ValueError(f"scaled_dot_product_attention: q, k, v need at least 2 dimensions, got {query.ndim}, {key.ndim}, {value.ndim}")
     mask = _TOP_LEFT if is_causal else FULL
     plain = attn_mask is None and not dropout_p and not torch.compiler.is_compiling() and _no_modes()
-    if plain and query.is_cpu and key.is_cpu and value.is_cpu and _is_usual(query, key, value, enable_gqa):
+    if plain and _is_usual_tensor(query) and _is_usual_tensor(key) and _is_usual_tensor(value) and _is_usual(query, key, value, enable_gqa):
         return _repeated(query, key, value, mask, scale, 0.0, False, "")  # type: ignore[return-value]
     if _is_usual(query, key, value, enable_gqa):
         if attn_mask is not None:
@@ -167,11 +167,15 @@ _SEEN_LIMIT = 1024
 def _repeated(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, softmax_scale: Optional[float], softcap: float, return_lse: bool, backend: str
 ) -> Union[Tensor, tuple[Tensor, Tensor]]:
-    """An eager call of CPU tensors without data in its mask: the shortest way to the plan, where host time counts most."""
+    """An eager call of plain tensors without data in its mask: the shortest way to the plan, since host time counts here."""
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     strides = None if q.is_contiguous() and k.is_contiguous() and v.is_contiguous() else (q.stride(), k.stride(), v.stride())
+    where = None
+    if not (q.is_cpu and k.is_cpu and v.is_cpu):
+        # On accelerators the alignment of the pointers is part of the class.
+        where = (q.device, k.device, v.device, (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15)
     key = (
-        q.shape, k.shape, v.shape, strides, q.dtype, k.dtype, v.dtype, type(q), type(k), type(v), None if mask is FULL else mask.features(),
+        q.shape, k.shape, v.shape, strides, where, q.dtype, k.dtype, v.dtype, None if mask is FULL else mask.features(),
         softmax_scale, softcap, return_lse, grad, backend, runtime._context.get(), config.snapshot(), registry.generation,
         torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
@@ -197,8 +201,8 @@ def _repeated(
     return (out, lse) if lse is not None else out
 
 
-def _on_cpu(t: Any) -> bool:
-    return isinstance(t, Tensor) and t.is_cpu
+def _is_usual_tensor(t: Any) -> bool:
+    return type(t) in _PLAIN and (t.is_cpu or t.is_cuda)
 
 
 def _no_modes() -> bool:

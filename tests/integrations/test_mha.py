@@ -250,7 +250,8 @@ def encoder(**options: Any) -> nn.TransformerEncoder:
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 @pytest.mark.parametrize("masked", ["none", "padding", "hole", "causal", "causal_padding"])
 @pytest.mark.parametrize(
-    "options", [{}, {"norm_first": True}, {"activation": "gelu"}, {"batch_first": False}, {"activation": nn.functional.silu}], ids=str
+    "options", [{}, {"norm_first": True}, {"activation": "gelu"}, {"batch_first": False}, {"activation": nn.functional.silu}],
+    ids=["post", "pre", "gelu", "sequence_first", "silu"],
 )
 def test_encoder_takes_no_fast_path(options: dict[str, Any], masked: str) -> None:
     """In eval torch calls its own fused layer, on nested tensors where padding is contiguous; patched, every layer counts a call."""
