@@ -22,6 +22,14 @@ def clean_policy(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Inductor's cache on disk does not know which fake kernel its code was made with: another version's must not be found."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def clean_dynamo() -> None:
     torch._dynamo.reset()
