@@ -71,7 +71,7 @@ class TorchPlan(TiledPlan):
     def __init__(self, problem: Problem) -> None:
         self._maskless = problem.features <= _MASKLESS | {Feature.LSE}
         # enable_gqa reads K/V at 2 to 16% of the read bandwidth in decode on CPU; the same heads as rows of one K/V head are 2-12 times faster.
-        # On an H200 it is the other way round: 98 us against 26 at [1, 32/8, 1:8192, 128], since torch's kernels split K/V for one row only.
+        # On an H200 it is the other way round, several times at batch 1: torch's CUDA kernels split long K/V for single rows only.
         self._fold_heads = Feature.GQA in problem.features and problem.seqlen_q == 1 and problem.device.type == "cpu"
         self._gqa = Feature.GQA in problem.features
         self._dv_differs = Feature.DV_DIFFERS in problem.features
