@@ -170,12 +170,9 @@ def _repeated(
     """An eager call of plain tensors without data in its mask: the shortest way to the plan, since host time counts here."""
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     strides = None if q.is_contiguous() and k.is_contiguous() and v.is_contiguous() else (q.stride(), k.stride(), v.stride())
-    where = None
-    if not (q.is_cpu and k.is_cpu and v.is_cpu):
-        # On accelerators the alignment of the pointers is part of the class.
-        where = (q.device, k.device, v.device, (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15)
+    devices = None if q.is_cpu and k.is_cpu and v.is_cpu else (q.device, k.device, v.device)
     key = (
-        q.shape, k.shape, v.shape, strides, where, q.dtype, k.dtype, v.dtype, None if mask is FULL else mask.features(),
+        q.shape, k.shape, v.shape, strides, devices, (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, q.dtype, k.dtype, v.dtype, None if mask is FULL else mask.features(),
         softmax_scale, softcap, return_lse, grad, backend, runtime._context.get(), config.snapshot(), registry.generation,
         torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
@@ -193,11 +190,17 @@ def _repeated(
     chosen, scale = seen
     runtime._served.chosen = chosen
     call = Call(q, k, v, mask, scale, softcap, need_lse=return_lse)
-    if grad and (return_lse or not chosen.differentiable):
-        call.need_lse = True
-        result: Union[Tensor, tuple[Tensor, Tensor]] = ops.EagerStructuralAttention.apply(q, k, v, call, chosen, return_lse)
-        return result
-    out, lse = chosen.forward(call)
+    try:
+        if grad and (return_lse or not chosen.differentiable):
+            call.need_lse = True
+            result: Union[Tensor, tuple[Tensor, Tensor]] = ops.EagerAttention.apply(q, k, v, None, None, call, chosen, return_lse)
+            return result
+        out, lse = chosen.forward(call)
+    except PrepareError as error:
+        # The sizes of a window, say, are not in the key, and another kernel had to be compiled for them.
+        runtime.launch_failed(chosen, error)
+        call.need_lse = return_lse
+        out, lse = _run(call, backend, return_lse)
     return (out, lse) if lse is not None else out
 
 

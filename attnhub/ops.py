@@ -357,35 +357,3 @@ class EagerAttention(torch.autograd.Function):
         call = flat.decode(q, k, v, bias, sinks, data, spec, sizes, softmax_scale, True)
         grads = runtime.backward(call, "", grad_out, grad_lse, out, lse, Needs(*needs), chosen)
         return (*grads, None, None, None)
-
-
-class EagerStructuralAttention(torch.autograd.Function):
-    """`EagerAttention` for calls whose only tensors are q, k and v: half of its host time, which is bookkeeping of arguments."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, chosen: runtime.Prepared, want_lse: bool) -> Any:
-        out, lse = chosen.forward(call)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.static = (call.mask, call.softmax_scale, call.softcap, chosen)
-        ctx.set_materialize_grads(False)
-        return (out, lse) if want_lse else out
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Optional[Tensor], grad_lse: Optional[Tensor] = None) -> Any:
-        q, k, v, out, lse = ctx.saved_tensors
-        mask, softmax_scale, softcap, chosen = ctx.static
-        if grad_out is None and grad_lse is None:
-            return (None,) * 6
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        if torch.is_grad_enabled():
-            spec, sizes, data = flat.encode(mask, softcap, 0.0, None, None, None)
-            wanted = [*ctx.needs_input_grad[:3], False, False]
-            dq, dk, dv, _, _ = backward_op(
-                grad_out, grad_lse, q, k, v, None, None, out, lse, data, spec, sizes, softmax_scale, wanted, chosen.backend
-            )  # fmt: skip
-            return (*(grad if need else None for need, grad in zip(wanted, (dq, dk, dv))), None, None, None)
-        call = Call(q, k, v, mask, softmax_scale, softcap, need_lse=True)
-        need_q, need_k, need_v = ctx.needs_input_grad[:3]
-        grads = runtime.backward(call, "", grad_out, grad_lse, out, lse, Needs(need_q, need_k, need_v), chosen)
-        return (grads.q, grads.k, grads.v, None, None, None)

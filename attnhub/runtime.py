@@ -175,10 +175,9 @@ def prepared(call: Call, backend: str, need_backward: bool, grads: int = 0) -> P
     """The plan for a call. ``grads``: bits of _BIAS_GRAD, _SINKS_GRAD, _LSE_GRAD that its backward must serve."""
     facts = batch, seqlen_q, seqlen_k, page_size, flags = _facts(call, need_backward, grads)
     q, k, mask = call.q, call.k, call.mask
-    where = q.device
-    align = 16 if where.type == "cpu" else alignment(q, k, call.v)
+    align = alignment(q, k, call.v)
     key = (
-        q.dtype, k.dtype, where, q.shape[1], k.shape[1], q.shape[3], call.v.shape[3], (batch - 1).bit_length(),
+        q.dtype, k.dtype, q.device, q.shape[1], k.shape[1], q.shape[3], call.v.shape[3], (batch - 1).bit_length(),
         seqlen_q if seqlen_q <= 1 else 16 if seqlen_q <= 16 else -(seqlen_q - 1).bit_length(), (seqlen_k - 1).bit_length(),
         None if mask is FULL else mask.features(), flags, align, page_size, backend, _context.get(), config.snapshot(), registry.generation,
     )  # fmt: skip

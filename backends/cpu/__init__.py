@@ -11,6 +11,7 @@ from attnhub.capability import Capability, DeviceRange
 from attnhub.problem import Feature, Problem
 from attnhub.reasons import Code, Reason
 
+_FLOATS = frozenset({"float32", "bfloat16", "float16"})
 _NO_FORWARD = frozenset({Feature.DROPOUT, Feature.BIAS_GRAD, Feature.SINKS_GRAD, Feature.LSE_GRAD})
 
 
@@ -19,7 +20,7 @@ class CpuBackend(Backend):
 
     name = "cpu"
     capability = Capability(
-        devices=(DeviceRange("cpu", dtypes=frozenset({"float32", "bfloat16", "float16"})),),
+        devices=(DeviceRange("cpu", "x86_64", dtypes=_FLOATS), DeviceRange("cpu", dtypes=_FLOATS, status="untested")),
         features=frozenset(Feature) - _NO_FORWARD,
         head_dims=(1, 512, 1),
     )

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
-#: Where torch runs; mps and xpu were never tried.
+#: Where torch runs. Tried on x86-64 and on one kind of GPU.
 TORCH_DEVICES = (
-    DeviceRange("cpu", dtypes=FLOATS),
-    DeviceRange("cuda", dtypes=FLOATS),
+    DeviceRange("cpu", "x86_64", dtypes=FLOATS),
+    DeviceRange("cpu", dtypes=FLOATS, status="untested"),
+    DeviceRange("cuda", "nvidia", (9, 0), (9, 0), FLOATS),
+    DeviceRange("cuda", dtypes=FLOATS, status="untested"),
     DeviceRange("mps", dtypes=FLOATS - {"float64"}, status="untested"),
     DeviceRange("xpu", dtypes=FLOATS, status="untested"),
 )

@@ -47,7 +47,7 @@ def _on_cuda(q: Tensor) -> bool:
     return nvidia and q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] <= 256 and q.shape[3] % 8 == 0
 
 
-def _all_heads(call: Call, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def all_heads(call: Call, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """K and V repeated for every query head: these kernels know no groups."""
     group = call.q.shape[1] // k.shape[1]
     return (k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)) if group > 1 else (k, v)
@@ -59,7 +59,7 @@ def _by_group(call: Call, grad: Tensor) -> Tensor:
 
 
 def _maskless_cpu(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    k, v = _all_heads(call, call.k, call.v)
+    k, v = all_heads(call, call.k, call.v)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad_out, call.q, k, v, out, lse, 0.0, call.mask.causal, scale=call.softmax_scale
     )  # fmt: skip
@@ -67,7 +67,7 @@ def _maskless_cpu(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor) -> tup
 
 
 def _maskless_cuda(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    k, v = _all_heads(call, call.k, call.v)
+    k, v = all_heads(call, call.k, call.v)
     # Without dropout the seed and offset are not read.
     rng = torch.empty((), dtype=torch.uint64, device=call.q.device)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
@@ -80,7 +80,7 @@ def _masked_cpu(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple
     """By blocks of rows with a dense additive mask. A row without keys gets lse 0 and no gradient: its P is exp(-inf) = 0."""
     q, mask = call.q, call.mask
     batch, q_heads, seqlen_q, _ = q.shape
-    k, v = _all_heads(call, *without_padding(call))
+    k, v = all_heads(call, *without_padding(call))
     seqlen_k = k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = torch.zeros_like(q)

@@ -11,7 +11,7 @@ from torch import Tensor
 from attnhub import dense
 from attnhub.backend import Call, Gradients, Needs, Plan
 from attnhub.backends.reference import maths
-from attnhub.backends.sdpa.backward import flash_backward
+from attnhub.backends.sdpa.backward import all_heads, flash_backward
 from attnhub.backends.sdpa.blocks import BLOCK_ELEMENTS, MOST_HEADS, row_blocks, without_padding
 from attnhub.layouts import in_order, lse_dtype
 from attnhub.problem import Feature, Problem
@@ -176,6 +176,7 @@ class LsePlan(TiledPlan):
         seqlen_q, seqlen_k = q.shape[2], k.shape[2]
         if mask.causal and seqlen_q != seqlen_k:
             return super().forward(call)
+        k, v = all_heads(call, k, v)
         if self._on_cpu:
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask.causal, scale=call.softmax_scale)
         else:
@@ -187,8 +188,8 @@ class LsePlan(TiledPlan):
 
 
 def _has_lse_kernel(problem: Problem) -> bool:
-    """Whether an aten kernel gives (out, lse) for the problem: full or causal, heads and head_dims alike, a dtype that it has."""
-    plain = {Feature.LSE, Feature.LSE_GRAD, Feature.CAUSAL_TOP_LEFT, Feature.CAUSAL_BOTTOM_RIGHT}
+    """Whether an aten kernel gives (out, lse) for the problem: full or causal, head_dims alike, a dtype that it has."""
+    plain = {Feature.LSE, Feature.LSE_GRAD, Feature.GQA, Feature.CAUSAL_TOP_LEFT, Feature.CAUSAL_BOTTOM_RIGHT}
     if not problem.features <= plain:
         return False
     if problem.device.type == "cpu":

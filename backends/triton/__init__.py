@@ -11,7 +11,9 @@ from attnhub.reasons import Code, Reason
 
 _ALL = frozenset({"float16", "bfloat16", "float32"})
 _GPUS = (
-    DeviceRange("cuda", "nvidia", (8, 0), None, _ALL),
+    DeviceRange("cuda", "nvidia", (8, 0), (8, 9), _ALL, status="untested"),
+    DeviceRange("cuda", "nvidia", (9, 0), (9, 0), _ALL),
+    DeviceRange("cuda", "nvidia", (10, 0), None, _ALL, status="untested"),
     DeviceRange("cuda", "amd", (), None, _ALL, status="untested"),
     DeviceRange("xpu", "intel", (), None, _ALL, status="untested"),
 )
@@ -58,7 +60,7 @@ class TritonBackend(Backend):
     def cost(self, problem: Problem) -> float:
         if problem.device.type == "cpu":
             return 1e6
-        # Against the faster of SDPA's flash and cuDNN kernels on an H200 (README.md): 1.04 to 1.4 forward, about 1.8 backward.
+        # Against the faster of torch's flash and cuDNN kernels on an H200; the whole table: docs/results.md.
         return 1.8 if problem.need_backward else 1.4
 
     def prepare(self, problem: Problem) -> Plan:
