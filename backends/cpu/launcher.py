@@ -56,7 +56,7 @@ class CpuPlan(Plan):
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(),
             batch, q_heads, kv_heads, len_q, len_k, dim, v_dim,
             q0, q1, q2, k0, k1, k2, v0, v1, v2, o0, o1, o2,
-            call.softmax_scale, call.softcap, parts, 0, 0,
+            call.softmax_scale, call.softcap, 0.0, 0, 0, parts, 0, 0,
         ))  # fmt: skip
         if status:
             self._raise(status)

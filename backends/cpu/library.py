@@ -7,7 +7,7 @@ import functools
 import importlib.resources
 import struct
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FILE = "libattnhub_cpu.so"
 BUILD_HINT = (
     "install a C++17 compiler and reinstall attnhub; in a checkout: "
@@ -18,7 +18,7 @@ OK, INVALID, UNSUPPORTED, NO_MEMORY = range(4)
 #: torch's dtype names -> attnhub_cpu_dtype
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 #: names of ATTNHUB_CPU_ISA -> attnhub_cpu_isa
-ISAS = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
+ISAS = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4, "amx_bf16": 5, "neon": 6}
 CAUSAL, TOP_LEFT = 1, 2
 
 _Int = ctypes.c_int64
@@ -45,8 +45,8 @@ class Mask(ctypes.Structure):
 
 #: attnhub_cpu_call, packed by one call: 10 us less than 34 ctypes members. In order: abi_version, dtype, isa, flags, threads;
 #: q, k, v, out, lse; batch, q_heads, kv_heads, seqlen_q, seqlen_k, head_dim, v_head_dim; strides of q, k, v, out (3 each);
-#: softmax_scale, softcap; mask; parallel_for, parallel_ctx.
-CALL = struct.Struct("=5q5Q7q12q2dQ2Q")
+#: softmax_scale, softcap; dropout_p, dropout_seed, dropout_offset; mask; parallel_for, parallel_ctx.
+CALL = struct.Struct("=5q5Q7q12q2dd2QQ2Q")
 
 
 @functools.lru_cache(maxsize=1)

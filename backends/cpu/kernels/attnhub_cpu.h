@@ -35,7 +35,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct or a meaning below changes; attnhub_cpu_call.abi_version must equal it. */
-#define ATTNHUB_CPU_ABI_VERSION 1
+#define ATTNHUB_CPU_ABI_VERSION 2
 
 enum attnhub_cpu_status {
   ATTNHUB_CPU_OK = 0,
@@ -53,7 +53,9 @@ enum attnhub_cpu_isa {
   ATTNHUB_CPU_ISA_AVX2 = 2,        /* AVX2, FMA, F16C */
   ATTNHUB_CPU_ISA_AVX512 = 3,      /* AVX-512 F, BW, VL, DQ */
   ATTNHUB_CPU_ISA_AVX512_BF16 = 4, /* and vdpbf16ps, used for bf16 only */
-  ATTNHUB_CPU_ISA_COUNT = 5
+  ATTNHUB_CPU_ISA_AMX_BF16 = 5,    /* and AMX tiles */
+  ATTNHUB_CPU_ISA_NEON = 6,        /* Advanced SIMD of aarch64 */
+  ATTNHUB_CPU_ISA_COUNT = 7
 };
 
 enum attnhub_cpu_flag {
@@ -145,6 +147,13 @@ typedef struct attnhub_cpu_call {
   double softmax_scale;
   double softcap; /* 0 is off, else c * tanh(score / c), c > 0 */
 
+  /* Dropout of the weights behind the softmax; the denominator and lse do not know of it. Philox4x32-10: the pair (b, h, i, j)
+   * uses word j & 3 of counter (j >> 2, i, b * q_heads + h, offset mod 2^32) under the key (seed mod 2^32, seed >> 32) and is
+   * kept if that word is at least floor(dropout_p * 2^32); kept weights are scaled by 1 / (1 - dropout_p). */
+  double dropout_p; /* 0 is off; in [0, 1) */
+  uint64_t dropout_seed;
+  uint64_t dropout_offset;
+
   const attnhub_cpu_mask *mask; /* null for none */
 
   attnhub_cpu_parallel_for parallel_for; /* null: the library's own (the process's libgomp if it has one, else std::thread) */
@@ -155,6 +164,32 @@ typedef struct attnhub_cpu_call {
  * ATTNHUB_CPU_NO_MEMORY, when out and lse are undefined. Sizes of 0 are served: no rows, or rows without keys. */
 ATTNHUB_CPU_EXPORT int32_t attnhub_cpu_forward(const attnhub_cpu_call *call);
 
+/* What a backward takes beside the call, whose `out` and `lse` are then inputs: those of any forward of the same call.
+ * Gradients have the dtype of q and the shapes of q, k and v; a null pointer means that it is not wanted. They are written,
+ * not added to; every element is written. grad_k and grad_v are sums over the query heads that share a K/V head. */
+typedef struct attnhub_cpu_gradients {
+  const void *grad_out; /* as out */
+  int64_t grad_out_strides[3];
+  const float *grad_lse; /* [batch, q_heads, seqlen_q] contiguous, or null for zeros. Entries of rows without keys are not read */
+
+  void *grad_q;
+  void *grad_k;
+  void *grad_v;
+  int64_t grad_q_strides[3];
+  int64_t grad_k_strides[3];
+  int64_t grad_v_strides[3];
+
+  /* [batch or 1, q_heads or 1, len_q or 1, len_k or 1], fp32, last stride 1 where that dimension is not 1: the bias's own shape,
+   * with a stride of 0 wherever mask.bias_strides has one (the bias is broadcast there, and its gradient is the sum). */
+  float *grad_bias;
+  int64_t grad_bias_strides[4];
+  float *grad_sinks; /* [q_heads] */
+} attnhub_cpu_gradients;
+
+/* Computes the gradients of one call. Returns as attnhub_cpu_forward does. Paged K/V has no backward: a block_table is invalid.
+ * A row without keys gives and gets gradients of 0. Deterministic like the forward: the same bits for any number of threads. */
+ATTNHUB_CPU_EXPORT int32_t attnhub_cpu_backward(const attnhub_cpu_call *call, const attnhub_cpu_gradients *gradients);
+
 /* Why the last call on this thread failed. Never null; valid until the next failing call on this thread. */
 ATTNHUB_CPU_EXPORT const char *attnhub_cpu_last_error(void);
 
@@ -164,7 +199,7 @@ ATTNHUB_CPU_EXPORT int32_t attnhub_cpu_isa_available(int32_t isa);
 /* What ATTNHUB_CPU_ISA_AUTO stands for here. */
 ATTNHUB_CPU_EXPORT int32_t attnhub_cpu_best_isa(void);
 
-/* "auto", "portable", "avx2", "avx512", "avx512_bf16"; null for other numbers. */
+/* "auto", "portable", "avx2", "avx512", "avx512_bf16", "amx_bf16", "neon"; null for other numbers. */
 ATTNHUB_CPU_EXPORT const char *attnhub_cpu_isa_name(int32_t isa);
 
 /* ATTNHUB_CPU_ABI_VERSION of the library, to be checked before the first call. */

@@ -63,6 +63,6 @@ extern "C" int32_t attnhub_cpu_isa_available(int32_t isa) { return find_kernels(
 extern "C" int32_t attnhub_cpu_best_isa(void) { return static_cast<int32_t>(best()); }
 
 extern "C" const char *attnhub_cpu_isa_name(int32_t isa) {
-  static const char *const names[ATTNHUB_CPU_ISA_COUNT] = {"auto", "portable", "avx2", "avx512", "avx512_bf16"};
+  static const char *const names[ATTNHUB_CPU_ISA_COUNT] = {"auto", "portable", "avx2", "avx512", "avx512_bf16", "amx_bf16", "neon"};
   return isa >= 0 && isa < ATTNHUB_CPU_ISA_COUNT ? names[isa] : nullptr;
 }

@@ -35,6 +35,7 @@ const char *check_sizes(const attnhub_cpu_call &c) {
     return fail("batch * q_heads * seqlen_q is too large");
   if (!std::isfinite(c.softmax_scale)) return fail("softmax_scale must be finite");
   if (!(c.softcap >= 0) || !std::isfinite(c.softcap)) return fail("softcap must be finite and at least 0 (0 is off)");
+  if (!(c.dropout_p >= 0 && c.dropout_p < 1)) return fail("dropout_p must be in [0, 1)");
   return nullptr;
 }
 
