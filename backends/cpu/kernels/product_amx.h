@@ -18,7 +18,7 @@ ATTNHUB_INLINE void amx_for_each(std::integer_sequence<int, N...>, Fn fn) {
 
 // Rows x Columns tiles of C: tiles 0 to 3 are C, then those of A, and what is left takes those of B in turn.
 template <int Rows, int Columns, bool kAdd>
-ATTNHUB_INLINE void amx_block(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int64_t k) {
+__attribute__((noinline)) void amx_block(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int64_t k) {
   static_assert(Rows <= 2 && Rows * Columns <= 4, "eight tiles");
   constexpr std::make_integer_sequence<int, Rows * Columns> kTiles;
   amx_for_each(kTiles, [&](auto tile) {
