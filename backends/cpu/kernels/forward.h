@@ -143,19 +143,29 @@ class TiledTask {
       spans[g] = low < high ? Span{low / Tiles::kKeyStep * Tiles::kKeyStep, round_up(high, Tiles::kKeyStep)} : Span{0, 0};
     }
     products_qk(r0, r1, count, spans);
-    for (int64_t r = r0; r < r1; ++r) {
-      const Span span = spans[(r - r0) / kRows];
-      if (span.from == span.to) continue;
-      float *line = s_ + (r - r0) * lds_;
-      const int64_t a = max64(0, keys_[r].low - j0), b = min64(count, keys_[r].high - j0);
-      if (job_.predicated && a < b) scores_.finish(line + a, b - a, query(r), head(r), j0 + a);
-      softmax_row<Units>(line, a, b, span.from, span.to, unit_, state_[r]);
-      if (job_.call.dropout_p > 0) drop_weights<Units>(job_, dropout_, seq_, line, a, b, query(r), head(r), j0);
-    }
+    for (int64_t r = r0; r < r1; r += W) softmax(r0, r, min64(r + W, r1), j0, count, spans);
     if (v_finite_) {
       products_pv(r0, r1, count, spans);
     } else {
       select_pv(r0, r1, count, spans);
+    }
+  }
+
+  // Rows [r, end) of the sub-block that starts at r0: raw products to weights.
+  void softmax(int64_t r0, int64_t r, int64_t end, int64_t j0, int64_t count, const Span *spans) {
+    ScoreRow rows[W];
+    for (int64_t x = r; x < end; ++x) {
+      const Span span = spans[(x - r0) / kRows];
+      float *line = s_ + (x - r0) * lds_;
+      const int64_t a = max64(0, keys_[x].low - j0), b = max64(a, min64(count, keys_[x].high - j0));
+      if (job_.predicated && a < b) scores_.finish(line + a, b - a, query(x), head(x), j0 + a);
+      rows[x - r] = {line, a, b, span.from, span.to};
+    }
+    softmax_rows<Units>(rows, static_cast<int>(end - r), unit_, state_ + r);
+    if (job_.call.dropout_p == 0) return;
+    for (int64_t x = r; x < end; ++x) {
+      const ScoreRow &row = rows[x - r];
+      drop_weights<Units>(job_, dropout_, seq_, row.s, row.low, row.high, query(x), head(x), j0);
     }
   }
 

@@ -15,20 +15,17 @@ struct RowState {
   float alpha;  // what the last block multiplied sum and the output by
 };
 
-// Replaces scores s[low, high) by their exponentials, as Units, and updates the row. Units for all of [from, to), which
-// holds [low, high) and is bounded by whole vectors, are defined afterwards: zeros outside. Reads nothing outside.
+// Weights s[from, to), as Units, become zeros.
 template <class Units>
-void softmax_row(float *s, int64_t low, int64_t high, int64_t from, int64_t to, float unit, RowState &row) {
-  constexpr int kPer = Units::kPerUnit;
-  if (low >= high) {
-    std::memset(s + from / kPer, 0, static_cast<size_t>((to - from) / kPer) * 4);
-    row.alpha = 1.0f;
-    return;
-  }
+ATTNHUB_INLINE void clear(float *s, int64_t from, int64_t to) {
+  if (from < to) std::memset(s + from / Units::kPerUnit, 0, static_cast<size_t>((to - from) / Units::kPerUnit) * 4);
+}
+
+// Lanes whose maximum is that of s[low, high); makes whole vectors of it, by -Inf around.
+ATTNHUB_INLINE F start_row(float *s, int64_t low, int64_t high) {
   const int64_t first = low / W * W, last = round_up(high, W);
   for (int64_t j = first; j < low; ++j) s[j] = -INFINITY;
   for (int64_t j = high; j < last; ++j) s[j] = -INFINITY;
-
   F max0 = splat(-INFINITY), max1 = max0;
   int64_t j = first;
   for (; j + 2 * W <= last; j += 2 * W) {
@@ -36,50 +33,129 @@ void softmax_row(float *s, int64_t low, int64_t high, int64_t from, int64_t to, 
     max1 = vmax(max1, read<F>(s + j + W));
   }
   if (j < last) max0 = vmax(max0, read<F>(s + j));
-  const float block_max = reduce_max(vmax(max0, max1));
-  float max = block_max > row.max ? block_max : row.max;
-  if (max == -INFINITY) {  // all removed, or NaN that the maximum does not carry
-    for (int64_t x = low; x < high; ++x) {
-      if (s[x] != s[x]) max = s[x];
-    }
-    if (max == -INFINITY) {
-      std::memset(s + from / kPer, 0, static_cast<size_t>((to - from) / kPer) * 4);
-      row.alpha = 1.0f;
-      return;
-    }
-  }
+  return vmax(max0, max1);
+}
 
+// A maximum of -Inf: all scores are removed, or there is NaN that the maximum does not carry.
+inline float nan_or(float max, const float *s, int64_t low, int64_t high) {
+  for (int64_t x = low; x < high; ++x) {
+    if (s[x] != s[x]) max = s[x];
+  }
+  return max;
+}
+
+// Replaces scores s[first, last), whole vectors, by weights as Units. Lanes whose sum is that of the weights.
+template <class Units>
+ATTNHUB_INLINE F weigh(float *s, int64_t first, int64_t last, float max, float to_log2) {
   // The difference is taken before the factor: exact where it matters, and a score of -FLT_MAX does not overflow.
-  const F vmaximum = splat(max), factor = splat(unit * kLog2E);
+  const F maximum = splat(max), factor = splat(to_log2);
   F sum0 = {}, sum1 = {};
-  if constexpr (kPer == 1) {
-    for (j = first; j + 2 * W <= last; j += 2 * W) {
-      const F p0 = exp2v((read<F>(s + j) - vmaximum) * factor);
-      const F p1 = exp2v((read<F>(s + j + W) - vmaximum) * factor);
+  int64_t j = first;
+  if constexpr (Units::kPerUnit == 1) {
+    for (; j + 2 * W <= last; j += 2 * W) {
+      const F p0 = exp2v((read<F>(s + j) - maximum) * factor);
+      const F p1 = exp2v((read<F>(s + j + W) - maximum) * factor);
       store(s + j, p0);
       store(s + j + W, p1);
       sum0 += p0;
       sum1 += p1;
     }
     if (j < last) {
-      const F p = exp2v((read<F>(s + j) - vmaximum) * factor);
+      const F p = exp2v((read<F>(s + j) - maximum) * factor);
       store(s + j, p);
       sum0 += p;
     }
   } else {
     Bf16 *p16 = reinterpret_cast<Bf16 *>(s);  // in place: writing never overtakes reading
-    for (j = first; j < last; j += W) {
-      const F p = exp2v<kRounded>((read<F>(s + j) - vmaximum) * factor);
+    for (; j + 2 * W <= last; j += 2 * W) {
+      const F p0 = exp2v<kRounded>((read<F>(s + j) - maximum) * factor);
+      const F p1 = exp2v<kRounded>((read<F>(s + j + W) - maximum) * factor);
+      store_two(p16 + j, p0, p1);
+      sum0 += p0;
+      sum1 += p1;
+    }
+    if (j < last) {
+      const F p = exp2v<kRounded>((read<F>(s + j) - maximum) * factor);
       store(p16 + j, p);
       sum0 += p;
     }
   }
-  if (from < first) std::memset(s + from / kPer, 0, static_cast<size_t>((first - from) / kPer) * 4);
-  if (last < to) std::memset(s + last / kPer, 0, static_cast<size_t>((to - last) / kPer) * 4);
+  return sum0 + sum1;
+}
+
+// Replaces scores s[low, high) by their exponentials, as Units, and updates the row. Units for all of [from, to), which
+// holds [low, high) and is bounded by whole vectors, are defined afterwards: zeros outside. Reads nothing outside.
+template <class Units>
+void softmax_row(float *s, int64_t low, int64_t high, int64_t from, int64_t to, float unit, RowState &row) {
+  if (low >= high) {
+    clear<Units>(s, from, to);
+    row.alpha = 1.0f;
+    return;
+  }
+  const int64_t first = low / W * W, last = round_up(high, W);
+  const float block_max = reduce_max(start_row(s, low, high));
+  float max = block_max > row.max ? block_max : row.max;
+  if (max == -INFINITY) {  // all removed, or NaN that the maximum does not carry
+    max = nan_or(max, s, low, high);
+    if (max == -INFINITY) {
+      clear<Units>(s, from, to);
+      row.alpha = 1.0f;
+      return;
+    }
+  }
+
+  const F sum = weigh<Units>(s, first, last, max, unit * kLog2E);
+  clear<Units>(s, from, first);
+  clear<Units>(s, last, to);
 
   row.alpha = row.max == -INFINITY ? 0.0f : exp2f((row.max - max) * (unit * kLog2E));
-  row.sum = row.sum * row.alpha + reduce_add(sum0 + sum1);
+  row.sum = row.sum * row.alpha + reduce_add(sum);
   row.max = max;
+}
+
+// Where the scores of a row lie: see softmax_row.
+struct ScoreRow {
+  float *s;
+  int64_t low, high, from, to;
+};
+
+// softmax_row for up to W rows at once: their maxima and sums are reduced together, their factors are one exponential.
+template <class Units>
+void softmax_rows(const ScoreRow *rows, int n, float unit, RowState *state) {
+  F part[W], before;
+  for (int r = 0; r < W; ++r) {
+    const bool any = r < n && rows[r].low < rows[r].high;
+    part[r] = any ? start_row(rows[r].s, rows[r].low, rows[r].high) : splat(-INFINITY);
+    before[r] = r < n ? state[r].max : -INFINITY;
+  }
+  const F block = maxima(part);
+  F max = block > before ? block : before;
+  for (int r = 0; r < n; ++r) {
+    if (max[r] == -INFINITY && rows[r].low < rows[r].high) max[r] = nan_or(max[r], rows[r].s, rows[r].low, rows[r].high);
+  }
+  const F alpha = exp2v((before - max) * splat(unit * kLog2E));
+  for (int r = 0; r < W; ++r) part[r] = F{};
+  for (int r = 0; r < n; ++r) {
+    const ScoreRow &row = rows[r];
+    if (max[r] == -INFINITY || row.low >= row.high) {
+      clear<Units>(row.s, row.from, row.to);
+      continue;
+    }
+    const int64_t first = row.low / W * W, last = round_up(row.high, W);
+    part[r] = weigh<Units>(row.s, first, last, max[r], unit * kLog2E);
+    clear<Units>(row.s, row.from, first);
+    clear<Units>(row.s, last, row.to);
+  }
+  const F sum = sums(part);
+  for (int r = 0; r < n; ++r) {
+    if (max[r] == -INFINITY || rows[r].low >= rows[r].high) {
+      state[r].alpha = 1.0f;
+      continue;
+    }
+    state[r].alpha = before[r] == -INFINITY ? 0.0f : alpha[r];
+    state[r].sum = state[r].sum * state[r].alpha + sum[r];
+    state[r].max = max[r];
+  }
 }
 
 constexpr int64_t kMostBlockKeys = 256;  // of a block of keys that one softmax_row takes

@@ -103,6 +103,14 @@ ATTNHUB_INLINE void store(Bf16 *p, F v) {
   const H h = to_bf16(v);
   __builtin_memcpy(p, &h, sizeof h);
 }
+ATTNHUB_INLINE void store_two(Bf16 *p, F first, F second) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+#else
+  store(p, first);
+  store(p + W, second);
+#endif
+}
 ATTNHUB_INLINE void store(Fp16 *p, F v) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -216,26 +224,34 @@ ATTNHUB_INLINE void transpose(F *r) {  // r[i][j] <-> r[j][i], W x W
 #endif
 }
 
-template <int S, int N>
-ATTNHUB_INLINE void fold(F *r) {  // r[i] = sum of the two vectors that exchange<S> makes of r[2 i] and r[2 i + 1]
+// r[i] = the two vectors that exchange<S> makes of r[2 i] and r[2 i + 1], joined: their sum, or their maximum.
+template <int S, int N, class Join>
+ATTNHUB_INLINE void fold(F *r, Join join) {
   I low, high;
   for (int e = 0; e < W; ++e) {
     low[e] = e & S ? W + e : e;
     high[e] = (e & S ? W + e : e) ^ S;
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) r[i] = shuffle(r[2 * i], r[2 * i + 1], low) + shuffle(r[2 * i], r[2 * i + 1], high);
+  for (int i = 0; i < N; ++i) r[i] = join(shuffle(r[2 * i], r[2 * i + 1], low), shuffle(r[2 * i], r[2 * i + 1], high));
 }
-ATTNHUB_INLINE F sums(F *r) {  // lane e is the sum of r[e], in half the shuffles of a transposition; destroys r
-  fold<1, W / 2>(r);
-  fold<2, W / 4>(r);
+template <class Join>
+ATTNHUB_INLINE F folded(F *r, Join join) {  // lane e is r[e] joined, in half the shuffles of a transposition; destroys r
+  fold<1, W / 2>(r, join);
+  fold<2, W / 4>(r, join);
 #if defined(__AVX2__)
-  fold<4, W / 8>(r);
+  fold<4, W / 8>(r, join);
 #endif
 #if defined(__AVX512F__)
-  fold<8, W / 16>(r);
+  fold<8, W / 16>(r, join);
 #endif
   return r[0];
+}
+ATTNHUB_INLINE F sums(F *r) {
+  return folded(r, [](F a, F b) { return a + b; });
+}
+ATTNHUB_INLINE F maxima(F *r) {
+  return folded(r, [](F a, F b) { return vmax(a, b); });
 }
 
 // -- functions
@@ -252,6 +268,16 @@ template <Precision kPrecision = kExact>
 ATTNHUB_INLINE F exp2v(F x) {
 #if defined(__AVX512F__)
   const __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  if constexpr (kPrecision == kRounded) {
+    // On [0, 1) instead, exact at 0: one instruction subtracts the floor, and scalef takes the floor by itself.
+    const F f = (F)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    F p = splat(1.342733391e-02f);
+    p = p * f + splat(5.224135518e-02f);
+    p = p * f + splat(2.412807196e-01f);
+    p = p * f + splat(6.930448413e-01f);
+    p = p * f + splat(1.0f);
+    return (F)_mm512_maskz_scalef_ps(keep, (__m512)p, (__m512)x);
+  }
   const F n = (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   x = vmax(splat(-127.0f), x);
