@@ -15,6 +15,7 @@ struct Shape {
 // What strides an array may have. The output of a call gets neither `zeros` nor overlapping elements of any kind.
 struct Freedom {
   bool last_is_dense = false;  // the last dimension's stride is 1
+  bool positive = false;       // no stride is negative
   bool zeros = false;          // a dimension may be expanded: stride 0
   bool broadcast[4] = {};      // of size 1 and stride 0, whatever the index
   bool tight = false;          // ends where the allocation does: AddressSanitizer sees a read behind it
@@ -43,13 +44,13 @@ class Buffer {
         shape_.size[d] = size;
         stride = 0;
       } else if (size == 1 && !dense) {  // never multiplied by anything but 0
-        static const int64_t odd[] = {0, 1, -3, 7, int64_t(1) << 33};
-        if (random.chance(0.5)) stride = random.pick(odd);
+        static const int64_t odd[] = {-3, 0, 1, 7, int64_t(1) << 33};
+        if (random.chance(0.5)) stride = odd[random.between(freedom.positive, 4)];
       } else if (!dense && freedom.zeros && random.chance(0.03)) {
         stride = 0;
       } else if (size > 1) {
         extent = stride * (size - 1) + extent;
-        if (!dense && random.chance(0.03)) {
+        if (!dense && !freedom.positive && random.chance(0.03)) {
           first_ += stride * (size - 1);
           stride = -stride;
         }

@@ -72,6 +72,10 @@ class Maker {
     len_q_ = some_length(300);
     len_k_ = some_length(300);
     if (r_.chance(0.25)) len_q_ = r_.between(1, 3);
+    if (r_.chance(0.08)) {  // more than one block of keys
+      len_q_ = r_.between(1, 130);
+      len_k_ = r_.between(257, 700);
+    }
     if (r_.chance(0.1)) {  // few rows against many keys, which are split
       len_q_ = r_.between(1, 16);
       len_k_ = r_.between(513, 2600);
@@ -393,7 +397,7 @@ class Maker {
     if (p_.bias && r_.chance(0.9)) {
       Freedom like_bias;
       for (int d = 0; d < 4; ++d) like_bias.broadcast[d] = p_.mask.bias_strides[d] == 0;
-      like_bias.last_is_dense = !like_bias.broadcast[3];
+      like_bias.positive = true;
       p_.grad_bias = Buffer(r_, kFp32, {{p_.sequences, c.q_heads, max_q_, max_k_}}, like_bias);
       g.grad_bias = p_.grad_bias.as<float>();
       std::copy(p_.grad_bias.strides(), p_.grad_bias.strides() + 4, g.grad_bias_strides);

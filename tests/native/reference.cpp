@@ -139,11 +139,12 @@ class Reference {
   void row_gradients(const Span &span, int64_t kv, int64_t h, int64_t i, int64_t at, const std::vector<Pair> &pairs, const std::vector<double> &q,
                      double sink_probability, double factor) {
     const std::vector<double> grad = row_of(g_->grad_out, query_offset(span, g_->grad_out_strides, h, i), c_.v_head_dim);
-    double delta = 0, delta_size = 0;  // what softmax's derivative subtracts
+    const double subnormal = c_.dtype == kFp16 ? 0x1p-14 : 0;  // below it the rounding of `out`, which a backward reads, is no longer relative
+    double delta = 0, delta_size = 0;                          // what softmax's derivative subtracts
     for (int64_t d = 0; d < c_.v_head_dim; ++d) {
       const size_t x = static_cast<size_t>(at * c_.v_head_dim + d);
       delta += grad[static_cast<size_t>(d)] * r_.out.value[x];
-      delta_size += std::fabs(grad[static_cast<size_t>(d)]) * r_.out.size[x];
+      delta_size += std::fabs(grad[static_cast<size_t>(d)]) * (r_.out.size[x] / factor + subnormal);
     }
     if (g_->grad_lse) {
       delta -= g_->grad_lse[at];
