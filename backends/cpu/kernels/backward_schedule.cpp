@@ -41,7 +41,7 @@ void cut_backward(Job &job) {
   const int64_t heads = job.sequences * c.kv_heads, rows = job.max_len_q * job.group, dims = padded(c.head_dim) + padded(c.v_head_dim);
   // Panels of K and V, K again by columns, dK and dV; P and dP; and Q and dO of the rows.
   job.block_keys = choose_block_keys(4 * (2 * dims + padded(c.head_dim) + 2 * kRows), 4 * kRows * dims);
-  job.partial_stride = rows * padded(c.head_dim);
+  job.partial_stride = padded(rows) * padded(c.head_dim);  // tiles write whole blocks of 16 rows
   int64_t splits = heads >= kTasks ? 1 : ceil_div(kTasks, heads);
   const int64_t room = kPartialBytes / (4 * heads * (job.partial_stride > 0 ? job.partial_stride : 1));
   if (splits > room) splits = room > 1 ? room : 1;

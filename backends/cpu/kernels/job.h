@@ -89,6 +89,7 @@ const Kernels *kernels_portable();
 const Kernels *kernels_avx2();
 const Kernels *kernels_avx512();
 const Kernels *kernels_avx512_bf16();
+const Kernels *kernels_amx_bf16();
 const Kernels *kernels_neon();
 
 // The kernels of an instruction set, or null if this processor or build lacks it. AUTO is resolved.
