@@ -190,6 +190,17 @@ typedef struct attnhub_cpu_gradients {
  * A row without keys gives and gets gradients of 0. Deterministic like the forward: the same bits for any number of threads. */
 ATTNHUB_CPU_EXPORT int32_t attnhub_cpu_backward(const attnhub_cpu_call *call, const attnhub_cpu_gradients *gradients);
 
+/* Limits of this machine, for benchmarks; each measures for 20 ms. 0 when the instruction set is not there, an argument is out
+ * of range, or memory is short.
+ *
+ * Operations a second of `threads` threads that multiply and add on registers alone, in the instructions that a call of this
+ * dtype computes with: fp32 for FP32 and FP16; for BF16 AMX tiles, vdpbf16ps or fp32, whichever is the instruction set's. */
+ATTNHUB_CPU_EXPORT double attnhub_cpu_peak_flops(int32_t isa, int32_t dtype, int64_t threads);
+
+/* Bytes a second that `threads` threads read from `bytes` of memory between them, which should be several times the last
+ * level's cache; allocated, written once, and freed. */
+ATTNHUB_CPU_EXPORT double attnhub_cpu_read_rate(int32_t isa, int64_t threads, int64_t bytes);
+
 /* Why the last call on this thread failed. Never null; valid until the next failing call on this thread. */
 ATTNHUB_CPU_EXPORT const char *attnhub_cpu_last_error(void);
 

@@ -2,6 +2,7 @@
 // packed once per block and shared by all rows of the task; scores live for kSubRows rows at a time.
 #pragma once
 
+#include "ceiling.h"
 #include "decode.h"
 
 namespace attnhub_cpu {
@@ -244,6 +245,7 @@ int32_t forward_task(const Job &job, int64_t index) {
 constexpr Kernels kKernels = {
     {forward_task<float>, forward_task<Bf16>, forward_task<Fp16>},
     {combine<float>, combine<Bf16>, combine<Fp16>},
+    kCeiling,
 };
 
 }  // namespace

@@ -59,10 +59,17 @@ static inline Sequence sequence_of(const Job &job, int64_t index) {
   return s;
 }
 
+// The limits of a core, for benchmarks (ceiling.h).
+struct Ceiling {
+  double (*flops[3])(int64_t rounds, float *sum);  // per dtype: does `rounds` rounds of work on registers, returns its operations
+  float (*read)(const float *data, int64_t count);
+};
+
 // What one instruction-set unit offers, per dtype. Each returns an attnhub_cpu_status.
 struct Kernels {
   int32_t (*task[3])(const Job &job, int64_t index);
   int32_t (*combine[3])(const Job &job, int64_t row);  // merges the splits of one row
+  Ceiling ceiling;
 };
 
 const Kernels *kernels_portable();
