@@ -1,7 +1,6 @@
 """The cpu backend: tiled flash attention in C++ for any x86-64 or other 64-bit CPU, SIMD chosen at run time.
 
-This module only declares. The shared library is loaded by ``probe``, torch's side by ``prepare``. Forward only: the backward
-of another backend runs from its lse.
+This module only declares. The shared library is loaded by ``probe``, torch's side by ``prepare``.
 """
 
 from __future__ import annotations
@@ -12,16 +11,17 @@ from attnhub.problem import Feature, Problem
 from attnhub.reasons import Code, Reason
 
 _FLOATS = frozenset({"float32", "bfloat16", "float16"})
-_NO_FORWARD = frozenset({Feature.DROPOUT, Feature.BIAS_GRAD, Feature.SINKS_GRAD, Feature.LSE_GRAD})
+_GRADIENTS = frozenset({Feature.BIAS_GRAD, Feature.SINKS_GRAD, Feature.LSE_GRAD})
 
 
 class CpuBackend(Backend):
-    """fp32, bf16 and fp16 with fp32 accumulation; every mask; no dropout; head_dim 1 to 512."""
+    """fp32, bf16 and fp16 with fp32 accumulation; every mask; head_dim 1 to 512. Forward and backward; paged K/V forward only."""
 
     name = "cpu"
     capability = Capability(
         devices=(DeviceRange("cpu", "x86_64", dtypes=_FLOATS), DeviceRange("cpu", dtypes=_FLOATS, status="untested")),
-        features=frozenset(Feature) - _NO_FORWARD,
+        features=frozenset(Feature) - _GRADIENTS,
+        backward_features=frozenset(Feature) - {Feature.PAGED},
         head_dims=(1, 512, 1),
     )
 

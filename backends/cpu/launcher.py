@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnhub import config
-from attnhub.backend import Call, Plan
+from attnhub.backend import Call, Gradients, Needs, Plan
 from attnhub.backends.cpu import library
 from attnhub.layouts import empty_out
 from attnhub.mask import FULL, Mask
@@ -27,6 +27,7 @@ class CpuPlan(Plan):
         """Raises ValueError if ATTNHUB_CPU_ISA names what this processor or this build lacks."""
         self._library = library.load()
         self._forward = self._library.attnhub_cpu_forward
+        self._backward = self._library.attnhub_cpu_backward
         self._dtype = library.DTYPES[problem.q_dtype]
         self._isa = library.resolve_isa(config.cpu_isa())
 
@@ -34,33 +35,68 @@ class CpuPlan(Plan):
         return {"kernel": "tiled online softmax, C++", "isa": library.isa_name(self._isa), "threads": _threads()}
 
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
-        # One call on tiny tensors is to take no longer than torch's own (4 us): nothing is read twice here, and a call
-        # without mask data makes no ctypes object.
+        q, v = call.q, call.v
+        out = empty_out(q, v.shape[3])
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32) if call.need_lse else None
+        packed, _keep = self._packed(call, out, lse)
+        status = self._forward(packed)
+        if status:
+            self._raise(status)
+        return out, lse
+
+    def backward(self, call: Call, grad_out: Tensor, grad_lse: Optional[Tensor], out: Tensor, lse: Tensor, needs: Needs) -> Gradients:
+        q, k, v, bias = call.q, call.k, call.v, call.mask.bias
+        grad_out = _rows(grad_out, q.dtype)
+        lse = lse.to(torch.float32).contiguous()
+        if grad_lse is not None:
+            grad_lse = grad_lse.to(torch.float32).contiguous()
+        packed, _keep = self._packed(call, _rows(out, q.dtype), lse)
+        grads = [torch.empty_like(t) if need else None for t, need in zip((q, k, v), needs)]
+        grad_bias = torch.zeros(bias.shape, dtype=torch.float32) if needs.bias and bias is not None else None
+        grad_sinks = torch.empty(call.sinks.shape, dtype=torch.float32) if needs.sinks and call.sinks is not None else None
+        status = self._backward(packed, library.GRADIENTS.pack(
+            grad_out.data_ptr(), *grad_out.stride()[:3], 0 if grad_lse is None else grad_lse.data_ptr(),
+            *(0 if g is None else g.data_ptr() for g in grads), *(n for g in grads for n in ((0, 0, 0) if g is None else g.stride()[:3])),
+            0 if grad_bias is None else grad_bias.data_ptr(), *((0, 0, 0, 0) if grad_bias is None else _broadcast_strides(grad_bias)),
+            0 if grad_sinks is None else grad_sinks.data_ptr(),
+        ))  # fmt: skip
+        if status:
+            self._raise(status)
+        if grad_bias is not None and bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        if grad_sinks is not None and call.sinks is not None:
+            grad_sinks = grad_sinks.to(call.sinks.dtype)
+        return Gradients(*grads, grad_bias, grad_sinks)
+
+    def _packed(self, call: Call, out: Tensor, lse: Optional[Tensor]) -> tuple[bytes, Any]:
+        """attnhub_cpu_call of a call, and what must live until it returns.
+
+        One call on tiny tensors is to take no longer than torch's own (4 us): nothing is read twice here, and a call without mask
+        data makes no ctypes object.
+        """
         q, k, v, mask = call.q, call.k, call.v, call.mask
         batch, q_heads, len_q, dim = q.shape
         _, kv_heads, len_k, v_dim = v.shape
         q0, q1, q2, _ = q.stride()
         k0, k1, k2, _ = k.stride()
         v0, v1, v2, _ = v.stride()
-        out = empty_out(q, v_dim)
         o0, o1, o2, _ = out.stride()
-        lse = q.new_empty((batch, q_heads, len_q), dtype=torch.float32) if call.need_lse else None
-        flags, parts, keep = 0, 0, None
+        flags, parts, seed, offset, keep = 0, 0, 0, 0, None
         if mask is not FULL:
             flags = (1 if mask.causal else 0) | (2 if mask.align == "top_left" else 0)
         if call.sinks is not None or call.varlen is not None or call.block_table is not None or not _is_plain(mask):
             keep = _mask_parts(call)
             parts = ctypes.addressof(keep[0])
-        status = self._forward(_pack(
-            1, self._dtype, self._isa, flags, _threads(),
+        if call.dropout_p:
+            assert call.rng is not None
+            seed, offset = (word % 2**64 for word in call.rng.tolist())
+        return _pack(
+            2, self._dtype, self._isa, flags, _threads(),
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(),
             batch, q_heads, kv_heads, len_q, len_k, dim, v_dim,
             q0, q1, q2, k0, k1, k2, v0, v1, v2, o0, o1, o2,
-            call.softmax_scale, call.softcap, 0.0, 0, 0, parts, 0, 0,
-        ))  # fmt: skip
-        if status:
-            self._raise(status)
-        return out, lse
+            call.softmax_scale, call.softcap, call.dropout_p, seed, offset, parts, 0, 0,
+        ), keep  # fmt: skip
 
     def _raise(self, status: int) -> None:
         text = "attnhub's cpu backend: " + self._library.attnhub_cpu_last_error().decode()
@@ -76,6 +112,12 @@ def _is_plain(mask: Mask) -> bool:
         and not mask.chunk and mask.prefix is None and mask.segments is None and mask.blocks is None and mask.alibi is None
         and mask.block_sparse is None
     )  # fmt: skip
+
+
+def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype and with whole rows: gradients come as autograd made them, expanded ones included."""
+    tensor = tensor if tensor.dtype == dtype else tensor.to(dtype)
+    return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
 
 
 def _broadcast_strides(tensor: Tensor) -> tuple[int, ...]:

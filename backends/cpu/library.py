@@ -48,6 +48,10 @@ class Mask(ctypes.Structure):
 #: softmax_scale, softcap; dropout_p, dropout_seed, dropout_offset; mask; parallel_for, parallel_ctx.
 CALL = struct.Struct("=5q5Q7q12q2dd2QQ2Q")
 
+#: attnhub_cpu_gradients. In order: grad_out and its 3 strides, grad_lse; grad_q, grad_k, grad_v and 3 strides each; grad_bias and its 4
+#: strides, grad_sinks.
+GRADIENTS = struct.Struct("=Q3qQ3Q9qQ4qQ")
+
 
 @functools.lru_cache(maxsize=1)
 def load() -> ctypes.CDLL:
@@ -62,6 +66,8 @@ def load() -> ctypes.CDLL:
         raise ImportError(f"{path} has ABI version {found}; this attnhub needs {ABI_VERSION}")
     lib.attnhub_cpu_forward.argtypes = [ctypes.c_char_p]
     lib.attnhub_cpu_forward.restype = ctypes.c_int32
+    lib.attnhub_cpu_backward.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    lib.attnhub_cpu_backward.restype = ctypes.c_int32
     lib.attnhub_cpu_last_error.restype = ctypes.c_char_p
     lib.attnhub_cpu_isa_available.argtypes = [ctypes.c_int32]
     lib.attnhub_cpu_isa_available.restype = ctypes.c_int32

@@ -179,8 +179,8 @@ typedef struct attnhub_cpu_gradients {
   int64_t grad_k_strides[3];
   int64_t grad_v_strides[3];
 
-  /* [batch or 1, q_heads or 1, len_q or 1, len_k or 1], fp32, last stride 1 where that dimension is not 1: the bias's own shape,
-   * with a stride of 0 wherever mask.bias_strides has one (the bias is broadcast there, and its gradient is the sum). */
+  /* fp32, in the bias's shape: a stride of 0 wherever mask.bias_strides has one because the bias is broadcast there, and its gradient
+   * is a sum. Alone among the gradients it is added to: its size is the caller's to know, and so is filling it with zeros. */
   float *grad_bias;
   int64_t grad_bias_strides[4];
   float *grad_sinks; /* [q_heads] */

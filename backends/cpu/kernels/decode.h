@@ -8,7 +8,7 @@ namespace attnhub_cpu {
 namespace {
 
 constexpr int64_t kDecodeRows = 8;
-constexpr int64_t kDecodeKeys = 256;
+constexpr int64_t kDecodeKeys = kMostBlockKeys;
 constexpr int64_t kPrefetchRows = 16;
 constexpr int kRowsAtOnce = W >= 16 ? 4 : 2;
 
@@ -173,6 +173,7 @@ int32_t decode_task(const Job &job, const Sequence &seq, int64_t kv_head, int64_
 
   const float unit = job.predicated ? 1.0f : static_cast<float>(c.softmax_scale);
   const Scores scores(job, seq);
+  const Dropout dropout(job);
   RowState state[kDecodeRows];
   Interval keys[kDecodeRows];
   Interval all{seq.len_k, 0};
@@ -211,6 +212,7 @@ int32_t decode_task(const Job &job, const Sequence &seq, int64_t kv_head, int64_
       const int64_t a = max64(0, keys[r].low - j0), b = min64(high, keys[r].high - j0);
       if (job.predicated && a < b) scores.finish(line + a, b - a, r / job.group, kv_head * job.group + r % job.group, j0 + a);
       softmax_row<Units>(line, a, b, from, to, unit, state[r]);
+      if (c.dropout_p > 0) drop_weights<Units>(job, dropout, seq, line, a, b, r / job.group, kv_head * job.group + r % job.group, j0);
     }
     std::memcpy(before, o, static_cast<size_t>(rows * ldo) * sizeof(float));
     for_row_groups(rows, [&](auto group, int64_t r) {

@@ -2,7 +2,6 @@
 // packed once per block and shared by all rows of the task; scores live for kSubRows rows at a time.
 #pragma once
 
-#include "ceiling.h"
 #include "decode.h"
 
 namespace attnhub_cpu {
@@ -10,21 +9,6 @@ namespace {
 
 constexpr int64_t kSubRows = W >= 16 ? 96 : 48;  // scores of 96 x 256 floats: 96 KiB, a tenth of a 1 MiB L2
 static_assert(kSubRows % kTileRows == 0, "sub-blocks are whole register tiles");
-
-// Whether any block of a block-sparse mask is kept among rows [r0, r1) and keys [j0, j1).
-ATTNHUB_INLINE bool any_block_kept(const Job &job, const Sequence &seq, int64_t kv_head, int64_t r0, int64_t r1, int64_t j0, int64_t j1) {
-  const attnhub_cpu_mask &m = job.mask;
-  const int64_t *strides = m.block_sparse_strides;
-  const uint8_t *at = m.block_sparse + seq.index * strides[0];
-  for (int64_t g = 0; g < job.group; ++g) {
-    for (int64_t y = r0 / job.group / m.block_sparse_rows; y <= (r1 - 1) / job.group / m.block_sparse_rows; ++y) {
-      for (int64_t x = j0 / m.block_sparse_keys; x <= (j1 - 1) / m.block_sparse_keys; ++x) {
-        if (at[(kv_head * job.group + g) * strides[1] + y * strides[2] + x * strides[3]]) return true;
-      }
-    }
-  }
-  return false;
-}
 
 template <class T>
 class TiledTask {
@@ -34,10 +18,10 @@ class TiledTask {
 
  public:
   TiledTask(const Job &job, const Sequence &seq, int64_t kv_head, int64_t first_row, int64_t rows)
-      : job_(job), seq_(seq), kv_head_(kv_head), first_row_(first_row), rows_(rows), scores_(job, seq) {
+      : job_(job), seq_(seq), kv_head_(kv_head), first_row_(first_row), rows_(rows), scores_(job, seq), dropout_(job) {
     const attnhub_cpu_call &c = job.call;
     unit_ = job.predicated ? 1.0f : static_cast<float>(c.softmax_scale);
-    block_keys_ = c.head_dim + c.v_head_dim > 384 ? 128 : 256;  // K and V of a block stay within L2
+    block_keys_ = job.block_keys;
     q_units_ = (c.head_dim + kPer - 1) / kPer;
     ldq_ = round_up(q_units_, W);
     ldo_ = round_up(c.v_head_dim, W);
@@ -160,6 +144,7 @@ class TiledTask {
       const int64_t a = max64(0, keys_[r].low - j0), b = min64(count, keys_[r].high - j0);
       if (job_.predicated && a < b) scores_.finish(line + a, b - a, query(r), head(r), j0 + a);
       softmax_row<Units>(line, a, b, span.from, span.to, unit_, state_[r]);
+      if (job_.call.dropout_p > 0) drop_weights<Units>(job_, dropout_, seq_, line, a, b, query(r), head(r), j0);
     }
     if (v_finite_) {
       products_pv(r0, r1, count, spans);
@@ -203,7 +188,7 @@ class TiledTask {
 
   // V of this block holds Inf or NaN: pairs are selected by their weight, since 0 * NaN would poison rows that mask it out.
   void select_pv(int64_t r0, int64_t r1, int64_t count, const Span *spans) {
-    float weights[256];
+    float weights[kMostBlockKeys];
     for (int64_t r = r0; r < r1; ++r) {
       const Span span = spans[(r - r0) / kTileRows];
       if (span.from == span.to) continue;
@@ -216,6 +201,7 @@ class TiledTask {
   const Sequence &seq_;
   const int64_t kv_head_, first_row_, rows_;
   const Scores scores_;
+  const Dropout dropout_;
   float unit_;
   int64_t block_keys_, q_units_, ldq_, ldo_;
   Unit *k_ = nullptr, *v_ = nullptr, *q_ = nullptr;
@@ -241,12 +227,6 @@ int32_t forward_task(const Job &job, int64_t index) {
   if (seq.len_q * job.group <= kDecodeRows) return decode_task<T>(job, seq, kv_head, split);
   return TiledTask<T>(job, seq, kv_head, first_row, rows).run(split);
 }
-
-constexpr Kernels kKernels = {
-    {forward_task<float>, forward_task<Bf16>, forward_task<Fp16>},
-    {combine<float>, combine<Bf16>, combine<Fp16>},
-    kCeiling,
-};
 
 }  // namespace
 }  // namespace attnhub_cpu

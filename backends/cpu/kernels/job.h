@@ -11,6 +11,14 @@
 
 namespace attnhub_cpu {
 
+// Who adds up the gradient of the bias: the tasks of the backward, where no two of them meet in an element of it, else a pass of
+// its own, cut along the dimensions that the bias is not broadcast over.
+enum BiasGradient { kNoBias, kBiasInTask, kBiasPass };
+struct BiasParts {
+  int64_t sequences, heads, rows, keys;  // how many parts along each; heads are K/V heads
+  int64_t queries;                       // of a part along the rows
+};
+
 // A call with every default filled in, and how it is cut into tasks. Rows: the query heads that share a K/V head are
 // folded into the rows, so that K/V is read once for all of them: row r is query r / group of head kv_head * group + r % group.
 struct Job {
@@ -26,12 +34,20 @@ struct Job {
   // derived from the shape alone and results do not depend on the number of threads.
   int64_t block_rows;
   int64_t row_blocks;
+  int64_t block_keys;  // keys that are packed and multiplied at a time
   int64_t splits;
   int64_t split_keys;
   int64_t tasks;
   // Partial results when splits > 1: [sequences * kv_heads * max_len_q * group, splits] of {v_head_dim floats, max, sum}.
+  // Backward: dQ of every task, [sequences * kv_heads, splits] of max_len_q * group rows.
   float *partial;
   int64_t partial_stride;
+  // Of the backward alone.
+  const attnhub_cpu_gradients *gradients;
+  float *delta;        // as lse: rowsum(grad_out * out) - grad_lse
+  double *sink_parts;  // [sequences, q_heads], or null when no gradient of the sinks is wanted
+  BiasGradient bias_gradient;
+  BiasParts bias_parts;
 };
 
 // A sequence of the batch: where its tokens lie.
@@ -69,6 +85,10 @@ struct Ceiling {
 struct Kernels {
   int32_t (*task[3])(const Job &job, int64_t index);
   int32_t (*combine[3])(const Job &job, int64_t row);  // merges the splits of one row
+  int32_t (*delta[3])(const Job &job, int64_t index);  // the backward, in this order
+  int32_t (*backward[3])(const Job &job, int64_t index);
+  int32_t (*reduce[3])(const Job &job, int64_t index);
+  int32_t (*bias[3])(const Job &job, int64_t index);
   Ceiling ceiling;
 };
 
@@ -84,15 +104,29 @@ const Kernels *find_kernels(int64_t isa);
 const char *normalise(const attnhub_cpu_call &call, Job &job);
 const char *fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
+// Checks the gradients of a job that normalise() has filled. Returns as normalise() does.
+const char *check_gradients(const Job &job, const attnhub_cpu_gradients &gradients);
+
 // Cuts the job into tasks and runs them. Returns an attnhub_cpu_status.
-int32_t run(Job &job, const Kernels &kernels);
+int32_t run_forward(Job &job, const Kernels &kernels);
+int32_t run_backward(Job &job, const Kernels &kernels);
+
+// Runs fn(job, index) for every index below count on the job's threads; on one where `work`, in multiply-adds, is little.
+int32_t run_all(const Job &job, int32_t (*fn)(const Job &, int64_t), int64_t count, double work);
+
+// Keys that a block of both passes takes, so that what a block needs stays within the second-level cache. A multiple of 64.
+int64_t choose_block_keys(int64_t bytes_a_key, int64_t fixed_bytes);
+constexpr int64_t kReduceRows = 64;  // rows of dQ that one call of Kernels::reduce sums
+
+// Bytes of the second-level cache of one core.
+int64_t level2_cache();
 
 // The parallel_for that is used when the caller brings none.
 void default_parallel_for(void *ctx, int64_t count, attnhub_cpu_task fn, void *arg);
 
 // At least `bytes` of 64-byte aligned memory that belongs to this thread until its next call with the same slot; null
 // when there is none.
-enum ScratchSlot { kTaskScratch = 0, kPartialScratch = 1, kScratchSlots = 2 };
+enum ScratchSlot { kTaskScratch = 0, kPartialScratch = 1, kDeltaScratch = 2, kScratchSlots = 3 };
 void *scratch(ScratchSlot slot, size_t bytes);
 
 }  // namespace attnhub_cpu

@@ -48,8 +48,11 @@ constexpr int64_t kChain = 128;
 constexpr int64_t kChain = 32;
 #endif
 
+// Operand A as it lies in memory: [rows, k], or, transposed, [k, rows].
+enum Orientation { kRowMajor, kTransposed };
+
 // alpha: one factor per row of C, or null when C is only written.
-template <class Units, int Rows, int Vectors>
+template <class Units, Orientation kA, int Rows, int Vectors>
 void tile(const typename Units::Unit *a, int64_t lda, const typename Units::Unit *b, int64_t ldb, float *c, int64_t ldc, int64_t k,
           const float *alpha) {
   F acc[Rows][Vectors];
@@ -64,7 +67,7 @@ void tile(const typename Units::Unit *a, int64_t lda, const typename Units::Unit
     for (int j = 0; j < Vectors; ++j) column[j] = Units::columns(b + x * ldb + j * W);
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
-      const auto row = Units::broadcast(a + i * lda + x);
+      const auto row = Units::broadcast(kA == kRowMajor ? a + i * lda + x : a + x * lda + i);
 #pragma GCC unroll 8
       for (int j = 0; j < Vectors; ++j) acc[i][j] = Units::accumulate(acc[i][j], row, column[j]);
     }
@@ -82,31 +85,31 @@ void tile(const typename Units::Unit *a, int64_t lda, const typename Units::Unit
 template <class Units>
 using Tile = void (*)(const typename Units::Unit *, int64_t, const typename Units::Unit *, int64_t, float *, int64_t, int64_t, const float *);
 
-template <class Units, int Rows>
+template <class Units, Orientation kA, int Rows>
 Tile<Units> tile_of_width(int vectors) {
   if constexpr (kTileVectors > 2) {
-    if (vectors == 4) return tile<Units, Rows, 4>;
-    if (vectors == 3) return tile<Units, Rows, 3>;
+    if (vectors == 4) return tile<Units, kA, Rows, 4>;
+    if (vectors == 3) return tile<Units, kA, Rows, 3>;
   }
-  return vectors == 2 ? tile<Units, Rows, 2> : tile<Units, Rows, 1>;
+  return vectors == 2 ? tile<Units, kA, Rows, 2> : tile<Units, kA, Rows, 1>;
 }
 
 // The tile of 1 to kTileRows rows and 1 to kTileVectors vectors of columns.
-template <class Units>
+template <class Units, Orientation kA = kRowMajor>
 Tile<Units> tile_of(int rows, int vectors) {
   switch (rows) {
     case 1:
-      return tile_of_width<Units, 1>(vectors);
+      return tile_of_width<Units, kA, 1>(vectors);
     case 2:
-      return tile_of_width<Units, 2>(vectors);
+      return tile_of_width<Units, kA, 2>(vectors);
     case 3:
-      return tile_of_width<Units, 3>(vectors);
+      return tile_of_width<Units, kA, 3>(vectors);
     case 4:
-      return tile_of_width<Units, 4>(vectors);
+      return tile_of_width<Units, kA, 4>(vectors);
     case 5:
-      return tile_of_width<Units, 5>(vectors);
+      return tile_of_width<Units, kA, 5>(vectors);
     default:
-      return tile_of_width<Units, 6>(vectors);
+      return tile_of_width<Units, kA, 6>(vectors);
   }
 }
 

@@ -97,12 +97,17 @@ class Scores {
   Scores(const Job &job, const Sequence &seq)
       : job_(job), seq_(seq), scale_(static_cast<float>(job.call.softmax_scale)), cap_(static_cast<float>(job.call.softcap)) {}
 
-  void finish(float *s, int64_t n, int64_t i, int64_t head, int64_t j0) const {
+  // slope, if given, gets the derivative of the soft cap at each score.
+  void finish(float *s, int64_t n, int64_t i, int64_t head, int64_t j0, float *slope = nullptr) const {
     const attnhub_cpu_mask &m = job_.mask;
     const float scale = cap_ > 0 ? scale_ / cap_ : scale_;
     for (int64_t x = 0; x < n; x += W) {
       F v = read<F>(s + x) * scale;
-      if (cap_ > 0) v = tanhv(v) * cap_;
+      if (cap_ > 0) {
+        v = tanhv(v);
+        if (slope) store(slope + x, 1.0f - v * v);
+        v *= cap_;
+      }
       store(s + x, v);
     }
     if (m.bias) {
@@ -171,6 +176,21 @@ class Scores {
   float scale_;
   float cap_;
 };
+
+// Whether any block of a block-sparse mask is kept among rows [r0, r1) and keys [j0, j1).
+ATTNHUB_INLINE bool any_block_kept(const Job &job, const Sequence &seq, int64_t kv_head, int64_t r0, int64_t r1, int64_t j0, int64_t j1) {
+  const attnhub_cpu_mask &m = job.mask;
+  const int64_t *strides = m.block_sparse_strides;
+  const uint8_t *at = m.block_sparse + seq.index * strides[0];
+  for (int64_t g = 0; g < job.group; ++g) {
+    for (int64_t y = r0 / job.group / m.block_sparse_rows; y <= (r1 - 1) / job.group / m.block_sparse_rows; ++y) {
+      for (int64_t x = j0 / m.block_sparse_keys; x <= (j1 - 1) / m.block_sparse_keys; ++x) {
+        if (at[(kv_head * job.group + g) * strides[1] + y * strides[2] + x * strides[3]]) return true;
+      }
+    }
+  }
+  return false;
+}
 
 // Pointers to the rows of k or v of one K/V head, contiguous or paged.
 template <class T>

@@ -12,7 +12,6 @@ constexpr int64_t kSplitQueries = 16;          // up to here a call is decoding,
 constexpr int64_t kSplitKeys = 512;            // a split is worth at least this many keys; a multiple of every key block
 constexpr int64_t kSplitTasks = 64;            // stop splitting where batch and heads give this many tasks
 constexpr int64_t kRowStep = 96;               // row blocks are multiples of every sub-block
-constexpr int64_t kRowStateBytes = 400 << 10;  // q and out of a row block stay within L2
 constexpr double kSerialWork = 1 << 20;        // multiply-adds below which waking a thread costs more than it gives
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -30,7 +29,8 @@ void cut(Job &job) {
     job.splits = ceil_div(job.max_len_k, job.split_keys);
   }
   // Large row blocks share the packing of K and V, small ones feed the threads. They change no row's arithmetic.
-  const int64_t largest = clamp(kRowStateBytes / (4 * (c.head_dim + c.v_head_dim)) / kRowStep * kRowStep, kRowStep, 8 * kRowStep);
+  job.block_keys = choose_block_keys(4 * (c.head_dim + c.v_head_dim + kRowStep), level2_cache() * 2 / 5);  // which the rows take
+  const int64_t largest = clamp(level2_cache() * 2 / 5 / (4 * (c.head_dim + c.v_head_dim)) / kRowStep * kRowStep, kRowStep, 8 * kRowStep);
   const int64_t wanted = c.threads == 1 ? 1 : ceil_div(4 * c.threads, heads * job.splits);
   job.block_rows = clamp(ceil_div(ceil_div(rows, wanted), kRowStep) * kRowStep, kRowStep, largest);
   job.row_blocks = ceil_div(rows, job.block_rows);
@@ -67,6 +67,8 @@ void worker(void *arg, int64_t) {
   }
 }
 
+}  // namespace
+
 int32_t run_all(const Job &job, int32_t (*fn)(const Job &, int64_t), int64_t count, double work) {
   Shared shared{&job, fn, count, {0}, {ATTNHUB_CPU_OK}};
   const int64_t threads = work < kSerialWork ? 1 : clamp(job.call.threads, 1, count);
@@ -79,9 +81,7 @@ int32_t run_all(const Job &job, int32_t (*fn)(const Job &, int64_t), int64_t cou
   return shared.status.load(std::memory_order_relaxed);
 }
 
-}  // namespace
-
-int32_t run(Job &job, const Kernels &kernels) {
+int32_t run_forward(Job &job, const Kernels &kernels) {
   clear_unowned(job);
   const attnhub_cpu_call &c = job.call;
   if (job.sequences == 0 || job.max_len_q == 0) return ATTNHUB_CPU_OK;
@@ -118,7 +118,7 @@ extern "C" int32_t attnhub_cpu_forward(const attnhub_cpu_call *call) {
     fail("this processor or this build lacks %s", attnhub_cpu_isa_name(static_cast<int32_t>(call->isa)));
     return ATTNHUB_CPU_UNSUPPORTED;
   }
-  const int32_t status = run(job, *kernels);
+  const int32_t status = run_forward(job, *kernels);
   if (status == ATTNHUB_CPU_NO_MEMORY) fail("scratch memory could not be allocated");
   return status;
 }

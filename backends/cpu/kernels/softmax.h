@@ -1,6 +1,7 @@
 // The online softmax: one row of a block of scores at a time, and what becomes of a row at the end.
 #pragma once
 
+#include "dropout.h"
 #include "rows.h"
 
 namespace attnhub_cpu {
@@ -81,6 +82,23 @@ void softmax_row(float *s, int64_t low, int64_t high, int64_t from, int64_t to, 
   row.max = max;
 }
 
+constexpr int64_t kMostBlockKeys = 256;  // of a block of keys that one softmax_row takes
+
+// Removes the weights s[low, high), in Units, of query (i, head) and keys from j0 on that dropout drops.
+template <class Units>
+void drop_weights(const Job &job, const Dropout &dropout, const Sequence &seq, float *s, int64_t low, int64_t high, int64_t i, int64_t head,
+                  int64_t j0) {
+  if (low >= high) return;
+  int32_t room[Dropout::room(kMostBlockKeys)];
+  const int32_t *kept = dropout.masks(seq.index * job.call.q_heads + head, i, j0 + low, high - low, room);
+  if constexpr (Units::kPerUnit == 1) {
+    for (int64_t j = low; j < high; ++j) s[j] = kept[j - low] ? s[j] : 0.0f;
+  } else {
+    uint16_t *bits = reinterpret_cast<uint16_t *>(s);
+    for (int64_t j = low; j < high; ++j) bits[j] = static_cast<uint16_t>(bits[j] & kept[j - low]);
+  }
+}
+
 // out and lse of one row from its unnormalised output o, its maximum in natural units and its sum.
 template <class T>
 void write_row(const Job &job, const Sequence &seq, int64_t i, int64_t head, const float *o, float max, float sum) {
@@ -94,6 +112,7 @@ void write_row(const Job &job, const Sequence &seq, int64_t i, int64_t head, con
     factor = weight / sum;
     max = top;
   }
+  if (c.dropout_p > 0) factor *= static_cast<float>(1.0 / (1.0 - c.dropout_p));
   T *out = static_cast<T *>(c.out) + seq.batch * c.out_strides[0] + head * c.out_strides[1] + (seq.q_begin + i) * c.out_strides[2];
   int64_t x = 0;
   for (; x + W <= c.v_head_dim; x += W) store(out + x, read<F>(o + x) * factor);

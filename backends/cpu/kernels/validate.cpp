@@ -106,6 +106,12 @@ const char *check_mask(const attnhub_cpu_call &c, const attnhub_cpu_mask &m) {
   return nullptr;
 }
 
+const char *check_gradient(const Job &job, const char *name, const void *data, const void *source) {
+  if (data && !source) return fail("%s is wanted, but there is nothing it belongs to", name);
+  const uintptr_t mask = job.element_size == 4 ? 3 : 1;
+  return reinterpret_cast<uintptr_t>(data) & mask ? fail("%s is not aligned to its elements", name) : nullptr;
+}
+
 attnhub_cpu_mask no_mask() {
   attnhub_cpu_mask m;
   std::memset(&m, 0, sizeof m);
@@ -121,6 +127,27 @@ const char *fail(const char *format, ...) {
   std::vsnprintf(message, sizeof message, format, arguments);
   va_end(arguments);
   return message;
+}
+
+const char *check_gradients(const Job &job, const attnhub_cpu_gradients &g) {
+  const attnhub_cpu_call &c = job.call;
+  if (job.mask.block_table) return fail("paged K/V has no backward: block_table must be null");
+  const bool rows = c.batch > 0 && c.seqlen_q > 0;
+  if (rows && !c.lse) return fail("lse is null; a backward needs the forward's");
+  if (rows && !g.grad_out) return fail("grad_out is null");
+  const char *error = check_gradient(job, "grad_out", g.grad_out, g.grad_out);
+  if (!error && rows) error = check_gradient(job, "grad_q", g.grad_q, c.q);
+  if (!error && rows && c.seqlen_k > 0) error = check_gradient(job, "grad_k", g.grad_k, c.k);
+  if (!error && rows && c.seqlen_k > 0) error = check_gradient(job, "grad_v", g.grad_v, c.v);
+  if (error) return error;
+  if (reinterpret_cast<uintptr_t>(g.grad_lse) & 3) return fail("grad_lse is not aligned to its elements");
+  if (g.grad_bias && !job.mask.bias) return fail("grad_bias is wanted, but there is no bias");
+  if (g.grad_sinks && !job.mask.sinks) return fail("grad_sinks is wanted, but there are no sinks");
+  if ((reinterpret_cast<uintptr_t>(g.grad_bias) | reinterpret_cast<uintptr_t>(g.grad_sinks)) & 3) return fail("grad_bias and grad_sinks must be aligned to floats");
+  for (int d = 0; g.grad_bias && d < 4; ++d) {
+    if (g.grad_bias_strides[d] < 0) return fail("grad_bias_strides[%d] is %lld; it must be at least 0", d, (long long)g.grad_bias_strides[d]);
+  }
+  return nullptr;
 }
 
 const char *normalise(const attnhub_cpu_call &call, Job &job) {
