@@ -13,12 +13,13 @@ from attnhub.bench import processor
 from attnhub.bench.cases import Case
 from attnhub.registry import registry
 
-#: The name of the read rate among the kinds of ceilings; the others are dtypes.
-READ = "read"
+#: The names of read rates among the kinds of ceilings; the others are dtypes. READ is from memory on the pages that tensors get
+#: and is what decode steps are compared with; READ_HUGE says what pages of 2 MiB would give.
+READ, READ_HUGE = "read", "read_huge_pages"
 
 
 class Ceilings:
-    """Samples of one run, by kind: a dtype (operations a second), or READ (bytes a second)."""
+    """Samples of one run, by kind: a dtype (operations a second), READ and READ_HUGE (bytes a second)."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -29,7 +30,10 @@ class Ceilings:
         """One measurement of 20 ms, kept; None where memory for it is short."""
         from attnhub.backends.cpu import library
 
-        value = library.read_rate(self.threads, self.read_bytes) if kind == READ else library.peak_flops(kind, self.threads)
+        if kind in (READ, READ_HUGE):
+            value = library.read_rate(self.threads, self.read_bytes, kind == READ_HUGE)
+        else:
+            value = library.peak_flops(kind, self.threads)
         if value <= 0:
             return None
         self.samples.setdefault(kind, []).append(value)
@@ -46,7 +50,7 @@ class CaseCeilings:
 
     def __init__(self, ceilings: Optional[Ceilings], case: Case) -> None:
         self._all = ceilings
-        self._kinds = (case.dtype, *((READ,) if case.is_decode() else ())) if ceilings and case.dtype in _dtypes() else ()
+        self._kinds = (case.dtype, *((READ, READ_HUGE) if case.is_decode() else ())) if ceilings and case.dtype in _dtypes() else ()
         self._mine: dict[str, list[float]] = {kind: [] for kind in self._kinds}
         self._dtype = case.dtype
 

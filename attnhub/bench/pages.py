@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import Any, Optional
 
-from attnhub.bench import results, targets
+from attnhub.bench import ceilings, results, targets
 from attnhub.bench.cases import PRESETS, Case
 from attnhub.cli.console import markdown_table
 
@@ -93,8 +93,9 @@ def _ceilings(result: dict[str, Any]) -> str:
     if not found:
         return ""
     kinds = {kind: value for kind, value in found.items() if isinstance(value, dict)}
+    reads = {ceilings.READ: "GB/s read from memory", ceilings.READ_HUGE: "GB/s read from huge pages"}
     said = [
-        f"{value['median'] / 1e9:.4g} {'GB/s read from memory' if kind == 'read' else f'GFLOP/s on registers for {kind}'} (largest {value['max'] / 1e9:.4g})"
+        f"{value['median'] / 1e9:.4g} {reads.get(kind) or f'GFLOP/s on registers for {kind}'} (largest {value['max'] / 1e9:.4g})"
         for kind, value in kinds.items()
     ]
     return "\nThe machine between the cases, median: " + "; ".join(said) + ".\n"

@@ -82,11 +82,14 @@ def peak_flops(dtype: str, threads: int, isa: int = 0) -> float:
     return float(function(isa, DTYPES[dtype], threads))
 
 
-def read_rate(threads: int, size: int, isa: int = 0) -> float:
-    """Bytes a second that `threads` threads read from `size` bytes of memory: give several times the last cache. 0 when memory is short."""
+def read_rate(threads: int, size: int, huge_pages: bool = False, isa: int = 0) -> float:
+    """Bytes a second that `threads` threads read from `size` bytes of memory: give several times the last cache. 0 when memory is short.
+
+    On the pages that tensors get, or on huge ones, where Linux gives them to those who ask.
+    """
     function = load().attnhub_cpu_read_rate
-    function.argtypes, function.restype = [ctypes.c_int32, _Int, _Int], ctypes.c_double
-    return float(function(isa, threads, size))
+    function.argtypes, function.restype = [ctypes.c_int32, _Int, _Int, ctypes.c_int32], ctypes.c_double
+    return float(function(isa, threads, size, huge_pages))
 
 
 def isa_name(isa: int) -> str:

@@ -198,8 +198,9 @@ ATTNHUB_CPU_EXPORT int32_t attnhub_cpu_backward(const attnhub_cpu_call *call, co
 ATTNHUB_CPU_EXPORT double attnhub_cpu_peak_flops(int32_t isa, int32_t dtype, int64_t threads);
 
 /* Bytes a second that `threads` threads read from `bytes` of memory between them, which should be several times the last
- * level's cache; allocated, written once, and freed. */
-ATTNHUB_CPU_EXPORT double attnhub_cpu_read_rate(int32_t isa, int64_t threads, int64_t bytes);
+ * level's cache; allocated, written once, and freed. Other than 0, huge_pages asks for pages of 2 MiB, where Linux gives them to
+ * those who ask: tensors lie on the pages that it gives without. */
+ATTNHUB_CPU_EXPORT double attnhub_cpu_read_rate(int32_t isa, int64_t threads, int64_t bytes, int32_t huge_pages);
 
 /* Why the last call on this thread failed. Never null; valid until the next failing call on this thread. */
 ATTNHUB_CPU_EXPORT const char *attnhub_cpu_last_error(void);

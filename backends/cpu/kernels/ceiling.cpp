@@ -1,5 +1,7 @@
 // The limits of this machine, measured: every thread works until a common deadline, so that one that starts late or is taken
 // away lowers the rate and never raises it.
+#include <sys/mman.h>
+
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
@@ -79,16 +81,21 @@ extern "C" double attnhub_cpu_peak_flops(int32_t isa, int32_t dtype, int64_t thr
   return work.rate();
 }
 
-extern "C" double attnhub_cpu_read_rate(int32_t isa, int64_t threads, int64_t bytes) {
+extern "C" double attnhub_cpu_read_rate(int32_t isa, int64_t threads, int64_t bytes, int32_t huge_pages) {
   const Kernels *kernels = find_kernels(isa);
   if (!kernels || threads < 1 || bytes < 0) return 0;
   Work work{};
   work.ceiling = &kernels->ceiling;
   const int64_t piece_bytes = kPiece * static_cast<int64_t>(sizeof(float));
-  work.floats = (bytes / threads / piece_bytes + 1) * kPiece;
+  work.floats = 2 * (bytes / threads / piece_bytes / 2 + 1) * kPiece;  // whole huge pages
   const size_t size = static_cast<size_t>(work.floats * threads) * sizeof(float);
-  work.data = static_cast<float *>(std::aligned_alloc(4096, size));
+  work.data = static_cast<float *>(std::aligned_alloc(size_t(2) << 20, size));
   if (!work.data) return 0;
+#if defined(MADV_HUGEPAGE)
+  if (huge_pages) madvise(work.data, size, MADV_HUGEPAGE);
+#else
+  (void)huge_pages;
+#endif
   default_parallel_for(nullptr, threads, touch, &work);
   work.start = Clock::now();
   default_parallel_for(nullptr, threads, read, &work);

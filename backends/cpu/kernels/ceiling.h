@@ -91,19 +91,20 @@ double flops_bf16(int64_t rounds, float *sum) {
 double flops_bf16(int64_t rounds, float *sum) { return flops_fma(rounds, sum); }
 #endif
 
-// Reads `count` floats once; returns their sum, so that no read can be left out. Prefetching by hand carries over the page
-// boundaries at which a processor's own prefetcher stops.
+// Reads `count` floats once, a multiple of 512; returns their sum, so that no read can be left out. In four streams: where pages are
+// small, a processor's prefetcher stops at the end of each, and the others go on; one stream reads at two thirds of the rate.
 float read_all(const float *data, int64_t count) {
-  constexpr int kLines = 8, kSums = 8;
-  constexpr int64_t kStep = kLines * 16, kAhead = 16 * kStep;  // floats: 16 to a cache line, 8 KiB ahead
+  constexpr int kStreams = 4, kSums = 8;
+  constexpr int64_t kStep = 128;
+  const int64_t part = count / kStreams;
   F acc[kSums];
   for (F &x : acc) x = F{};
-  for (int64_t i = 0; i + kStep <= count; i += kStep) {
-    const float *from = data + i;
-#pragma GCC unroll 8
-    for (int line = 0; line < kLines; ++line) __builtin_prefetch(from + kAhead + line * 16);
+  for (int64_t i = 0; i + kStep <= part; i += kStep) {
+    for (int stream = 0; stream < kStreams; ++stream) {
+      const float *from = data + stream * part + i;
 #pragma GCC unroll 32
-    for (int64_t v = 0; v < kStep / W; ++v) acc[v % kSums] += read<F>(from + v * W);
+      for (int64_t v = 0; v < kStep / W; ++v) acc[v % kSums] += read<F>(from + v * W);
+    }
   }
   F total = acc[0];
   for (int v = 1; v < kSums; ++v) total += acc[v];
