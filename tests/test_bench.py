@@ -214,6 +214,8 @@ def test_judging(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> 
     assert found["bf16 decode over F.sdpa"].word == targets.ABSENT
     amx = {verdict.target.name: verdict for verdict in targets.judge(_result(rows, isa=("amx_bf16",)))}
     assert amx["fp32 prefill full over F.sdpa"].word == targets.AIM and "fp16 prefill over F.sdpa" not in amx
+    (disturbed,) = (v for v in targets.judge(_result([_row(small, "attnhub", 1.0, peak_fraction=1.2)])) if v.cases and v.target.fraction)
+    assert disturbed.word == targets.DISTURBED
     with pytest.raises(ValueError, match="CPUs only"):
         targets.table({"device": {"type": "cuda", "name": "x", "isa": []}})
 

@@ -1,7 +1,7 @@
 """What the machine can do at best, measured between the peers' turns: operations on registers, and reads of memory. CPU only.
 
-A fraction of a ceiling compares machines where a ratio to another library cannot. A neighbour or a change of clock moves both
-alike, so a case's ceiling is the median of the samples taken in its own rounds, as its times are.
+A fraction of a ceiling compares machines where a ratio to another library cannot. Clocks change in the course of a run, so a case's
+ceiling is measured between its own rounds; a neighbour can only lower a sample, so the largest of them counts.
 """
 
 from __future__ import annotations
@@ -63,15 +63,11 @@ class CaseCeilings:
 
     def peak(self) -> Optional[float]:
         """Operations a second for the case's dtype."""
-        return self._median(self._dtype)
+        return max(self._mine.get(self._dtype, ()), default=None)
 
     def read(self) -> Optional[float]:
         """Bytes a second; None unless it is a decode step."""
-        return self._median(READ)
-
-    def _median(self, kind: str) -> Optional[float]:
-        values = self._mine.get(kind)
-        return statistics.median(values) if values else None
+        return max(self._mine.get(READ, ()), default=None)
 
 
 def available(threads: int) -> Optional[Ceilings]:

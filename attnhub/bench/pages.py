@@ -28,8 +28,11 @@ def page(root: pathlib.Path) -> str:
         _HEADER, "# Measured results\n\n",
         "Every table is a committed file, as `attnhub bench` wrote it. Peers run interleaved in one process; a time is the median of the\n"
         "rounds; only ratios within one table mean anything. `F.sdpa` is torch's scaled_dot_product_attention as it chooses by itself.\n"
-        "TFLOP/s counts 4 B H Sq Sk D (half if causal; 2.5 times for a backward). Extra MiB is the peak of one call, its result included.\n"
-        "Max error is against the definition in fp64, where the problem is small enough to hold it.\n",
+        "TFLOP/s counts 4 B H Sq Sk D (half if causal; 2.5 times for a backward, 3.5 for a training step, which is both passes). Extra MiB is\n"
+        "the peak of one call, its result included. Max error is against the definition in fp64, where the problem is small enough to hold it.\n"
+        "Where a CPU's ceilings were measured between the rounds: `of peak` is of multiply-adds on registers alone in the dtype's instructions,\n"
+        "`of read rate` is of streaming from memory, and decode steps then find their K/V there and not in the cache. CPU use is processor\n"
+        "seconds in a second. A target's class is judged by the geometric mean of its cases.\n",
     ]  # fmt: skip
     if not found:
         parts.append("\nNo result file is committed yet.\n")

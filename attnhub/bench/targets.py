@@ -1,6 +1,6 @@
 """What the cpu backend is held to, as data, and a result file held against it. Torch-free.
 
-A class of cases is judged by the geometric mean of its cases; its worst case is told beside it.
+A class of cases is judged by the geometric mean of its cases (memory by the worst), and the worst case is told beside it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import Any, Optional
 from attnhub.bench.cases import Case
 
 AIM, GATE, MISSED, ABSENT = "aim met", "gate met", "MISSED", "not in this file"
+#: The verdict on fractions of a ceiling that exceed it: the ceiling was measured while something else took the processor.
+DISTURBED = "DISTURBED"
+_MOST = 1.05
 #: Who is judged: the first of these that has a row.
 _JUDGED = ("attnhub", "attnhub cpu")
 
@@ -35,7 +38,10 @@ def _figure(key: str) -> Measure:
 
 @dataclass(frozen=True)
 class Target:
-    """A class of cases with its gate (the least that is accepted) and its aim. at_most: smaller is better."""
+    """A class of cases with its gate (the least that is accepted) and its aim. at_most: smaller is better.
+
+    fraction: a part of what the machine reached, which no kernel exceeds.
+    """
 
     name: str
     gate: float
@@ -44,6 +50,7 @@ class Target:
     holds: Callable[[Case], bool]
     form: str = "{:.2f}x"
     at_most: bool = False
+    fraction: bool = False
 
     def text(self, value: float) -> str:
         return self.form.format(value)
@@ -101,8 +108,8 @@ _PEAK, _READ, _MEMORY = _figure("peak_fraction"), _figure("bandwidth_fraction"),
 
 #: Targets that hold on every processor: fractions of what it reached in the same run, and memory.
 _EVERYWHERE = (
-    Target("fp32 prefill D128 full, of FMA peak", 0.70, 0.85, _PEAK, _prefill("float32", False, 128), "{:.0%}"),
-    Target("fp32 prefill D64 full, of FMA peak", 0.60, 0.78, _PEAK, _prefill("float32", False, 64), "{:.0%}"),
+    Target("fp32 prefill D128 full, of FMA peak", 0.70, 0.85, _PEAK, _prefill("float32", False, 128), "{:.0%}", fraction=True),
+    Target("fp32 prefill D64 full, of FMA peak", 0.60, 0.78, _PEAK, _prefill("float32", False, 64), "{:.0%}", fraction=True),
     Target("extra memory at 8192 tokens", 64, 64, _MEMORY, lambda c: c.mode == "forward" and c.seqlen_q == 8192, "{:.1f} MiB", at_most=True),
 )
 #: x86 without AMX, where torch's bf16 runs on vdpbf16ps at best.
@@ -114,12 +121,12 @@ AVX = (
     Target("fp16 prefill over F.sdpa", 4.0, 8.0, _SDPA, _prefill("float16")),
     Target("fp32 decode over F.sdpa", 4.0, 4.0, _SDPA, _decode("float32")),
     Target("bf16 decode over F.sdpa", 30.0, 30.0, _SDPA, _decode("bfloat16")),
-    Target("fp32 decode, of read rate", 0.70, 0.85, _READ, _decode("float32"), "{:.0%}"),
-    Target("bf16 decode, of read rate", 0.70, 0.85, _READ, _decode("bfloat16"), "{:.0%}"),
+    Target("fp32 decode, of read rate", 0.70, 0.85, _READ, _decode("float32"), "{:.0%}", fraction=True),
+    Target("bf16 decode, of read rate", 0.70, 0.85, _READ, _decode("bfloat16"), "{:.0%}", fraction=True),
     Target("fp32 training over F.sdpa", 1.7, 2.2, _SDPA, _training("float32")),
     Target("bf16 training over F.sdpa", 1.7, 2.5, _SDPA, _training("bfloat16")),
-    Target("bf16 prefill D128 full, of vdpbf16ps peak", 0.70, 0.85, _PEAK, _prefill("bfloat16", False, 128), "{:.0%}"),
-    Target("bf16 prefill D64 full, of vdpbf16ps peak", 0.60, 0.78, _PEAK, _prefill("bfloat16", False, 64), "{:.0%}"),
+    Target("bf16 prefill D128 full, of vdpbf16ps peak", 0.70, 0.85, _PEAK, _prefill("bfloat16", False, 128), "{:.0%}", fraction=True),
+    Target("bf16 prefill D64 full, of vdpbf16ps peak", 0.60, 0.78, _PEAK, _prefill("bfloat16", False, 64), "{:.0%}", fraction=True),
     Target("over ONNX Runtime's GroupQueryAttention", 1.3, 2.0, _over("ONNX Runtime"), _one(Case(2048, heads=32, head_dim=128, causal=True))),
     *_EVERYWHERE,
 )
@@ -166,4 +173,7 @@ def _verdict(target: Target, cases: dict[Case, Rows]) -> Verdict:
     # Nothing is as good as nothing measured: a mean of 0 MiB is 0.
     mean = math.exp(sum(math.log(value) for value, _ in found) / len(found)) if all(value > 0 for value, _ in found) else 0.0
     worst, worst_case = (max if target.at_most else min)(found)
-    return Verdict(target, len(found), mean, worst, worst_case, target.word(worst if target.at_most else mean))
+    word = target.word(worst if target.at_most else mean)
+    if target.fraction and max(value for value, _ in found) > _MOST:
+        word = DISTURBED
+    return Verdict(target, len(found), mean, worst, worst_case, word)

@@ -178,7 +178,7 @@ def _judge(args: argparse.Namespace) -> int:
         console.emit_json([verdict.to_json() for verdict in verdicts])
     else:
         console.table("", *pages.verdict_table(verdicts), right=pages.NUMERIC)
-    return 1 if any(verdict.word == targets.MISSED for verdict in verdicts) else 0
+    return 1 if any(verdict.word in (targets.MISSED, targets.DISTURBED) for verdict in verdicts) else 0
 
 
 def _draw(result: dict[str, Any], path: str) -> None:
