@@ -190,6 +190,20 @@ typedef struct attnhub_cpu_gradients {
  * A row without keys gives and gets gradients of 0. Deterministic like the forward: the same bits for any number of threads. */
 ATTNHUB_CPU_EXPORT int32_t attnhub_cpu_backward(const attnhub_cpu_call *call, const attnhub_cpu_gradients *gradients);
 
+/* How a call is cut into tasks. Follows from the sizes alone but for block_rows, which also looks at `threads`; no choice changes
+ * a result but splits, split_keys and block_keys (by rounding). */
+typedef struct attnhub_cpu_blocks {
+  int64_t block_rows; /* rows (queries times heads of a K/V head) that share packed K and V */
+  int64_t block_keys; /* keys that are packed at a time, from the size of the second-level cache */
+  int64_t splits;     /* parts of the keys that are worked on apart and merged */
+  int64_t split_keys;
+  int64_t tasks;
+  int64_t level2_bytes;
+} attnhub_cpu_blocks;
+
+/* The cut of a call of these sizes without mask; no pointer of the call is read. Either result may be null. */
+ATTNHUB_CPU_EXPORT int32_t attnhub_cpu_cut(const attnhub_cpu_call *call, attnhub_cpu_blocks *forward, attnhub_cpu_blocks *backward);
+
 /* Limits of this machine, for benchmarks; each measures for 20 ms. 0 when the instruction set is not there, an argument is out
  * of range, or memory is short.
  *

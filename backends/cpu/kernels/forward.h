@@ -142,7 +142,8 @@ class TiledTask {
       if (span.from == span.to) continue;
       float *line = s_ + (r - r0) * block_keys_;
       const int64_t a = max64(0, keys_[r].low - j0), b = min64(count, keys_[r].high - j0);
-      if (job_.predicated && a < b) scores_.finish(line + a, b - a, query(r), head(r), j0 + a);
+      const int64_t first = a / W * W;
+      if (job_.predicated && a < b) scores_.finish(line + first, b - first, query(r), head(r), j0 + first);
       softmax_row<Units>(line, a, b, span.from, span.to, unit_, state_[r]);
       if (job_.call.dropout_p > 0) drop_weights<Units>(job_, dropout_, seq_, line, a, b, query(r), head(r), j0);
     }

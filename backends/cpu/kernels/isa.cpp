@@ -18,6 +18,8 @@ bool has(int64_t isa) {
     default:
       break;
   }
+#elif defined(ATTNHUB_CPU_ARM64)
+  if (isa == ATTNHUB_CPU_ISA_NEON) return true;  // part of every aarch64
 #endif
   return isa == ATTNHUB_CPU_ISA_PORTABLE;
 }
@@ -33,6 +35,9 @@ const Kernels *compiled(int64_t isa) {
       return kernels_avx512();
     case ATTNHUB_CPU_ISA_AVX512_BF16:
       return kernels_avx512_bf16();
+#elif defined(ATTNHUB_CPU_ARM64)
+    case ATTNHUB_CPU_ISA_NEON:
+      return kernels_neon();
 #endif
     default:
       return nullptr;

@@ -96,12 +96,14 @@ const Kernels *kernels_portable();
 const Kernels *kernels_avx2();
 const Kernels *kernels_avx512();
 const Kernels *kernels_avx512_bf16();
+const Kernels *kernels_neon();
 
 // The kernels of an instruction set, or null if this processor or build lacks it. AUTO is resolved.
 const Kernels *find_kernels(int64_t isa);
 
 // Checks a call and fills job with it. Returns null, or why the call is wrong (text of this thread, see fail()).
 const char *normalise(const attnhub_cpu_call &call, Job &job);
+const char *normalise_sizes(const attnhub_cpu_call &call, Job &job);  // the same without reading any tensor or mask
 const char *fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 // Checks the gradients of a job that normalise() has filled. Returns as normalise() does.
@@ -110,6 +112,7 @@ const char *check_gradients(const Job &job, const attnhub_cpu_gradients &gradien
 // Cuts the job into tasks and runs them. Returns an attnhub_cpu_status.
 int32_t run_forward(Job &job, const Kernels &kernels);
 int32_t run_backward(Job &job, const Kernels &kernels);
+void cut_backward(Job &job);
 
 // Runs fn(job, index) for every index below count on the job's threads; on one where `work`, in multiply-adds, is little.
 int32_t run_all(const Job &job, int32_t (*fn)(const Job &, int64_t), int64_t count, double work);

@@ -42,7 +42,7 @@ struct UnitsOf<Bf16> {
 
 // Units along k that one tile adds up before it touches C. Shorter chains round less: 512 products in one chain lose three
 // times what PyTorch's product loses. Without FMA every product rounds, too.
-#if defined(__FMA__)
+#if defined(__FMA__) || defined(ATTNHUB_NEON)
 constexpr int64_t kChain = 128;
 #else
 constexpr int64_t kChain = 32;
