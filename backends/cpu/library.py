@@ -106,6 +106,23 @@ def cut(dtype: str, threads: int, batch: int, q_heads: int, kv_heads: int, seqle
     return forward, backward
 
 
+def peak_flops(dtype: str, threads: int, isa: int = 0) -> float:
+    """Operations a second that `threads` threads reach on registers alone, in the instructions that serve this dtype. Takes 20 ms."""
+    function = load().attnhub_cpu_peak_flops
+    function.argtypes, function.restype = [ctypes.c_int32, ctypes.c_int32, _Int], ctypes.c_double
+    return float(function(isa, DTYPES[dtype], threads))
+
+
+def read_rate(threads: int, size: int, huge_pages: bool = False, isa: int = 0) -> float:
+    """Bytes a second that `threads` threads read from `size` bytes of memory: give several times the last cache. 0 when memory is short.
+
+    On the pages that tensors get, or on huge ones, where Linux gives them to those who ask.
+    """
+    function = load().attnhub_cpu_read_rate
+    function.argtypes, function.restype = [ctypes.c_int32, _Int, _Int, ctypes.c_int32], ctypes.c_double
+    return float(function(isa, threads, size, huge_pages))
+
+
 def isa_name(isa: int) -> str:
     """The name of an attnhub_cpu_isa."""
     return next(name for name, number in ISAS.items() if number == isa)

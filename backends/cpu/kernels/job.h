@@ -75,6 +75,12 @@ static inline Sequence sequence_of(const Job &job, int64_t index) {
   return s;
 }
 
+// The limits of a core, for benchmarks (ceiling.h).
+struct Ceiling {
+  double (*flops[3])(int64_t rounds, float *sum);  // per dtype: does `rounds` rounds of work on registers, returns its operations
+  float (*read)(const float *data, int64_t count);
+};
+
 // What one instruction-set unit offers, per dtype. Each returns an attnhub_cpu_status.
 struct Kernels {
   int32_t (*task[3])(const Job &job, int64_t index);
@@ -83,6 +89,7 @@ struct Kernels {
   int32_t (*backward[3])(const Job &job, int64_t index);
   int32_t (*reduce[3])(const Job &job, int64_t index);
   int32_t (*bias[3])(const Job &job, int64_t index);
+  Ceiling ceiling;
 };
 
 const Kernels *kernels_portable();
