@@ -342,6 +342,7 @@ class Maker {
       p_.v.set_each([&](int64_t, int64_t, int64_t, int64_t) { return size_v * r_.normal(); });
       return;
     }
+    seen_rows_.assign(static_cast<size_t>(c.batch * c.q_heads * c.seqlen_q), false);
     const int64_t group = c.q_heads / c.kv_heads;
     const bool infinite = r_.chance(0.3);
     for (int pass = infinite ? 0 : 1; pass < 2; ++pass) {
@@ -363,6 +364,7 @@ class Maker {
                 random_row(c.v, at_v, c.v_head_dim, size_v);
               }
             }
+            if (any) seen_rows_[static_cast<size_t>((span.batch * c.q_heads + h) * c.seqlen_q + span.q_begin + i)] = true;
             if (any && pass == 1) random_row(c.q, query_offset(span, c.q_strides, h, i), c.head_dim, size_q);
           }
         }
@@ -378,11 +380,15 @@ class Maker {
     Freedom dense;
     dense.last_is_dense = true;
     p_.grad_out = tensor(c.batch, c.q_heads, c.seqlen_q, c.v_head_dim, true, g.grad_out_strides);
-    p_.grad_out.set_each([&](int64_t, int64_t, int64_t, int64_t) { return r_.normal(); });
+    // Rows without keys are not read: nothing may come of what stands there. (With a sink, their lse is one and has a gradient.)
+    const auto unread = [&](int64_t row) { return poison_ && !p_.sinks && !seen_rows_[static_cast<size_t>(row)]; };
+    p_.grad_out.set_each([&](int64_t b, int64_t h, int64_t i, int64_t) {
+      return unread((b * c.q_heads + h) * c.seqlen_q + i) && dense_grad_out() ? std::nan("") : r_.normal();
+    });
     g.grad_out = p_.grad_out.data();
     if (r_.chance(0.4)) {
       p_.grad_lse = Buffer(r_, kFp32, p_.lse.shape(), dense);
-      p_.grad_lse.set_each([&](int64_t, int64_t, int64_t, int64_t) { return r_.normal(); });
+      p_.grad_lse.set_each([&](int64_t, int64_t, int64_t, int64_t i) { return unread(i) ? std::nan("") : r_.normal(); });
       g.grad_lse = p_.grad_lse.as<float>();
     }
     const auto wanted = [&](Buffer &b, const Buffer &of, int64_t *strides, void *&to) {
@@ -408,6 +414,14 @@ class Maker {
     }
   }
 
+  // No two rows of grad_out share memory.
+  bool dense_grad_out() const {
+    for (int d = 0; d < 3; ++d) {
+      if (p_.gradients.grad_out_strides[d] == 0 && p_.grad_out.shape().size[d] > 1) return false;
+    }
+    return true;
+  }
+
   void describe() {
     static const char *const dtypes[] = {"fp32", "bf16", "fp16"};
     const attnhub_cpu_call &c = p_.call;
@@ -429,6 +443,7 @@ class Maker {
   std::unique_ptr<Problem> made_;
   Problem &p_;
   bool tight_ = false, packed_ = false, paged_ = false, everything_ = false, plain_ = true, poison_ = false;
+  std::vector<bool> seen_rows_;  // of a poisoned problem: [batch, q_heads, seqlen_q], has any key
   int64_t len_q_ = 0, len_k_ = 0;  // wanted
   int64_t max_q_ = 0, max_k_ = 0;  // of the longest sequence
 };
