@@ -210,7 +210,8 @@ int32_t decode_task(const Job &job, const Sequence &seq, int64_t kv_head, int64_
     for (int64_t r = 0; r < rows; ++r) {
       float *line = s + r * kDecodeKeys;
       const int64_t a = max64(0, keys[r].low - j0), b = min64(high, keys[r].high - j0);
-      if (job.predicated && a < b) scores.finish(line + a, b - a, r / job.group, kv_head * job.group + r % job.group, j0 + a);
+      const int64_t first = a / W * W;
+      if (job.predicated && a < b) scores.finish(line + first, b - first, r / job.group, kv_head * job.group + r % job.group, j0 + first);
       softmax_row<Units>(line, a, b, from, to, unit, state[r]);
       if (c.dropout_p > 0) drop_weights<Units>(job, dropout, seq, line, a, b, r / job.group, kv_head * job.group + r % job.group, j0);
     }

@@ -158,7 +158,8 @@ class TiledTask {
       const Span span = spans[(x - r0) / kRows];
       float *line = s_ + (x - r0) * lds_;
       const int64_t a = max64(0, keys_[x].low - j0), b = max64(a, min64(count, keys_[x].high - j0));
-      if (job_.predicated && a < b) scores_.finish(line + a, b - a, query(x), head(x), j0 + a);
+      const int64_t first = a / W * W;
+      if (job_.predicated && a < b) scores_.finish(line + first, b - first, query(x), head(x), j0 + first);
       rows[x - r] = {line, a, b, span.from, span.to};
     }
     softmax_rows<Units>(rows, static_cast<int>(end - r), unit_, state_ + r);

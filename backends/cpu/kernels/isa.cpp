@@ -47,6 +47,8 @@ bool has(int64_t isa) {
     default:
       break;
   }
+#elif defined(ATTNHUB_CPU_ARM64)
+  if (isa == ATTNHUB_CPU_ISA_NEON) return true;  // part of every aarch64
 #endif
   return isa == ATTNHUB_CPU_ISA_PORTABLE;
 }
@@ -62,6 +64,9 @@ const Kernels *compiled(int64_t isa) {
       return kernels_avx512();
     case ATTNHUB_CPU_ISA_AVX512_BF16:
       return kernels_avx512_bf16();
+#elif defined(ATTNHUB_CPU_ARM64)
+    case ATTNHUB_CPU_ISA_NEON:
+      return kernels_neon();
 #endif
 #if defined(ATTNHUB_CPU_AMX)
     case ATTNHUB_CPU_ISA_AMX_BF16:

@@ -44,7 +44,7 @@ struct UnitsOf<Bf16> {
 
 // Units along k that one tile adds up before it touches C. Shorter chains round less: 512 products in one chain lose three
 // times what PyTorch's product loses. Without FMA every product rounds, too.
-#if defined(__FMA__)
+#if defined(__FMA__) || defined(ATTNHUB_NEON)
 constexpr int64_t kChain = 128;
 #else
 constexpr int64_t kChain = 32;
@@ -137,6 +137,15 @@ struct Products {
   static ATTNHUB_INLINE void add(const Unit *a, int64_t lda, const Unit *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns,
                                  int64_t k, const float *alpha) {
     tile_of<Units>(static_cast<int>(rows), static_cast<int>(columns / W))(a, lda, b, ldb, c, ldc, k, alpha);
+  }
+
+  // C += A B for any number of rows, A as a TransposedOperand
+  static void add_transposed(const Unit *a, int64_t lda, const Unit *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns, int64_t k) {
+    static constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1};
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      const int64_t left = rows - i < kTileRows ? rows - i : kTileRows;
+      tile_of<Units, kTransposed>(static_cast<int>(left), static_cast<int>(columns / W))(a + i, lda, b, ldb, c + i * ldc, ldc, k, kOnes);
+    }
   }
 };
 

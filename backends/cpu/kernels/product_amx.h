@@ -89,6 +89,10 @@ struct Products<AmxPairs> {
     }
     amx_product(a, lda, b, ldb, c, ldc, (rows + kRowStep - 1) / kRowStep * kRowStep, columns, k, true);
   }
+
+  static void add_transposed(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns, int64_t k) {
+    amx_product(a, lda, b, ldb, c, ldc, (rows + kRowStep - 1) / kRowStep * kRowStep, columns, k, true);
+  }
 };
 
 template <>

@@ -97,7 +97,8 @@ class Scores {
   Scores(const Job &job, const Sequence &seq)
       : job_(job), seq_(seq), scale_(static_cast<float>(job.call.softmax_scale)), cap_(static_cast<float>(job.call.softcap)) {}
 
-  // slope, if given, gets the derivative of the soft cap at each score.
+  // slope, if given, gets the derivative of the soft cap at each score. Whole vectors are written: in a buffer of lines without
+  // slack, s must begin on a multiple of W of its line, or the last vector reaches into the next line.
   void finish(float *s, int64_t n, int64_t i, int64_t head, int64_t j0, float *slope = nullptr) const {
     const attnhub_cpu_mask &m = job_.mask;
     const float scale = cap_ > 0 ? scale_ / cap_ : scale_;

@@ -10,6 +10,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(ATTNHUB_NEON)  // given to isa_neon.cpp alone: aarch64 defines __ARM_NEON for the portable unit, too
+#include <arm_neon.h>
 #endif
 
 #define ATTNHUB_INLINE inline __attribute__((always_inline))
@@ -23,6 +25,9 @@ constexpr int kTileVectors = 4;  // 6 x 64 tile: 24 accumulators, 4 columns, 1 b
 #elif defined(__AVX2__)
 constexpr int W = 8;
 constexpr int kTileVectors = 2;  // 6 x 16 tile: 12 accumulators, 2 columns, 1 broadcast of 16 registers
+#elif defined(ATTNHUB_NEON)
+constexpr int W = 4;
+constexpr int kTileVectors = 4;  // 6 x 16 tile: 24 accumulators, 4 columns, 1 broadcast of 32 registers
 #else
 constexpr int W = 4;
 constexpr int kTileVectors = 2;
@@ -58,11 +63,13 @@ ATTNHUB_INLINE V read(const T *p) {
 }
 
 ATTNHUB_INLINE F splat(float x) { return x - F{}; }
-ATTNHUB_INLINE F vmax(F a, F b) {  // b where either is NaN, as the instruction does
+ATTNHUB_INLINE F vmax(F a, F b) {  // NaN where b is; where only a is, as the instruction has it: b on x86, NaN on aarch64
 #if defined(__AVX512F__)
   return (F)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(__AVX2__)
   return (F)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(ATTNHUB_NEON)
+  return (F)vmaxq_f32((float32x4_t)a, (float32x4_t)b);
 #else
   return a > b ? a : b;
 #endif
@@ -77,6 +84,8 @@ ATTNHUB_INLINE F load(const Fp16 *p) {
   return (F)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
 #elif defined(__F16C__)
   return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+#elif defined(ATTNHUB_NEON)
+  return (F)vcvt_f32_f16(read<float16x4_t>(p));
 #else
   // The exponent is rebiased by one exact multiplication, subnormals included; Inf and NaN keep an exponent of all ones.
   const U h = __builtin_convertvector(read<H>(p), U);
@@ -116,6 +125,9 @@ ATTNHUB_INLINE void store(Fp16 *p, F v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(ATTNHUB_NEON)
+  const float16x4_t h = vcvt_f16_f32((float32x4_t)v);
+  __builtin_memcpy(p, &h, sizeof h);
 #else
   const U bits = bit_cast<U>(v);
   const U sign = (bits >> 16) & 0x8000u;
@@ -176,6 +188,9 @@ ATTNHUB_INLINE F rotate(F v) {  // lane e gets lane e ^ S
   return shuffle(v, v, index);
 }
 ATTNHUB_INLINE float reduce_add(F v) {
+#if defined(ATTNHUB_NEON)
+  return vaddvq_f32((float32x4_t)v);
+#else
 #if defined(__AVX512F__)
   v += rotate<8>(v);
 #endif
@@ -185,8 +200,12 @@ ATTNHUB_INLINE float reduce_add(F v) {
   v += rotate<2>(v);
   v += rotate<1>(v);
   return v[0];
+#endif
 }
 ATTNHUB_INLINE float reduce_max(F v) {
+#if defined(ATTNHUB_NEON)
+  return vmaxvq_f32((float32x4_t)v);
+#else
 #if defined(__AVX512F__)
   v = vmax(v, rotate<8>(v));
 #endif
@@ -196,6 +215,7 @@ ATTNHUB_INLINE float reduce_max(F v) {
   v = vmax(v, rotate<2>(v));
   v = vmax(v, rotate<1>(v));
   return v[0];
+#endif
 }
 
 template <int S>
@@ -248,7 +268,12 @@ ATTNHUB_INLINE F folded(F *r, Join join) {  // lane e is r[e] joined, in half th
   return r[0];
 }
 ATTNHUB_INLINE F sums(F *r) {
+#if defined(ATTNHUB_NEON)
+  const float32x4_t low = vpaddq_f32((float32x4_t)r[0], (float32x4_t)r[1]), high = vpaddq_f32((float32x4_t)r[2], (float32x4_t)r[3]);
+  return (F)vpaddq_f32(low, high);
+#else
   return folded(r, [](F a, F b) { return a + b; });
+#endif
 }
 ATTNHUB_INLINE F maxima(F *r) {
   return folded(r, [](F a, F b) { return vmax(a, b); });
@@ -279,6 +304,9 @@ ATTNHUB_INLINE F exp2v(F x) {
     return (F)_mm512_maskz_scalef_ps(keep, (__m512)p, (__m512)x);
   }
   const F n = (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(ATTNHUB_NEON)
+  x = vmax(splat(-127.0f), x);
+  const F n = (F)vrndnq_f32((float32x4_t)x);
 #else
   x = vmax(splat(-127.0f), x);
   const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
@@ -303,6 +331,8 @@ ATTNHUB_INLINE F exp2v(F x) {
   p = p * f + splat(1.0f);
 #if defined(__AVX512F__)
   return (F)_mm512_maskz_scalef_ps(keep, (__m512)p, (__m512)n);
+#elif defined(ATTNHUB_NEON)
+  return p * (F)vshlq_n_s32(vaddq_s32(vcvtq_s32_f32((float32x4_t)n), vdupq_n_s32(127)), 23);
 #else
   const U exponent = (bit_cast<U>(shifted) - bit_cast<U>(magic) + 127u) << 23;  // 0, and so the float 0, for n = -127
   return p * bit_cast<F>(exponent);
