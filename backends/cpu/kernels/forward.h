@@ -97,8 +97,15 @@ class TiledTask {
     return all;
   }
 
+  // Columns [from, to) of a block that the rows of a tile need, multiples of kKeyStep; empty: from == to.
+  struct Span {
+    int64_t from;
+    int64_t to;
+  };
+
   // All rows against keys [j0, j0 + count).
   void block(int64_t j0, int64_t count) {
+    if constexpr (Tiles::kOverlaps) return overlapped_block(j0, count);
     bool packed = false;
     for (int64_t sub = 0; sub * kSubRows < rows_; ++sub) {
       const int64_t low = max64(sub_keys_[sub].low, j0), high = min64(sub_keys_[sub].high, j0 + count);
@@ -109,6 +116,85 @@ class TiledTask {
       packed = true;
       sub_block(r0, r1, j0, count);
     }
+  }
+
+  // The same where products and softmax can run at the same time: beside the softmax of a group of rows, the weights of the group
+  // before it meet V, and the rows of the next one meet K. Two buffers of scores take turns.
+  struct Group {
+    int64_t r0, r1;
+    Span span;
+    float *s;
+  };
+
+  void overlapped_block(int64_t j0, int64_t count) {
+    static_assert(kSubRows >= 2 * kRows, "s_ holds the scores of two groups");
+    if constexpr (Tiles::kOverlaps) {
+      Group now = next_group(0, j0, count, s_);
+      if (now.r0 == now.r1) return;
+      pack(j0, count);
+      typename Tiles::Queue first;
+      queue_qk(first, now, count);
+      first.start(0);
+      first.finish();
+      Group before{0, 0, {0, 0}, nullptr};
+      while (now.r0 < now.r1) {
+        const Group next = next_group(now.r1, j0, count, now.s == s_ ? s_ + kRows * lds_ : s_);
+        typename Tiles::Queue queue;
+        if (before.r0 < before.r1) queue_pv(queue, before, count);
+        if (next.r0 < next.r1) queue_qk(queue, next, count);
+        queue.start((now.r1 - now.r0) * (now.span.to - now.span.from));
+        for (int64_t r = now.r0; r < now.r1; r += W) softmax(now.s, now.r0, r, min64(r + W, now.r1), j0, count, &now.span, &queue);
+        queue.finish();
+        for (int64_t r = now.r0; r < now.r1; ++r) scale_row(o_ + r * ldo_, state_[r].alpha);
+        before = now;
+        now = next;
+      }
+      typename Tiles::Queue last;
+      queue_pv(last, before, count);
+      last.start(0);
+      last.finish();
+    }
+  }
+
+  // The first group from row r on that has keys in the block; r0 == r1: none.
+  Group next_group(int64_t r, int64_t j0, int64_t count, float *s) {
+    for (; r < rows_; r += kRows) {
+      const int64_t r1 = min64(rows_, r + kRows);
+      const Span span = span_of(r, r1, j0, count);
+      if (span.from == span.to) continue;
+      if (job_.mask.block_sparse &&
+          !any_block_kept(job_, seq_, kv_head_, first_row_ + r, first_row_ + r1, j0 + span.from, j0 + min64(span.to, count))) {
+        continue;
+      }
+      return {r, r1, span, s};
+    }
+    return {rows_, rows_, {0, 0}, s};
+  }
+
+  template <class Queue>
+  void queue_qk(Queue &queue, const Group &group, int64_t count) {
+    const int64_t rows = round_up(group.r1 - group.r0, Tiles::kRowStep);
+    for (int64_t j = group.span.from / kTileColumns * kTileColumns; j < count; j += kTileColumns) {
+      const int64_t width = min64(group.span.to, min64(j + kTileColumns, round_up(count, W))) - j;
+      if (width > 0) queue.add(q_ + group.r0 * ldq_, ldq_, k_ + j * q_units_, kTileColumns, group.s + j, lds_, rows, width, q_units_, false);
+    }
+  }
+
+  template <class Queue>
+  void queue_pv(Queue &queue, const Group &group, int64_t count) {
+    if (!v_finite_) return select_rows(group.r0, group.r1, group.s, group.span, count, false);
+    const int64_t rows = round_up(group.r1 - group.r0, Tiles::kRowStep), from = group.span.from / kPer;
+    const int64_t to = min64(group.span.to, round_up(count, kPer * Units::kDepth)) / kPer;
+    const Unit *p = reinterpret_cast<const Unit *>(group.s), *v = v_;
+    for (int64_t c = 0; c < ldo_; c += kTileColumns, v += v_chunk_stride()) {
+      const int64_t width = min64(kTileColumns, ldo_ - c);
+      queue.add(p + from, lds_, v + from * width, width, o_ + group.r0 * ldo_ + c, ldo_, rows, width, to - from, true);
+    }
+  }
+
+  void scale_row(float *o, float alpha) const {
+    if (alpha == 1.0f) return;
+    for (int64_t x = 0; x < ldo_; x += W) store(o + x, read<F>(o + x) * alpha);
   }
 
   void pack(int64_t j0, int64_t count) {
@@ -123,27 +209,23 @@ class TiledTask {
     v_finite_ = pack_v<Units>(v_rows_, count, c.v_head_dim, v_, v_chunk_stride());
   }
 
-  // Columns [from, to) of a block that the rows of a tile need, multiples of kKeyStep; empty: from == to.
-  struct Span {
-    int64_t from;
-    int64_t to;
-  };
+  Span span_of(int64_t r0, int64_t r1, int64_t j0, int64_t count) const {
+    int64_t low = count, high = 0;
+    for (int64_t r = r0; r < r1; ++r) {
+      const int64_t a = max64(0, keys_[r].low - j0), b = min64(count, keys_[r].high - j0);
+      if (a < b) {
+        low = min64(low, a);
+        high = max64(high, b);
+      }
+    }
+    return low < high ? Span{low / Tiles::kKeyStep * Tiles::kKeyStep, round_up(high, Tiles::kKeyStep)} : Span{0, 0};
+  }
 
   void sub_block(int64_t r0, int64_t r1, int64_t j0, int64_t count) {
     Span spans[kSubRows / kRows];
-    for (int64_t r = r0, g = 0; r < r1; r += kRows, ++g) {
-      int64_t low = count, high = 0;
-      for (int64_t x = r; x < min64(r1, r + kRows); ++x) {
-        const int64_t a = max64(0, keys_[x].low - j0), b = min64(count, keys_[x].high - j0);
-        if (a < b) {
-          low = min64(low, a);
-          high = max64(high, b);
-        }
-      }
-      spans[g] = low < high ? Span{low / Tiles::kKeyStep * Tiles::kKeyStep, round_up(high, Tiles::kKeyStep)} : Span{0, 0};
-    }
+    for (int64_t r = r0, g = 0; r < r1; r += kRows, ++g) spans[g] = span_of(r, min64(r1, r + kRows), j0, count);
     products_qk(r0, r1, count, spans);
-    for (int64_t r = r0; r < r1; r += W) softmax(r0, r, min64(r + W, r1), j0, count, spans);
+    for (int64_t r = r0; r < r1; r += W) softmax(s_, r0, r, min64(r + W, r1), j0, count, spans);
     if (v_finite_) {
       products_pv(r0, r1, count, spans);
     } else {
@@ -151,18 +233,19 @@ class TiledTask {
     }
   }
 
-  // Rows [r, end) of the sub-block that starts at r0: raw products to weights.
-  void softmax(int64_t r0, int64_t r, int64_t end, int64_t j0, int64_t count, const Span *spans) {
+  // Rows [r, end): raw products to weights. s and spans are those of the rows from r0 on.
+  template <class Work = NoWork>
+  void softmax(float *s, int64_t r0, int64_t r, int64_t end, int64_t j0, int64_t count, const Span *spans, Work *work = nullptr) {
     ScoreRow rows[W];
     for (int64_t x = r; x < end; ++x) {
       const Span span = spans[(x - r0) / kRows];
-      float *line = s_ + (x - r0) * lds_;
+      float *line = s + (x - r0) * lds_;
       const int64_t a = max64(0, keys_[x].low - j0), b = max64(a, min64(count, keys_[x].high - j0));
       const int64_t first = a / W * W;
       if (job_.predicated && a < b) scores_.finish(line + first, b - first, query(x), head(x), j0 + first);
       rows[x - r] = {line, a, b, span.from, span.to};
     }
-    softmax_rows<Units>(rows, static_cast<int>(end - r), unit_, state_ + r);
+    softmax_rows<Units>(rows, static_cast<int>(end - r), unit_, state_ + r, work);
     if (job_.call.dropout_p == 0) return;
     for (int64_t x = r; x < end; ++x) {
       const ScoreRow &row = rows[x - r];
@@ -199,12 +282,14 @@ class TiledTask {
 
   // V of this block holds Inf or NaN: pairs are selected by their weight, since 0 * NaN would poison rows that mask it out.
   void select_pv(int64_t r0, int64_t r1, int64_t count, const Span *spans) {
+    for (int64_t r = r0, g = 0; r < r1; r += kRows, ++g) select_rows(r, min64(r1, r + kRows), s_ + (r - r0) * lds_, spans[g], count, true);
+  }
+
+  void select_rows(int64_t r0, int64_t r1, const float *s, Span span, int64_t count, bool scale) {
     float weights[kMostBlockKeys];
-    for (int64_t r = r0; r < r1; ++r) {
-      const Span span = spans[(r - r0) / kRows];
-      if (span.from == span.to) continue;
-      const float *line = weights_of<Units>(s_ + (r - r0) * lds_, span.from, span.to, weights);
-      select_sum(line, v_rows_, span.from, min64(span.to, count), job_.call.v_head_dim, o_ + r * ldo_, state_[r].alpha);
+    for (int64_t r = r0; r < r1 && span.from < span.to; ++r) {
+      const float *line = weights_of<Units>(s + (r - r0) * lds_, span.from, span.to, weights);
+      select_sum(line, v_rows_, span.from, min64(span.to, count), job_.call.v_head_dim, o_ + r * ldo_, scale ? state_[r].alpha : 1.0f);
     }
   }
 

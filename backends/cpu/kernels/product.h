@@ -123,6 +123,7 @@ struct Products {
   static constexpr int64_t kRowStep = 1;    // rows of A and C exist up to a multiple of this
   static constexpr int64_t kKeyStep = W;    // columns of scores are computed, and weights summed, in multiples of this
   static constexpr int64_t kScorePad = 0;   // floats between rows of scores
+  static constexpr bool kOverlaps = false;  // whether a unit of its own multiplies, beside the softmax: see AmxQueue
   struct Session {};                        // what a thread holds while it multiplies
 
   // C = A B

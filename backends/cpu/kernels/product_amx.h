@@ -64,6 +64,117 @@ inline void amx_product(const uint32_t *a, int64_t lda, const uint32_t *b, int64
   (accumulate ? amx_blocks<true> : amx_blocks<false>)(a, lda, b, ldb, c, ldc, rows, columns, k);
 }
 
+// Products that wait for their turn, cut into steps of 2 x 2 tiles and 32 along k. Whoever has other work for the processor takes
+// them by quarters, one dot each: then the tile unit and the vector units work at the same time, which more than one dot in a
+// row prevents (the instructions behind it fill the reorder buffer).
+class AmxQueue {
+ public:
+  // As amx_product, in the order of the calls.
+  void add(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns, int64_t k,
+           bool accumulate) {
+    products_[count_++] = {a, b, c, lda, ldb, ldc, rows, columns, k, accumulate};
+    if (rows > kAmxSide) steps_ += columns / (2 * kAmxSide) * (k / kAmxSide);
+  }
+
+  // No more is added. scores: how many there are to be mixed with the products.
+  void start(int64_t scores) {
+    sparse_ = steps_ * 4 * (2 * 2 * W) <= scores;
+    next_block();
+  }
+
+  bool sparse() const { return sparse_; }  // a quarter to four vectors of weights is enough, else to two
+  static constexpr bool kAny = true;
+
+  // Quarters 0, 1, 2 and 3 are called in turn.
+  template <int kQuarter>
+  ATTNHUB_INLINE void quarter() {
+    if (left_ == 0) return;
+    if constexpr (kQuarter == 0) {
+      amx_load<4>(a_, lda_);
+      amx_load<6>(b_, ldb_);
+      amx_dot<0, 4, 6>();
+    } else if constexpr (kQuarter == 1) {
+      amx_load<7>(b_ + kAmxSide, ldb_);
+      amx_dot<1, 4, 7>();
+    } else if constexpr (kQuarter == 2) {
+      amx_load<5>(a_ + kAmxSide * lda_, lda_);
+      amx_dot<2, 5, 6>();
+    } else {
+      amx_dot<3, 5, 7>();
+      a_ += kAmxSide;
+      b_ += kAmxSide * ldb_;
+      left_ -= kAmxSide;
+      if (left_ == 0) end_block();
+    }
+  }
+
+  // What is left, at once.
+  void finish() {
+    while (left_ != 0) {
+      quarter<0>();
+      quarter<1>();
+      quarter<2>();
+      quarter<3>();
+    }
+  }
+
+ private:
+  struct Product {
+    const uint32_t *a, *b;
+    float *c;
+    int64_t lda, ldb, ldc, rows, columns, k;
+    bool accumulate;
+  };
+  // Of one block of keys: panels of its keys, and chunks of up to 512 columns.
+  static constexpr int64_t kMost = 256 / kTileColumns + 512 / kTileColumns;
+
+  __attribute__((noinline)) void next_block() {
+    for (; at_ < count_; ++at_, column_ = 0) {
+      const Product &p = products_[at_];
+      if (p.rows > kAmxSide && column_ + 2 * kAmxSide <= p.columns) {
+        a_ = p.a;
+        b_ = p.b + column_;
+        c_ = p.c + column_;
+        lda_ = p.lda;
+        ldb_ = p.ldb;
+        ldc_ = p.ldc;
+        left_ = p.k;
+        column_ += 2 * kAmxSide;
+        if (p.accumulate) {
+          amx_load<0>(c_, ldc_);
+          amx_load<1>(c_ + kAmxSide, ldc_);
+          amx_load<2>(c_ + kAmxSide * ldc_, ldc_);
+          amx_load<3>(c_ + kAmxSide * ldc_ + kAmxSide, ldc_);
+        } else {
+          amx_zero<0>();
+          amx_zero<1>();
+          amx_zero<2>();
+          amx_zero<3>();
+        }
+        return;
+      }
+      if (column_ < p.columns) {  // less than a block
+        amx_product(p.a, p.lda, p.b + column_, p.ldb, p.c + column_, p.ldc, p.rows, p.columns - column_, p.k, p.accumulate);
+      }
+    }
+  }
+
+  __attribute__((noinline)) void end_block() {
+    amx_store<0>(c_, ldc_);
+    amx_store<1>(c_ + kAmxSide, ldc_);
+    amx_store<2>(c_ + kAmxSide * ldc_, ldc_);
+    amx_store<3>(c_ + kAmxSide * ldc_ + kAmxSide, ldc_);
+    next_block();
+  }
+
+  const uint32_t *a_ = nullptr, *b_ = nullptr;
+  float *c_ = nullptr;
+  int64_t lda_ = 0, ldb_ = 0, ldc_ = 0, left_ = 0;  // left_: units along k of the block at hand, 0 at the end of all
+  bool sparse_ = false;
+  int64_t count_ = 0, at_ = 0, column_ = 0, steps_ = 0;
+  Product products_[kMost];
+};
+
 struct AmxPairs : Bf16Pairs {
   static constexpr int64_t kDepth = kAmxSide;
 };
@@ -74,6 +185,8 @@ struct Products<AmxPairs> {
   static constexpr int64_t kRowStep = kAmxSide;
   static constexpr int64_t kKeyStep = AmxPairs::kDepth * AmxPairs::kPerUnit;
   static constexpr int64_t kScorePad = 16;
+  static constexpr bool kOverlaps = true;
+  using Queue = AmxQueue;
   using Session = AmxTiles;
 
   static void write(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns, int64_t k) {

@@ -1,6 +1,8 @@
 // The online softmax: one row of a block of scores at a time, and what becomes of a row at the end.
 #pragma once
 
+#include <type_traits>
+
 #include "dropout.h"
 #include "rows.h"
 
@@ -44,9 +46,14 @@ inline float nan_or(float max, const float *s, int64_t low, int64_t high) {
   return max;
 }
 
+// Work for another unit of the processor that the weights of bf16 products are mixed with: quarters of steps, in their order.
+struct NoWork {
+  static constexpr bool kAny = false;
+};
+
 // Replaces scores s[first, last), whole vectors, by weights as Units. Lanes whose sum is that of the weights.
-template <class Units>
-ATTNHUB_INLINE F weigh(float *s, int64_t first, int64_t last, float max, float to_log2) {
+template <class Units, class Work = NoWork>
+ATTNHUB_INLINE F weigh(float *s, int64_t first, int64_t last, float max, float to_log2, [[maybe_unused]] Work *work = nullptr) {
   // The difference is taken before the factor: exact where it matters, and a score of -FLT_MAX does not overflow.
   const F maximum = splat(max), factor = splat(to_log2);
   F sum0 = {}, sum1 = {};
@@ -67,13 +74,35 @@ ATTNHUB_INLINE F weigh(float *s, int64_t first, int64_t last, float max, float t
     }
   } else {
     Bf16 *p16 = reinterpret_cast<Bf16 *>(s);  // in place: writing never overtakes reading
-    for (; j + 2 * W <= last; j += 2 * W) {
-      const F p0 = exp2v<kRounded>((read<F>(s + j) - maximum) * factor);
-      const F p1 = exp2v<kRounded>((read<F>(s + j + W) - maximum) * factor);
-      store_two(p16 + j, p0, p1);
+    const auto two = [&](int64_t at) {
+      const F p0 = exp2v<kRounded>((read<F>(s + at) - maximum) * factor);
+      const F p1 = exp2v<kRounded>((read<F>(s + at + W) - maximum) * factor);
+      store_two(p16 + at, p0, p1);
       sum0 += p0;
       sum1 += p1;
+    };
+    if constexpr (Work::kAny) {
+      const auto mixed = [&](auto pairs) {  // vectors, in pairs, to a quarter of a step
+        constexpr int kPairs = decltype(pairs)::value, kQuarter = 2 * W * kPairs;
+        const auto some = [&](int64_t at) {
+#pragma GCC unroll 2
+          for (int x = 0; x < kPairs; ++x) two(at + 2 * W * x);
+        };
+        for (; j + 4 * kQuarter <= last; j += 4 * kQuarter) {
+          some(j);
+          work->template quarter<0>();
+          some(j + kQuarter);
+          work->template quarter<1>();
+          some(j + 2 * kQuarter);
+          work->template quarter<2>();
+          some(j + 3 * kQuarter);
+          work->template quarter<3>();
+        }
+      };
+      if (work->sparse()) mixed(std::integral_constant<int, 2>());
+      mixed(std::integral_constant<int, 1>());
     }
+    for (; j + 2 * W <= last; j += 2 * W) two(j);
     if (j < last) {
       const F p = exp2v<kRounded>((read<F>(s + j) - maximum) * factor);
       store(p16 + j, p);
@@ -120,8 +149,8 @@ struct ScoreRow {
 };
 
 // softmax_row for up to W rows at once: their maxima and sums are reduced together, their factors are one exponential.
-template <class Units>
-void softmax_rows(const ScoreRow *rows, int n, float unit, RowState *state) {
+template <class Units, class Work = NoWork>
+void softmax_rows(const ScoreRow *rows, int n, float unit, RowState *state, Work *work = nullptr) {
   F part[W], before;
   for (int r = 0; r < W; ++r) {
     const bool any = r < n && rows[r].low < rows[r].high;
@@ -142,7 +171,7 @@ void softmax_rows(const ScoreRow *rows, int n, float unit, RowState *state) {
       continue;
     }
     const int64_t first = row.low / W * W, last = round_up(row.high, W);
-    part[r] = weigh<Units>(row.s, first, last, max[r], unit * kLog2E);
+    part[r] = weigh<Units>(row.s, first, last, max[r], unit * kLog2E, work);
     clear<Units>(row.s, row.from, first);
     clear<Units>(row.s, last, row.to);
   }
