@@ -30,6 +30,11 @@ struct Bf16Pairs {
 };
 #endif
 
+// No work for another unit of the processor beside what this one does: see AmxQueue, which is some.
+struct NoWork {
+  static constexpr bool kAny = false;
+};
+
 // Which units the products of a dtype run on in this instruction set.
 template <class T>
 struct UnitsOf {

@@ -78,7 +78,11 @@ class AmxQueue {
 
   // No more is added. scores: how many there are to be mixed with the products.
   void start(int64_t scores) {
+#ifdef AMX_PACE
+    sparse_ = AMX_PACE == 2; (void)scores;
+#else
     sparse_ = steps_ * 4 * (2 * 2 * W) <= scores;
+#endif
     next_block();
   }
 
@@ -89,6 +93,13 @@ class AmxQueue {
   template <int kQuarter>
   ATTNHUB_INLINE void quarter() {
     if (left_ == 0) return;
+#if AMX_PREFETCH
+#pragma GCC unroll 4
+    for (int i = 4 * kQuarter; i < 4 * kQuarter + 4; ++i) {
+      __builtin_prefetch(b_ + (kAmxSide + i) * ldb_);
+      __builtin_prefetch(b_ + (kAmxSide + i) * ldb_ + kAmxSide);
+    }
+#endif
     if constexpr (kQuarter == 0) {
       amx_load<4>(a_, lda_);
       amx_load<6>(b_, ldb_);
@@ -108,14 +119,23 @@ class AmxQueue {
     }
   }
 
+  // The next quarter, whichever it is.
+  void take() {
+    switch (taken_++ % 4) {
+      case 0:
+        return quarter<0>();
+      case 1:
+        return quarter<1>();
+      case 2:
+        return quarter<2>();
+      default:
+        return quarter<3>();
+    }
+  }
+
   // What is left, at once.
   void finish() {
-    while (left_ != 0) {
-      quarter<0>();
-      quarter<1>();
-      quarter<2>();
-      quarter<3>();
-    }
+    while (left_ != 0) take();
   }
 
  private:
@@ -172,6 +192,7 @@ class AmxQueue {
   int64_t lda_ = 0, ldb_ = 0, ldc_ = 0, left_ = 0;  // left_: units along k of the block at hand, 0 at the end of all
   bool sparse_ = false;
   int64_t count_ = 0, at_ = 0, column_ = 0, steps_ = 0;
+  unsigned taken_ = 0;
   Product products_[kMost];
 };
 
@@ -185,7 +206,11 @@ struct Products<AmxPairs> {
   static constexpr int64_t kRowStep = kAmxSide;
   static constexpr int64_t kKeyStep = AmxPairs::kDepth * AmxPairs::kPerUnit;
   static constexpr int64_t kScorePad = 16;
+#ifdef AMX_OVERLAP
+  static constexpr bool kOverlaps = AMX_OVERLAP;
+#else
   static constexpr bool kOverlaps = true;
+#endif
   using Queue = AmxQueue;
   using Session = AmxTiles;
 

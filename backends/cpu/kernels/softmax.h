@@ -1,8 +1,6 @@
 // The online softmax: one row of a block of scores at a time, and what becomes of a row at the end.
 #pragma once
 
-#include <type_traits>
-
 #include "dropout.h"
 #include "rows.h"
 
@@ -46,10 +44,35 @@ inline float nan_or(float max, const float *s, int64_t low, int64_t high) {
   return max;
 }
 
-// Work for another unit of the processor that the weights of bf16 products are mixed with: quarters of steps, in their order.
-struct NoWork {
-  static constexpr bool kAny = false;
-};
+// Two vectors of scores -> weights in bf16, in place: s[j, j + 2 W) goes to the place of s[j / 2, j / 2 + W).
+ATTNHUB_INLINE void weigh_two(float *s, int64_t j, F maximum, F factor, F &sum0, F &sum1) {
+  const F p0 = exp2v<kRounded>((read<F>(s + j) - maximum) * factor);
+  const F p1 = exp2v<kRounded>((read<F>(s + j + W) - maximum) * factor);
+  store_two(reinterpret_cast<Bf16 *>(s) + j, p0, p1);
+  sum0 += p0;
+  sum1 += p1;
+}
+
+// The same from j on as far as whole steps of the other work go, a quarter to kPairs times two vectors. Returns where it stops.
+template <int kPairs, class Work>
+ATTNHUB_INLINE int64_t weigh_beside(float *s, int64_t j, int64_t last, F maximum, F factor, F &sum0, F &sum1, Work &work) {
+  constexpr int64_t kQuarter = 2 * W * kPairs;
+  for (; j + 4 * kQuarter <= last; j += 4 * kQuarter) {
+#pragma GCC unroll 2
+    for (int x = 0; x < kPairs; ++x) weigh_two(s, j + 2 * W * x, maximum, factor, sum0, sum1);
+    work.template quarter<0>();
+#pragma GCC unroll 2
+    for (int x = 0; x < kPairs; ++x) weigh_two(s, j + kQuarter + 2 * W * x, maximum, factor, sum0, sum1);
+    work.template quarter<1>();
+#pragma GCC unroll 2
+    for (int x = 0; x < kPairs; ++x) weigh_two(s, j + 2 * kQuarter + 2 * W * x, maximum, factor, sum0, sum1);
+    work.template quarter<2>();
+#pragma GCC unroll 2
+    for (int x = 0; x < kPairs; ++x) weigh_two(s, j + 3 * kQuarter + 2 * W * x, maximum, factor, sum0, sum1);
+    work.template quarter<3>();
+  }
+  return j;
+}
 
 // Replaces scores s[first, last), whole vectors, by weights as Units. Lanes whose sum is that of the weights.
 template <class Units, class Work = NoWork>
@@ -74,35 +97,11 @@ ATTNHUB_INLINE F weigh(float *s, int64_t first, int64_t last, float max, float t
     }
   } else {
     Bf16 *p16 = reinterpret_cast<Bf16 *>(s);  // in place: writing never overtakes reading
-    const auto two = [&](int64_t at) {
-      const F p0 = exp2v<kRounded>((read<F>(s + at) - maximum) * factor);
-      const F p1 = exp2v<kRounded>((read<F>(s + at + W) - maximum) * factor);
-      store_two(p16 + at, p0, p1);
-      sum0 += p0;
-      sum1 += p1;
-    };
     if constexpr (Work::kAny) {
-      const auto mixed = [&](auto pairs) {  // vectors, in pairs, to a quarter of a step
-        constexpr int kPairs = decltype(pairs)::value, kQuarter = 2 * W * kPairs;
-        const auto some = [&](int64_t at) {
-#pragma GCC unroll 2
-          for (int x = 0; x < kPairs; ++x) two(at + 2 * W * x);
-        };
-        for (; j + 4 * kQuarter <= last; j += 4 * kQuarter) {
-          some(j);
-          work->template quarter<0>();
-          some(j + kQuarter);
-          work->template quarter<1>();
-          some(j + 2 * kQuarter);
-          work->template quarter<2>();
-          some(j + 3 * kQuarter);
-          work->template quarter<3>();
-        }
-      };
-      if (work->sparse()) mixed(std::integral_constant<int, 2>());
-      mixed(std::integral_constant<int, 1>());
+      if (work->sparse()) j = weigh_beside<2>(s, j, last, maximum, factor, sum0, sum1, *work);
+      j = weigh_beside<1>(s, j, last, maximum, factor, sum0, sum1, *work);
     }
-    for (; j + 2 * W <= last; j += 2 * W) two(j);
+    for (; j + 2 * W <= last; j += 2 * W) weigh_two(s, j, maximum, factor, sum0, sum1);
     if (j < last) {
       const F p = exp2v<kRounded>((read<F>(s + j) - maximum) * factor);
       store(p16 + j, p);
