@@ -1,7 +1,7 @@
-# Every target sets up .venv by itself when it is missing or stale; gpu-check and gpu-bench use the machine's own Python instead.
+# Every target sets up .venv by itself when it is missing or stale; cpu-bench, gpu-check and gpu-bench use the machine's own Python instead.
 PYTHON  ?= python3
 TORCH   ?= torch==2.13.0
-# Where gpu-check and gpu-bench write their result files.
+# Where cpu-bench, gpu-check and gpu-bench write their result files.
 RESULTS ?= benchmarks/results
 LEVEL   ?= quick
 SECONDS_A_BACKEND ?= 0
@@ -17,7 +17,7 @@ SOURCES := attnhub backends integrations tests examples
 RUN_TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-wheel lint typings matrix docs bench gpu-check gpu-bench clean
+.PHONY: help venv demo test test-all test-wheel lint typings matrix docs bench cpu-bench gpu-check gpu-bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -94,6 +94,16 @@ gpu-bench: ## time the GPU backends beside torch's kernels, from the bare checko
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench gpu --output $(RESULTS)/
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench gpu --preset decode --output $(RESULTS)/
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench overhead --device cuda --output $(RESULTS)/
+
+CPU_PRESETS ?= limits kylin
+
+# Needs torch and a C++ compiler with cmake, and no network. ONNX Runtime takes part where it is installed.
+cpu-bench: ## time the CPU on one thread and on all, from the bare checkout with $(PYTHON)
+	cmake -S . -B build/dev -DATTNHUB_INPLACE=ON >/dev/null && cmake --build build/dev -j >/dev/null
+	@for preset in $(CPU_PRESETS); do for threads in $$(printf '1\n%s\n' $(JOBS) | sort -nu); do \
+		echo "$$preset, threads: $$threads"; \
+		PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench cpu --preset $$preset --threads $$threads --output $(RESULTS)/ || exit 1; \
+	done; done
 
 clean: ## remove what was built; .venv stays
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache backends/*/libattnhub_*.so

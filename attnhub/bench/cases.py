@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 #: torch's name -> bytes of an element
 ITEM = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -14,7 +14,7 @@ _SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. mode ``backward`` times the backward pass alone; the forward was run before."""
+    """One problem. mode ``backward`` times the backward pass alone, the forward was run before; ``training`` times both."""
 
     seqlen_q: int
     seqlen_k: int = 0
@@ -39,10 +39,14 @@ class Case:
         return " ".join(words)
 
     def flops(self) -> int:
-        """4 B H Sq Sk D, half of it if causal with Sq == Sk; 2.5 times that for a backward (five products instead of two)."""
+        """4 B H Sq Sk D, half of it if causal with Sq == Sk; 2.5 times that for a backward (five products instead of two), 3.5 for both passes."""
         forward = 4 * self.batch * self.heads * self.seqlen_q * self.seqlen_k * self.head_dim
         forward = forward // 2 if self.causal and self.seqlen_q > 1 else forward
-        return forward * 5 // 2 if self.mode == "backward" else forward
+        return forward * {"forward": 2, "backward": 5, "training": 7}[self.mode] // 2
+
+    def is_decode(self) -> bool:
+        """Whether it is one query token, whose time is that of reading K and V."""
+        return self.seqlen_q == 1 and self.mode == "forward"
 
     def kv_bytes(self) -> int:
         """Bytes of K and V: what a decode step has to read."""
@@ -58,10 +62,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named list of cases. ``make(device type)`` gives them."""
+    """A named list of cases. ``make(device type)`` gives them. peers, backends: who takes part without being asked, on a CPU.
+
+    one_table: the results are shown in one table, a line for each case and peer.
+    """
 
     text: str
     make: Callable[[str], list[Case]]
+    peers: Optional[tuple[str, ...]] = None
+    backends: Optional[tuple[str, ...]] = None
+    one_table: bool = False
 
 
 def _quick(device: str) -> list[Case]:
@@ -81,6 +91,27 @@ def _standard(device: str) -> list[Case]:
         cases.append(Case(1, 4096, heads=32, kv_heads=8, head_dim=128, dtype=dtype))
     cases.append(Case(1024, heads=8, dtype="float16", causal=True))
     cases.extend(Case(1024, heads=8, causal=causal, mode="backward") for causal in (False, True))
+    return cases
+
+
+_PREFILL = ((8, 512, 64), (8, 1024, 64), (16, 2048, 128), (32, 4096, 128))
+
+
+def _limits(device: str) -> list[Case]:
+    """What CPU kernels are held to, see targets.py. Naive maths have no part in it: they would take most of the time."""
+    cases: list[Case] = []
+    for dtype in ("float32", "bfloat16", "float16"):
+        # In fp16 some of torch's CPU kernels fall to 2 GFLOP/s: minutes for one call of the largest shape.
+        shapes = _PREFILL if dtype != "float16" else _PREFILL[:3]
+        cases.extend(Case(length, heads=heads, head_dim=dim, dtype=dtype, causal=causal) for heads, length, dim in shapes for causal in (False, True))
+        cases.append(Case(1024, heads=32, kv_heads=8, head_dim=128, dtype=dtype, causal=True))
+        cases.extend(Case(1, 4096, batch=batch, heads=32, kv_heads=8, head_dim=128, dtype=dtype) for batch in (1, 8))
+    cases.append(Case(2048, heads=32, head_dim=128, causal=True))
+    for dtype in ("float32", "bfloat16"):
+        cases.extend(
+            Case(length, heads=heads, head_dim=dim, dtype=dtype, causal=causal, mode="training")
+            for heads, length, dim in _PREFILL[:3] for causal in (False, True)
+        )  # fmt: skip
     return cases
 
 
@@ -116,7 +147,14 @@ def _decode(device: str) -> list[Case]:
 PRESETS = {
     "quick": Preset("a minute: one small shape in two dtypes, a decode step, a backward", _quick),
     "standard": Preset("the shapes that decide between backends on this kind of device", _standard),
-    "kylin": Preset("scenarios of the Kylin CPU engine report: 128 to 8192 tokens, batch 1 to 16", _kylin),
+    "limits": Preset(
+        "what CPU kernels are held to: prefill, decode and training steps beside torch, ONNX Runtime and the machine's ceilings", _limits,
+        peers=("sdpa", "onnxruntime"), backends=("auto",),
+    ),
+    "kylin": Preset(
+        "scenarios of the Kylin CPU engine report: 128 to 8192 tokens, batch 1 to 16", _kylin,
+        peers=("naive", "sdpa"), backends=("auto",), one_table=True,
+    ),
     "kuiper": Preset("lengths of the Kuiper integration report: 256 to 8192, GQA, prefill and decode", _kuiper),
     "triton": Preset("the three timed shapes of the Triton v1/v2 document", _triton),
     "grid": Preset("constant tokens over lengths, forward and backward, as in the flash-attention papers", _grid),

@@ -2,39 +2,76 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
+import itertools
 import statistics
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
 
+from attnhub.bench import processor
 from attnhub.bench.cases import Case
+from attnhub.bench.ceilings import CaseCeilings, Ceilings
 from attnhub.bench.peers import BASELINE, Absent, Inputs, Peer, naive
 
 #: The largest score matrix for which results are compared with the definition in fp64 (which holds it several times).
 _CHECKED_SCORES = 1 << 25
+_MOST_COPIES = 64
 
 
 @dataclass(frozen=True)
 class Settings:
-    """rounds: how often each peer's turn comes; round_seconds: how long a turn lasts at least (one call always runs)."""
+    """rounds: how often each peer's turn comes; round_seconds: how long a turn lasts at least (one call always runs).
+
+    peer_seconds: what all turns of one peer may take in a case. Who is slower than that gets fewer rounds; who takes that long for
+    one call is timed once.
+    """
 
     rounds: int = 3
     round_seconds: float = 0.1
+    peer_seconds: float = 12.0
+
+
+@dataclass
+class _Runner:
+    """A peer at its case: what is called, how often, and what came of it (seconds of a call, processor seconds of a second)."""
+
+    row: dict[str, Any]
+    peer: Peer
+    step: Callable[[], Any]
+    rounds: int
+    calls: int
+    times: list[float] = field(default_factory=list)
+    cpu_use: list[float] = field(default_factory=list)
+
+    def turn(self, device: torch.device) -> None:
+        with self.peer.context():
+            self.record(*time_turn(self.step, self.calls, device))
+
+    def record(self, seconds: float, cpu_use: Optional[float]) -> None:
+        self.times.append(seconds)
+        if cpu_use is not None:
+            self.cpu_use.append(cpu_use)
 
 
 def run_case(
-    case: Case, tensors: Inputs, peers: list[Union[Peer, Absent]], settings: Settings, tick: Optional[Callable[[str], None]] = None
+    case: Case, tensors: Inputs, peers: list[Union[Peer, Absent]], settings: Settings, tick: Optional[Callable[[str], None]] = None,
+    ceilings: Optional[Ceilings] = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row for every peer, absent ones with ``skipped``. ``tick`` is told who is next, once for each turn."""
     device = tensors[0].device
-    truth = _truth(case, tensors)
+    _one_arena()
+    truth, grad_truth = _truth(case, tensors), _grad_truth(case, tensors)
+    ring = _ring(case, tensors)
     rows: list[dict[str, Any]] = []
-    steps: list[tuple[dict[str, Any], Peer, Callable[[], Any], int, list[float]]] = []
+    runners: list[_Runner] = []
     for peer in peers:
         row: dict[str, Any] = {**case.to_json(), "peer": peer.name}
         rows.append(row)
@@ -42,55 +79,96 @@ def run_case(
             row["skipped"] = peer.why
             continue
         row.update(peer.facts)
-        if case.mode == "backward" and not peer.differentiable:
+        if case.mode != "forward" and not peer.differentiable:
             row["skipped"] = "it has no backward"
             continue
         if tick:
             tick(peer.name)
         try:
             with peer.context():
-                step = _step(case, peer, tensors)
+                step = _step(case, peer, ring)
                 row["max_error"] = None if truth is None else _max_error(peer, tensors, truth)
-                turns = _turns(step, device, settings.round_seconds)
+                if case.mode != "forward":
+                    row["max_grad_error"] = None if grad_truth is None else _max_grad_error(step, grad_truth)
+                rounds, calls = _plan(step, device, settings)
         except Exception as error:
             # A peer that fails (out of memory, a shape it lacks) is a row like any other; the others go on.
             row["skipped"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             continue
-        steps.append((row, peer, step, turns, []))
+        runners.append(_Runner(row, peer, step, rounds, calls))
+    limits = CaseCeilings(ceilings, case)
+    limits.sample()
     for r in range(settings.rounds):
         # Each round begins with another peer: nobody always runs behind the same neighbour.
-        first = r % max(1, len(steps))
-        for row, peer, step, turns, times in steps[first:] + steps[:first]:
+        first = r % max(1, len(runners))
+        for runner in runners[first:] + runners[:first]:
             if tick:
-                tick(row["peer"])
-            with peer.context():
-                times.append(time_calls(step, turns, device))
-    for row, peer, step, _, times in steps:
-        with peer.context():
-            row["extra_mib"] = extra_memory(step, device)
-        row["seconds"] = statistics.median(times)
-        row["seconds_rounds"] = times
-        row["tflops"] = case.flops() / row["seconds"] / 1e12
-        row["tokens_per_s"] = case.batch * case.seqlen_q / row["seconds"]
-        row["kv_gb_per_s"] = case.kv_bytes() / row["seconds"] / 1e9 if case.seqlen_q == 1 else None
-    base = next((row["seconds"] for row, *_ in steps if row["peer"] == BASELINE), None)
-    for row, *_ in steps:
-        row["speedup"] = base / row["seconds"] if base else None
+                tick(runner.peer.name)
+            if r < runner.rounds:
+                runner.turn(device)
+        limits.sample()
+    for runner in runners:
+        with runner.peer.context():
+            runner.row["extra_mib"], seconds, cpu_use = extra_memory(runner.step, device)
+        if not runner.times:
+            runner.record(seconds, cpu_use)
+        _fill(runner, case, limits, len(ring))
+    base = next((runner.row["seconds"] for runner in runners if runner.peer.name == BASELINE), None)
+    for runner in runners:
+        runner.row["speedup"] = base / runner.row["seconds"] if base else None
     return rows
 
 
-def _step(case: Case, peer: Peer, tensors: Inputs) -> Callable[[], Any]:
+def _fill(runner: _Runner, case: Case, limits: CaseCeilings, copies: int) -> None:
+    """The figures of a row that follow from its times."""
+    row, seconds = runner.row, statistics.median(runner.times)
+    row["seconds"] = seconds
+    row["seconds_rounds"] = runner.times
+    row["tflops"] = case.flops() / seconds / 1e12
+    row["tokens_per_s"] = case.batch * case.seqlen_q / seconds
+    row["kv_gb_per_s"] = case.kv_bytes() / seconds / 1e9 if case.is_decode() else None
+    if runner.cpu_use:
+        row["cpu_use"] = statistics.median(runner.cpu_use)
+    if peak := limits.peak():
+        row["peak_tflops"] = peak / 1e12
+        row["peak_fraction"] = case.flops() / seconds / peak
+    if read := limits.read():
+        row["read_gb_per_s"] = read / 1e9
+        row["bandwidth_fraction"] = case.kv_bytes() / seconds / read
+        row["kv_copies"] = copies
+
+
+def _ring(case: Case, tensors: Inputs) -> list[Inputs]:
+    """The inputs of successive calls. On a CPU every decode step finds its K/V in memory and not in the cache, as in a model, whose
+    other layers' K/V were read since the last step: calls take turns at copies that no cache holds together."""
+    if tensors[0].device.type != "cpu" or not case.is_decode():
+        return [tensors]
+    q, k, v = tensors
+    copies = max(1, -(-processor.cold_bytes() // case.kv_bytes()))
+    # A tiny cache of keys would need thousands of copies; by then what is timed is the call itself.
+    return [tensors, *((q, k.clone(), v.clone()) for _ in range(min(copies, _MOST_COPIES) - 1))]
+
+
+def _step(case: Case, peer: Peer, ring: list[Inputs]) -> Callable[[], Any]:
     if case.mode == "forward":
+        following = itertools.cycle(ring)
 
         def forward() -> Tensor:
             with torch.no_grad():
-                return peer.attend(*tensors)
+                return peer.attend(*next(following))
 
         return forward
-    leaves = tuple(t.detach().requires_grad_() for t in tensors)
+    leaves = tuple(t.detach().requires_grad_() for t in ring[0])
     out = peer.attend(*leaves)
-    grad = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device).to(out.dtype)
+    grad = _grad_out(out)
+    if case.mode == "training":
+        del out
+        return lambda: torch.autograd.grad(peer.attend(*leaves), leaves, grad)
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+
+def _grad_out(out: Tensor) -> Tensor:
+    return torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device).to(out.dtype)
 
 
 def _truth(case: Case, tensors: Inputs) -> Optional[Tensor]:
@@ -106,21 +184,39 @@ def _max_error(peer: Peer, tensors: Inputs, truth: Tensor) -> float:
         return float((peer.attend(*tensors).double() - truth).abs().max())
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _grad_truth(case: Case, tensors: Inputs) -> Optional[tuple[Tensor, ...]]:
+    """The gradients in fp64 for the step of _step, None where _truth is."""
+    if case.mode == "forward" or case.scores() > _CHECKED_SCORES:
+        return None
+    q, k, v = (t.double().requires_grad_() for t in tensors)
+    out = naive(q, k, v, case.causal)
+    return torch.autograd.grad(out, (q, k, v), _grad_out(out.to(tensors[0].dtype)).double())
 
 
-def _turns(step: Callable[[], Any], device: torch.device, seconds: float) -> int:
-    """Calls that fill a turn. The first calls also compile and fill caches."""
-    for _ in range(2):
+def _max_grad_error(step: Callable[[], Any], truth: tuple[Tensor, ...]) -> float:
+    return max(float((mine.double() - right).abs().max()) for mine, right in zip(step(), truth))
+
+
+def _plan(step: Callable[[], Any], device: torch.device, settings: Settings) -> tuple[int, int]:
+    """(rounds, calls in each). The first calls also compile and fill caches. No rounds: one call is all that there is time for."""
+    first = time_turn(step, 1, device)[0]
+    if first > settings.peer_seconds:
+        # It may have been a compiler's time and not the call's own.
+        if device.type == "cpu" or time_turn(step, 1, device)[0] > settings.peer_seconds:
+            return 0, 1
+    elif first < settings.peer_seconds / 10:
         step()
-    _synchronize(device)
-    return max(1, int(seconds / max(time_calls(step, 1, device), 1e-7)))
+        first = time_turn(step, 1, device)[0]
+    rounds = min(settings.rounds, max(1, int(settings.peer_seconds / max(first, settings.round_seconds))))
+    return rounds, max(1, int(settings.round_seconds / max(first, 1e-7)))
 
 
-def time_calls(step: Callable[[], Any], calls: int, device: torch.device) -> float:
-    """Seconds a call: by events on a GPU, so that the queue stays full; by the clock elsewhere."""
+def time_turn(step: Callable[[], Any], calls: int, device: torch.device) -> tuple[float, Optional[float]]:
+    """Seconds a call, and processor seconds used in a second of the clock (None on a GPU, where the host only waits).
+
+    Seconds are those of events on a GPU, so that the queue stays full, and of the clock elsewhere. Processor seconds are the
+    process's: threads of a pool that spin while they wait count as much as those that work.
+    """
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
@@ -129,35 +225,67 @@ def time_calls(step: Callable[[], Any], calls: int, device: torch.device) -> flo
             step()
         end.record()
         torch.cuda.synchronize(device)
-        return float(start.elapsed_time(end)) / 1e3 / calls
-    started = time.perf_counter()
+        return float(start.elapsed_time(end)) / 1e3 / calls, None
+    used, started = time.process_time(), time.perf_counter()
     for _ in range(calls):
         step()
-    return (time.perf_counter() - started) / calls
+    elapsed = time.perf_counter() - started
+    return elapsed / calls, (time.process_time() - used) / elapsed
 
 
 # -- memory --------------------------------------------------------------------------------------------------------------
 
 
-def extra_memory(step: Callable[[], Any], device: torch.device) -> Optional[float]:
-    """MiB that one call needs at its peak beyond what was there before, its result included. None where it cannot be known."""
+def extra_memory(step: Callable[[], Any], device: torch.device) -> tuple[Optional[float], float, Optional[float]]:
+    """(MiB that one call needs at its peak beyond what was there before, its result included; its seconds; its processor use).
+
+    MiB is None where it cannot be known. On a CPU the call runs on a new thread, for which OpenMP starts a new pool: what threads
+    keep for their next call (scratch buffers of a kernel or of a BLAS) is then allocated anew and counts, as it does in a process
+    that makes its first call. What a library keeps for the process as a whole (ONNX Runtime's arena and pool) does not.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        step()
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    try:
-        # Linux forgets the peak of the resident set when 5 is written there (man 5 proc_pid_clear_refs).
-        _trim()
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-        before = _status("VmRSS")
-        step()
-        return max(0, _status("VmHWM") - before) / 2**10
-    except OSError:
-        return None
+        seconds, _ = time_turn(step, 1, device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20, seconds, None
+    threads, found = torch.get_num_threads(), []
+
+    def call() -> None:
+        # A new thread begins with as many threads as the environment says.
+        torch.set_num_threads(threads)
+        mib: Optional[float] = None
+        try:
+            # Linux forgets the peak of the resident set when 5 is written there (man 5 proc_pid_clear_refs).
+            _trim()
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+            before = _status("VmRSS")
+        except OSError:
+            before = None
+        turn = time_turn(step, 1, device)
+        if before is not None:
+            mib = max(0, _status("VmHWM") - before) / 2**10
+        found.append((mib, *turn))
+
+    others = _thread_count()
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    # Its pool ends by itself, and what that frees must not be missing in the next measurement.
+    patience = time.monotonic() + 2
+    while _thread_count() > others and time.monotonic() < patience:
+        time.sleep(0.001)
+    if not found:
+        raise RuntimeError("a call that worked before failed when its memory was measured")
+    return found[0]
+
+
+@functools.lru_cache(maxsize=1)
+def _one_arena() -> None:
+    """New threads share the main heap: glibc gives nothing back from the end of the others, where a later call would then find room."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX
 
 
 def _trim() -> None:
@@ -166,6 +294,13 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
         return  # another C library: the figure may then be too small by what it keeps
+
+
+def _thread_count() -> int:
+    try:
+        return _status("Threads")
+    except OSError:
+        return 0
 
 
 def _status(name: str) -> int:

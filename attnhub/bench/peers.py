@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attnhub
+from attnhub.bench import processor
 from attnhub.bench.cases import Case
 from attnhub.decision import Decision
 from attnhub.mask import FULL, Causal
@@ -78,16 +79,8 @@ def assemble(case: Case, tensors: Inputs, peers: tuple[str, ...], backends: Opti
 def _no_room(case: Case, device: torch.device) -> str:
     """Why maths that hold the scores are left out: three score matrices must fit in half of the free memory."""
     wide = 3 * 4 * case.scores()
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else processor.available_memory()
     return f"its scores need about {wide / 2**30:.1f} GiB" if wide > free / 2 else ""
-
-
-def _available_memory() -> int:
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 4 << 30
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

@@ -7,6 +7,7 @@ import os
 import pathlib
 from typing import Any
 
+from attnhub.bench import results
 from attnhub.bench.cases import Case
 from attnhub.bench.peers import BASELINE
 
@@ -43,7 +44,7 @@ def draw(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xlabel("speed relative to F.scaled_dot_product_attention, same run (right is faster)")
     environment = result["environment"]
-    axes.set_title(f"{environment['device']['name']}, threads: {environment['threads']}, torch {environment['torch']}", fontsize=10)
+    axes.set_title(f"{results.machine(environment)}, threads: {environment['threads']}, torch {environment['torch']}", fontsize=10)
     figure.legend(fontsize=8, loc="outside lower center", ncols=5, frameon=False)
     axes.grid(axis="x", alpha=0.3)
     target = pathlib.Path(path)

@@ -12,10 +12,11 @@ import subprocess
 from typing import Any, Optional
 
 import attnhub
+from attnhub.bench import processor
 from attnhub.registry import registry
 
 SCHEMA = "attnhub.bench/1"
-#: Where committed results are, in a checkout: <device>/<suite>-<preset>.json.
+#: Where committed results are, in a checkout: <device>/<suite>-<preset>.json, or <suite>-<preset>-<threads>t.json.
 FOLDER = "benchmarks/results"
 
 
@@ -29,6 +30,7 @@ def environment(device: Any) -> dict[str, Any]:
     return {
         "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": info.to_json(),
+        **({"cpu": processor.facts()} if device.type == "cpu" else {}),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -59,11 +61,12 @@ def commit() -> Optional[str]:
     return head + ("+changes" if changed else "")
 
 
-def document(suite: str, preset: str, device: Any, settings: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The content of a result file."""
-    return {
-        "schema": SCHEMA, "suite": suite, "preset": preset, "environment": environment(device), "commit": commit(), "settings": settings, "rows": rows,
-    }  # fmt: skip
+def document(
+    suite: str, preset: str, device: Any, settings: dict[str, Any], rows: list[dict[str, Any]], ceilings: Optional[dict[str, Any]] = None
+) -> dict[str, Any]:
+    """The content of a result file. ceilings: what the machine reached between the cases (ceilings.py)."""
+    described = {**environment(device), **({"ceilings": ceilings} if ceilings else {})}
+    return {"schema": SCHEMA, "suite": suite, "preset": preset, "environment": described, "commit": commit(), "settings": settings, "rows": rows}
 
 
 def slug(name: str) -> str:
@@ -71,11 +74,37 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
 
 
+def machine(environment: dict[str, Any]) -> str:
+    """The device's name for people. Where it names no model (`AMD EPYC`), what tells generations apart follows."""
+    name: str = environment["device"]["name"]
+    return f"{name} ({words})" if (words := _model_words(environment)) else name
+
+
+def folder(environment: dict[str, Any]) -> str:
+    """The folder of a machine's results: ``nvidia-h200``, ``amd-epyc-family-25-model-17``."""
+    name = environment["device"]["name"]
+    if environment["device"]["type"] == "cpu":
+        name = _PLAIN.sub(" ", name)
+    return slug(f"{name} {_model_words(environment)}")
+
+
+#: What a CPU's name holds besides its name.
+_PLAIN = re.compile(r"\((r|tm)\)|\b(cpu|processor)\b|@.*", re.IGNORECASE)
+
+
+def _model_words(environment: dict[str, Any]) -> str:
+    if "cpu" not in environment or re.search(r"\d", _PLAIN.sub(" ", environment["device"]["name"])):
+        return ""
+    return processor.model_words(environment["cpu"])
+
+
 def target(output: str, result: dict[str, Any]) -> pathlib.Path:
     """The file for ``--output``: as given, or inside it if it is a folder."""
     path = pathlib.Path(output)
     if output.endswith(("/", os.sep)) or path.is_dir():
-        path = path / slug(result["environment"]["device"]["name"]) / f"{result['suite']}-{result['preset']}.json"
+        # A number of threads that was asked for is part of the name: files of 1 and of 16 threads lie side by side.
+        threads = f"-{result['settings']['threads']}t" if result["settings"].get("threads") else ""
+        path = path / folder(result["environment"]) / f"{result['suite']}-{result['preset']}{threads}.json"
     return path
 
 

@@ -16,26 +16,30 @@ _PEERS = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "onnxruntime")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", choices=("cpu", "gpu", "overhead", "plot"), help="plot draws --input again, without measuring")
+    parser.add_argument("suite", choices=("cpu", "gpu", "overhead", "plot", "judge"),
+                        help="plot draws --input again, judge holds it against the targets of its processor; neither measures")  # fmt: skip
     presets = "; ".join(f"{name}: {preset.text}" for name, preset in bench_cases.PRESETS.items())
     parser.add_argument("--preset", choices=tuple(bench_cases.PRESETS), default="standard", help=presets)
     parser.add_argument("--lengths", type=_numbers, default=(), help="keep only the cases with these numbers of keys")
     parser.add_argument("--dtypes", type=_names, default=(), help="time every case in these dtypes instead of its own")
-    parser.add_argument("--modes", type=_names, default=(), help="keep only forward or backward cases")
-    parser.add_argument("--peers", type=_names, default=None, help=f"joined by commas: {', '.join(_PEERS)}")
-    parser.add_argument("--backends", type=_names, default=None, help="attnhub backends (auto is the automatic choice); default: all that accept")
+    parser.add_argument("--modes", type=_names, default=(), help="keep only forward, backward or training cases")
+    parser.add_argument("--peers", type=_names, default=None, help=f"joined by commas: {', '.join(_PEERS)}; default: the preset's")
+    parser.add_argument("--backends", type=_names, default=None, help="attnhub backends (auto is the automatic choice); default: the preset's, or all that accept")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds, whose median counts")
     parser.add_argument("--seconds", type=float, default=0.1, help="length of a peer's turn in a round")
-    parser.add_argument("--threads", type=int, default=0, help="torch.set_num_threads")
+    parser.add_argument("--peer-seconds", type=float, default=12.0, help="what a peer's turns at one case may take: slower ones get fewer rounds")
+    parser.add_argument("--threads", type=int, default=0, help="threads of torch and of ONNX Runtime; part of the result file's name")
     parser.add_argument("--device", default="", help="overhead: cpu or cuda; default: cuda where there is one")
-    parser.add_argument("--output", default="", help="result file; a folder (ending in /) gets <device>/<suite>-<preset>.json")
-    parser.add_argument("--input", default="", help="plot: a result file")
+    parser.add_argument("--output", default="", help="result file; a folder (ending in /) gets <device>/<suite>-<preset>[-<threads>t].json")
+    parser.add_argument("--input", default="", help="plot, judge: a result file")
     parser.add_argument("--plot", default="", help="picture (PNG); with --output the default is beside the result file")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.suite == "plot":
         return _plot(args)
+    if args.suite == "judge":
+        return _judge(args)
     import torch
 
     from attnhub.bench import results
@@ -45,18 +49,24 @@ def run(args: argparse.Namespace) -> int:
         # Host time is that of one thread: waking a pool for a tiny call would be timed instead.
         torch.set_num_threads(args.threads or 1)
     device = _device(args)
-    if args.rounds < 1 or args.seconds <= 0:
-        raise CommandError("--rounds must be at least 1 and --seconds above 0")
+    if args.rounds < 1 or args.seconds <= 0 or args.peer_seconds <= 0 or args.threads < 0:
+        raise CommandError("--rounds must be at least 1, --seconds and --peer-seconds above 0, --threads not below 0")
+    limits = None
     if args.suite == "overhead":
         # Many short turns: see attnhub/bench/overhead.py.
         settings = Settings(max(args.rounds, 15), min(args.seconds, 0.02))
         rows = _overhead(args, device, settings)
     else:
-        settings = Settings(args.rounds, args.seconds)
-        rows = _cases(args, device, settings)
+        from attnhub.bench import ceilings
+
+        settings = Settings(args.rounds, args.seconds, args.peer_seconds)
+        limits = ceilings.available(torch.get_num_threads()) if device.type == "cpu" else None
+        rows = _cases(args, device, settings, limits)
     preset = device.type if args.suite == "overhead" else args.preset
     told = {"rounds": settings.rounds, "round_seconds": settings.round_seconds}
-    result = results.document(args.suite, preset, device, told, rows)
+    if args.suite != "overhead":
+        told.update({"peer_seconds": settings.peer_seconds, **({"threads": args.threads} if args.threads else {})})
+    result = results.document(args.suite, preset, device, told, rows, limits.to_json() if limits else None)
     if args.output:
         path = results.target(args.output, result)
         files.write_json(path, result)
@@ -79,7 +89,7 @@ def _device(args: argparse.Namespace) -> Any:
     return torch.device("cuda", torch.cuda.current_device()) if wanted == "cuda" else torch.device(wanted)
 
 
-def _cases(args: argparse.Namespace, device: Any, settings: Any) -> list[dict[str, Any]]:
+def _cases(args: argparse.Namespace, device: Any, settings: Any, ceilings: Any) -> list[dict[str, Any]]:
     from attnhub.bench import measure, pages, peers
 
     try:
@@ -88,19 +98,24 @@ def _cases(args: argparse.Namespace, device: Any, settings: Any) -> list[dict[st
         raise CommandError(str(error)) from error
     if not todo:
         raise CommandError("--lengths and --modes leave no case of this preset")
-    names = peers.default_names(device) if args.peers is None else args.peers
+    preset = bench_cases.PRESETS[args.preset]
+    ours = device.type == "cpu"
+    names = args.peers if args.peers is not None else preset.peers if ours and preset.peers is not None else peers.default_names(device)
+    backends = args.backends if args.backends is not None else preset.backends if ours else None
     if unknown := [name for name in names if name not in _PEERS]:
         raise CommandError(f"--peers: unknown {', '.join(unknown)}; known are {', '.join(_PEERS)}")
     rows: list[dict[str, Any]] = []
     for n, case in enumerate(todo):
         tensors = peers.inputs(case, device)
-        everybody = peers.assemble(case, tensors, names, args.backends)
+        everybody = peers.assemble(case, tensors, names, backends)
         turns = sum(isinstance(p, peers.Peer) for p in everybody) * (settings.rounds + 1)
         with _progress(f"[{n + 1}/{len(todo)}] {case}", turns, args.json) as tick:
-            found = measure.run_case(case, tensors, everybody, settings, tick)
+            found = measure.run_case(case, tensors, everybody, settings, tick, ceilings)
         rows.extend(found)
         if not args.json:
-            console.table(str(case), *pages.table(found), right=("time", "over F.sdpa", "TFLOP/s", "tokens/s", "extra MiB", "max error"))
+            console.table(str(case), *pages.table(found), right=pages.NUMERIC)
+    if preset.one_table and not args.json:
+        console.table("together", *pages.one_table(rows), right=pages.NUMERIC)
     return rows
 
 
@@ -147,6 +162,23 @@ def _plot(args: argparse.Namespace) -> int:
     if args.json:
         console.emit_json({"plot": args.plot})
     return 0
+
+
+def _judge(args: argparse.Namespace) -> int:
+    """0 if every gate that the file speaks of is met."""
+    from attnhub.bench import pages, results, targets
+
+    if not args.input:
+        raise CommandError("judge needs --input FILE, a result file of `attnhub bench cpu`")
+    try:
+        verdicts = targets.judge(results.load(args.input))
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    if args.json:
+        console.emit_json([verdict.to_json() for verdict in verdicts])
+    else:
+        console.table("", *pages.verdict_table(verdicts), right=pages.NUMERIC)
+    return 1 if any(verdict.word in (targets.MISSED, targets.DISTURBED) for verdict in verdicts) else 0
 
 
 def _draw(result: dict[str, Any], path: str) -> None:

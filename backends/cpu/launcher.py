@@ -30,9 +30,18 @@ class CpuPlan(Plan):
         self._backward = self._library.attnhub_cpu_backward
         self._dtype = library.DTYPES[problem.q_dtype]
         self._isa = library.resolve_isa(config.cpu_isa())
+        self._problem = problem
 
     def describe(self) -> dict[str, Any]:
-        return {"kernel": "tiled online softmax, C++", "isa": library.isa_name(self._isa), "threads": _threads()}
+        """Blocks are those of the class's largest sizes, without a mask."""
+        p = self._problem
+        forward, backward = library.cut(
+            p.q_dtype, _threads(), p.batch, p.q_heads, p.kv_heads, p.seqlen_q, p.page_size or p.seqlen_k, p.head_dim, p.v_head_dim
+        )
+        return {
+            "kernel": "tiled online softmax, C++", "isa": library.isa_name(self._isa), "threads": _threads(),
+            "forward": forward._asdict(), "backward": backward._asdict() if p.need_backward else None,
+        }  # fmt: skip
 
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
         q, v = call.q, call.v

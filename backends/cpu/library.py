@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib.resources
 import struct
+from typing import NamedTuple
 
 ABI_VERSION = 2
 FILE = "libattnhub_cpu.so"
@@ -52,6 +53,9 @@ CALL = struct.Struct("=5q5Q7q12q2dd2QQ2Q")
 #: strides, grad_sinks.
 GRADIENTS = struct.Struct("=Q3qQ3Q9qQ4qQ")
 
+#: attnhub_cpu_blocks
+BLOCKS = struct.Struct("=6q")
+
 
 @functools.lru_cache(maxsize=1)
 def load() -> ctypes.CDLL:
@@ -68,11 +72,55 @@ def load() -> ctypes.CDLL:
     lib.attnhub_cpu_forward.restype = ctypes.c_int32
     lib.attnhub_cpu_backward.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     lib.attnhub_cpu_backward.restype = ctypes.c_int32
+    lib.attnhub_cpu_cut.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p]
+    lib.attnhub_cpu_cut.restype = ctypes.c_int32
     lib.attnhub_cpu_last_error.restype = ctypes.c_char_p
     lib.attnhub_cpu_isa_available.argtypes = [ctypes.c_int32]
     lib.attnhub_cpu_isa_available.restype = ctypes.c_int32
     lib.attnhub_cpu_best_isa.restype = ctypes.c_int32
     return lib
+
+
+class Blocks(NamedTuple):
+    """How a pass is cut into tasks: attnhub_cpu_blocks."""
+
+    block_rows: int
+    block_keys: int
+    splits: int
+    split_keys: int
+    tasks: int
+    level2_bytes: int
+
+
+def cut(dtype: str, threads: int, batch: int, q_heads: int, kv_heads: int, seqlen_q: int, seqlen_k: int, head_dim: int, v_head_dim: int) -> tuple[Blocks, Blocks]:
+    """The cut of the forward and of the backward of calls of these sizes. Raises ValueError for sizes that no call may have."""
+    lib = load()
+    call = CALL.pack(
+        ABI_VERSION, DTYPES[dtype], 0, 0, threads, 0, 0, 0, 0, 0, batch, q_heads, kv_heads, seqlen_q, seqlen_k, head_dim, v_head_dim,
+        *[0] * 12, 1.0, 0.0, 0.0, 0, 0, 0, 0, 0,
+    )  # fmt: skip
+    found = [ctypes.create_string_buffer(BLOCKS.size) for _ in range(2)]
+    if lib.attnhub_cpu_cut(call, *found):
+        raise ValueError(lib.attnhub_cpu_last_error().decode())
+    forward, backward = (Blocks(*BLOCKS.unpack(b.raw)) for b in found)
+    return forward, backward
+
+
+def peak_flops(dtype: str, threads: int, isa: int = 0) -> float:
+    """Operations a second that `threads` threads reach on registers alone, in the instructions that serve this dtype. Takes 20 ms."""
+    function = load().attnhub_cpu_peak_flops
+    function.argtypes, function.restype = [ctypes.c_int32, ctypes.c_int32, _Int], ctypes.c_double
+    return float(function(isa, DTYPES[dtype], threads))
+
+
+def read_rate(threads: int, size: int, huge_pages: bool = False, isa: int = 0) -> float:
+    """Bytes a second that `threads` threads read from `size` bytes of memory: give several times the last cache. 0 when memory is short.
+
+    On the pages that tensors get, or on huge ones, where Linux gives them to those who ask.
+    """
+    function = load().attnhub_cpu_read_rate
+    function.argtypes, function.restype = [ctypes.c_int32, _Int, _Int, ctypes.c_int32], ctypes.c_double
+    return float(function(isa, threads, size, huge_pages))
 
 
 def isa_name(isa: int) -> str:

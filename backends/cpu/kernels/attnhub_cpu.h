@@ -190,6 +190,32 @@ typedef struct attnhub_cpu_gradients {
  * A row without keys gives and gets gradients of 0. Deterministic like the forward: the same bits for any number of threads. */
 ATTNHUB_CPU_EXPORT int32_t attnhub_cpu_backward(const attnhub_cpu_call *call, const attnhub_cpu_gradients *gradients);
 
+/* How a call is cut into tasks. Follows from the sizes alone but for block_rows, which also looks at `threads`; no choice changes
+ * a result but splits, split_keys and block_keys (by rounding). */
+typedef struct attnhub_cpu_blocks {
+  int64_t block_rows; /* rows (queries times heads of a K/V head) that share packed K and V */
+  int64_t block_keys; /* keys that are packed at a time, from the size of the second-level cache */
+  int64_t splits;     /* parts of the keys that are worked on apart and merged */
+  int64_t split_keys;
+  int64_t tasks;
+  int64_t level2_bytes;
+} attnhub_cpu_blocks;
+
+/* The cut of a call of these sizes without mask; no pointer of the call is read. Either result may be null. */
+ATTNHUB_CPU_EXPORT int32_t attnhub_cpu_cut(const attnhub_cpu_call *call, attnhub_cpu_blocks *forward, attnhub_cpu_blocks *backward);
+
+/* Limits of this machine, for benchmarks; each measures for 20 ms. 0 when the instruction set is not there, an argument is out
+ * of range, or memory is short.
+ *
+ * Operations a second of `threads` threads that multiply and add on registers alone, in the instructions that a call of this
+ * dtype computes with: fp32 for FP32 and FP16; for BF16 AMX tiles, vdpbf16ps or fp32, whichever is the instruction set's. */
+ATTNHUB_CPU_EXPORT double attnhub_cpu_peak_flops(int32_t isa, int32_t dtype, int64_t threads);
+
+/* Bytes a second that `threads` threads read from `bytes` of memory between them, which should be several times the last
+ * level's cache; allocated, written once, and freed. Other than 0, huge_pages asks for pages of 2 MiB, where Linux gives them to
+ * those who ask: tensors lie on the pages that it gives without. */
+ATTNHUB_CPU_EXPORT double attnhub_cpu_read_rate(int32_t isa, int64_t threads, int64_t bytes, int32_t huge_pages);
+
 /* Why the last call on this thread failed. Never null; valid until the next failing call on this thread. */
 ATTNHUB_CPU_EXPORT const char *attnhub_cpu_last_error(void);
 

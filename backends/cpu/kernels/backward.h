@@ -14,20 +14,50 @@
 namespace attnhub_cpu {
 namespace {
 
-// Rows two by two as units along the rows: to[pair][x] = (row 2 pair, row 2 pair + 1), n columns and zeros up to ld.
-template <class Units, class T>
-void pack_row_pairs(const T *const *rows, int64_t count, int64_t n, typename Units::Unit *to, int64_t ld) {
-  for (int64_t r = 0; r < count; r += 2, to += ld) {
-    for (int64_t x = 0; x < ld; x += W) {
-      const int left = static_cast<int>(min64(W, n - x));
-      F first = {}, second = {};
-      if (left > 0) first = left == W ? load(rows[r] + x) : load_part(rows[r] + x, left);
-      if (left > 0 && r + 1 < count) second = left == W ? load(rows[r + 1] + x) : load_part(rows[r + 1] + x, left);
-      const U pair = bit_cast<U>(first) >> 16 | (bit_cast<U>(second) & 0xffff0000u);
-      std::memcpy(to + x, &pair, sizeof pair);
+// The transposed operand of dK^T = Q^T dS and dV^T = dO^T P: rows of q or dO in units along the rows. For floats it is what pack_q
+// makes. Pairs are made anew: for register tiles [pair of rows][columns], for AMX, which takes operands by rows, [column][pairs].
+template <class Units>
+struct TransposedOperand {
+  using Unit = typename Units::Unit;
+  static constexpr bool kPacked = Units::kPerUnit == 2;
+  static constexpr bool kByColumn = Units::kDepth > 1;
+  static_assert(!kByColumn || Units::kDepth == W, "a unit of depth is one transposition");
+
+  // Units between two pairs of rows, or between two columns. columns: a multiple of W.
+  static int64_t ld(int64_t columns, int64_t most_rows) { return kByColumn ? most_rows / Units::kPerUnit : columns; }
+  static int64_t size(int64_t columns, int64_t most_rows) { return kPacked ? columns * most_rows / Units::kPerUnit : 0; }
+
+  // Rows up to a multiple of kDepth pairs, and columns behind n, are zeros.
+  template <class T>
+  static void pack(const T *const *rows, int64_t count, int64_t n, int64_t columns, Unit *to, int64_t ld) {
+    for (int64_t first = 0; first < count; first += 2 * Units::kDepth) {
+      for (int64_t x = 0; x < columns; x += W) {
+        F pairs[Units::kDepth];
+#pragma GCC unroll 16
+        for (int e = 0; e < Units::kDepth; ++e) pairs[e] = pair(rows, first + 2 * e, count, x, n);
+        if constexpr (kByColumn) {
+          transpose(pairs);
+#pragma GCC unroll 16
+          for (int e = 0; e < W; ++e) std::memcpy(to + (x + e) * ld + first / 2, &pairs[e], sizeof pairs[e]);
+        } else {
+          std::memcpy(to + first / 2 * ld + x, &pairs[0], sizeof pairs[0]);
+        }
+      }
     }
   }
-}
+
+ private:
+  template <class T>
+  static ATTNHUB_INLINE F pair(const T *const *rows, int64_t r, int64_t count, int64_t x, int64_t n) {
+    const F low = columns_of(rows, r, count, x, n), high = columns_of(rows, r + 1, count, x, n);
+    return bit_cast<F>(bit_cast<U>(low) >> 16 | (bit_cast<U>(high) & 0xffff0000u));
+  }
+  template <class T>
+  static ATTNHUB_INLINE F columns_of(const T *const *rows, int64_t r, int64_t count, int64_t x, int64_t n) {
+    if (r >= count || x >= n) return F{};
+    return n - x >= W ? load(rows[r] + x) : load_part(rows[r] + x, static_cast<int>(n - x));
+  }
+};
 
 template <class T>
 bool all_finite(const T *const *rows, int64_t count, int64_t n) {
@@ -72,8 +102,11 @@ void write_transposed(T *to, int64_t stride, const float *from, int64_t ld, int6
 
 template <class T>
 class BackwardTask {
-  using Units = typename UnitsOf<T>::type;
+  using Units = typename TileUnitsOf<T>::type;
   using Unit = typename Units::Unit;
+  using Tiles = Products<Units>;
+  using Transposed = TransposedOperand<Units>;
+  static constexpr int64_t kRows = Tiles::kRows;  // that share one span of keys
   static constexpr int64_t kPer = Units::kPerUnit;
 
  public:
@@ -84,8 +117,8 @@ class BackwardTask {
     keep_factor_ = static_cast<float>(1.0 / (1.0 - c.dropout_p));
     block_keys_ = job.block_keys;
     lds_ = block_keys_ + W;  // rows of P and dS are read as columns: a power of two would crowd a few sets of the cache
-    q_units_ = (c.head_dim + kPer - 1) / kPer;
-    v_units_ = (c.v_head_dim + kPer - 1) / kPer;
+    q_units_ = round_up((c.head_dim + kPer - 1) / kPer, Units::kDepth);
+    v_units_ = round_up((c.v_head_dim + kPer - 1) / kPer, Units::kDepth);
     ldq_ = round_up(q_units_, W);
     ldv_ = round_up(v_units_, W);
     ldd_ = round_up(c.head_dim, W);
@@ -95,9 +128,10 @@ class BackwardTask {
   // Gradients from the keys of one split: dK and dV of them, and their part of dQ.
   int32_t run(int64_t split) {
     const bool own_dq = job_.splits == 1;
-    if (!allocate(own_dq ? rows_ * ldd_ : 0)) return ATTNHUB_CPU_NO_MEMORY;
+    if (!allocate(own_dq ? padded_rows() * ldd_ : 0)) return ATTNHUB_CPU_NO_MEMORY;
+    [[maybe_unused]] const typename Tiles::Session session;
     if (!own_dq) dq_ = job_.partial + ((seq_.index * job_.call.kv_heads + kv_head_) * job_.splits + split) * job_.partial_stride;
-    if (rows_ > 0) std::memset(dq_, 0, static_cast<size_t>(rows_ * ldd_) * sizeof(float));
+    if (rows_ > 0) std::memset(dq_, 0, static_cast<size_t>(padded_rows() * ldd_) * sizeof(float));
     with_bias_ = job_.bias_gradient == kBiasInTask;
     find_keys();
     const int64_t begin = split * job_.split_keys, end = min64(begin + job_.split_keys, seq_.len_k);
@@ -117,6 +151,7 @@ class BackwardTask {
   // The gradient of the bias alone, from queries [i0, i1) and keys [begin, end).
   int32_t run_bias(int64_t i0, int64_t i1, int64_t begin, int64_t end) {
     if (!allocate(0)) return ATTNHUB_CPU_NO_MEMORY;
+    [[maybe_unused]] const typename Tiles::Session session;
     with_bias_ = bias_only_ = true;
     find_keys();
     end = min64(end, seq_.len_k);
@@ -133,7 +168,7 @@ class BackwardTask {
     const attnhub_cpu_call &c = job_.call;
     const int64_t panels = (block_keys_ + kTileColumns - 1) / kTileColumns;
     const int64_t counts[] = {panels * q_units_ * kTileColumns, panels * v_units_ * kTileColumns, key_chunks() * key_chunk_stride(),
-                              kSubRows * ldq_, kSubRows * ldv_, kPer == 1 ? 0 : kSubRows / 2 * ldd_, kPer == 1 ? 0 : kSubRows / 2 * ldo_,
+                              kSubRows * ldq_, kSubRows * ldv_, Transposed::size(ldd_, kSubRows), Transposed::size(ldo_, kSubRows),
                               kSubRows * lds_, kSubRows * lds_, kPer == 1 ? 0 : kSubRows * lds_ / kPer,
                               round_up(c.head_dim, W) * lds_, round_up(c.v_head_dim, W) * lds_, lds_ + W, dq_floats};
     size_t bytes = static_cast<size_t>(max64(rows_, 1)) * sizeof(Interval) + static_cast<size_t>(2 * (block_keys_ + W + kSubRows)) * sizeof(void *) + 64 * 20;
@@ -149,8 +184,8 @@ class BackwardTask {
     take(k_columns_, counts[2]);
     take(q_, counts[3]);
     take(do_, counts[4]);
-    take(q_pairs_, counts[5]);
-    take(do_pairs_, counts[6]);
+    take(q_columns_, counts[5]);
+    take(do_columns_, counts[6]);
     take(s_, counts[7]);
     take(dp_, counts[8]);
     take(ds_rows_, counts[9]);
@@ -166,6 +201,7 @@ class BackwardTask {
     return true;
   }
 
+  int64_t padded_rows() const { return round_up(rows_, Tiles::kRowStep); }
   int64_t key_chunks() const { return (ldd_ + kTileColumns - 1) / kTileColumns; }
   int64_t key_chunk_stride() const { return (block_keys_ + kPer - 1) / kPer * kTileColumns; }
   int64_t query(int64_t r) const { return r / job_.group; }
@@ -224,6 +260,7 @@ class BackwardTask {
     }
   }
 
+  // Keys [from, to) of a block that the rows of a tile need, multiples of kKeyStep; empty: from == to.
   struct Span {
     int64_t from;
     int64_t to;
@@ -231,17 +268,17 @@ class BackwardTask {
 
   // Rows [r0, r1) against the block of keys [j0, j0 + count).
   void sub_block(int64_t r0, int64_t r1, int64_t j0, int64_t count) {
-    Span spans[kSubRows / kTileRows], all{count, 0};
-    for (int64_t r = r0, g = 0; r < r1; r += kTileRows, ++g) {
+    Span spans[kSubRows / kRows], all{count, 0};
+    for (int64_t r = r0, g = 0; r < r1; r += kRows, ++g) {
       int64_t low = count, high = 0;
-      for (int64_t x = r; x < min64(r1, r + kTileRows); ++x) {
+      for (int64_t x = r; x < min64(r1, r + kRows); ++x) {
         const int64_t a = max64(0, keys_[x].low - j0), b = min64(count, keys_[x].high - j0);
         if (a < b) {
           low = min64(low, a);
           high = max64(high, b);
         }
       }
-      spans[g] = low < high ? Span{low / W * W, round_up(high, W)} : Span{0, 0};
+      spans[g] = low < high ? Span{low / Tiles::kKeyStep * Tiles::kKeyStep, round_up(high, Tiles::kKeyStep)} : Span{0, 0};
       if (low < high) all = {min64(all.from, spans[g].from), max64(all.to, spans[g].to)};
     }
     if (all.from >= all.to) return;
@@ -273,8 +310,9 @@ class BackwardTask {
     if (!k_finite_ || !rows_finite_) return select(r0, r1, count, spans);
     if constexpr (kPer == 2) round_to_pairs(r1 - r0, all);
     product_dq(r0, r1, count, spans);
-    if (grads_.grad_v) product_transposed(dv_, job_.call.v_head_dim, kPer == 1 ? do_ : do_pairs_, kPer == 1 ? ldv_ : ldo_, s_, r1 - r0, all, spans);
-    if (grads_.grad_k) product_transposed(dk_, job_.call.head_dim, kPer == 1 ? q_ : q_pairs_, kPer == 1 ? ldq_ : ldd_, dp_, r1 - r0, all, spans);
+    constexpr bool kPacked = Transposed::kPacked;
+    if (grads_.grad_v) product_transposed(dv_, job_.call.v_head_dim, kPacked ? do_columns_ : do_, kPacked ? Transposed::ld(ldo_, kSubRows) : ldv_, s_, r1 - r0, all, spans);
+    if (grads_.grad_k) product_transposed(dk_, job_.call.head_dim, kPacked ? q_columns_ : q_, kPacked ? Transposed::ld(ldd_, kSubRows) : ldq_, dp_, r1 - r0, all, spans);
   }
 
   void pack_rows(int64_t r0, int64_t r1) {
@@ -287,24 +325,20 @@ class BackwardTask {
     }
     if (bias_only_) return;
     rows_finite_ = all_finite(q_rows_, r1 - r0, c.head_dim) && all_finite(do_rows_, r1 - r0, c.v_head_dim);
-    if constexpr (kPer == 2) {
-      pack_row_pairs<Units>(q_rows_, r1 - r0, c.head_dim, q_pairs_, ldd_);
-      pack_row_pairs<Units>(do_rows_, r1 - r0, c.v_head_dim, do_pairs_, ldo_);
+    if constexpr (Transposed::kPacked) {
+      Transposed::pack(q_rows_, r1 - r0, c.head_dim, ldd_, q_columns_, Transposed::ld(ldd_, kSubRows));
+      Transposed::pack(do_rows_, r1 - r0, c.v_head_dim, ldo_, do_columns_, Transposed::ld(ldo_, kSubRows));
     }
   }
 
   // c[row, key] = rows of a . panel of keys, where the spans want it: raw scores, and dP.
   void scores(const Unit *a, int64_t lda, int64_t units, const Unit *panels, float *c, int64_t rows, int64_t count, const Span *spans) {
-    static constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1};
     for (int64_t j = 0; j < count; j += kTileColumns) {
-      const Unit *panel = panels + j * units;
-      for (int64_t r = 0, g = 0; r < rows; r += kTileRows, ++g) {
-        const int64_t width = min64(spans[g].to - j, kTileColumns);
-        if (width <= 0 || spans[g].from >= j + kTileColumns) continue;
-        const Tile<Units> tile = tile_of<Units>(static_cast<int>(min64(kTileRows, rows - r)), static_cast<int>(width / W));
-        for (int64_t u = 0; u < units; u += kChain) {
-          tile(a + r * lda + u, lda, panel + u * kTileColumns, kTileColumns, c + r * lds_ + j, lds_, min64(kChain, units - u), u ? kOnes : nullptr);
-        }
+      const int64_t last = min64(j + kTileColumns, round_up(count, W));  // what is packed
+      for (int64_t r = 0, g = 0; r < rows; r += kRows, ++g) {
+        const int64_t width = min64(spans[g].to, last) - j;
+        if (width <= 0 || spans[g].from >= last) continue;
+        Tiles::write(a + r * lda, lda, panels + j * units, kTileColumns, c + r * lds_ + j, lds_, min64(kRows, rows - r), width, units);
       }
     }
   }
@@ -360,15 +394,15 @@ class BackwardTask {
 
   // P and dS in fp32 -> P and dS as pairs of rows (in place, in the even rows), and dS as rows of pairs of keys.
   void round_to_pairs(int64_t rows, Span all) {
-    for (int64_t r = 0; r < rows; r += 2) {
-      const bool odd = r + 1 < rows;
+    for (int64_t r = 0; r < round_up(rows, 2 * Units::kDepth); r += 2) {
+      const bool even = r < rows, odd = r + 1 < rows;
       for (int64_t j = all.from; j < all.to; j += W) {
         float *p = s_ + r * lds_ + j, *ds = dp_ + r * lds_ + j;
-        const F ds0 = read<F>(ds), ds1 = odd ? read<F>(ds + lds_) : F{};
+        const F ds0 = even ? read<F>(ds) : F{}, ds1 = odd ? read<F>(ds + lds_) : F{};
         Bf16 *row = reinterpret_cast<Bf16 *>(ds_rows_ + r * (lds_ / kPer)) + j;
         store(row, ds0);
         store(row + lds_, ds1);
-        put_pair(p, read<F>(p), odd ? read<F>(p + lds_) : F{});
+        put_pair(p, even ? read<F>(p) : F{}, odd ? read<F>(p + lds_) : F{});
         put_pair(ds, ds0, ds1);
       }
     }
@@ -381,40 +415,40 @@ class BackwardTask {
   // dQ += dS K
   void product_dq(int64_t r0, int64_t r1, int64_t count, const Span *spans) {
     if (!grads_.grad_q) return;
-    static constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1};
+    static constexpr Ones kOnes;
     const Unit *ds = kPer == 1 ? reinterpret_cast<const Unit *>(dp_) : ds_rows_;
     const Unit *k = k_columns_;
     for (int64_t c = 0; c < ldd_; c += kTileColumns, k += key_chunk_stride()) {
       const int64_t width = min64(kTileColumns, ldd_ - c);
-      for (int64_t r = r0, g = 0; r < r1; r += kTileRows, ++g) {
+      for (int64_t r = r0, g = 0; r < r1; r += kRows, ++g) {
         if (spans[g].from == spans[g].to) continue;
-        const Tile<Units> tile = tile_of<Units>(static_cast<int>(min64(kTileRows, r1 - r)), static_cast<int>(width / W));
-        const int64_t to = (min64(spans[g].to, count) + kPer - 1) / kPer;
-        for (int64_t u = spans[g].from / kPer; u < to; u += kChain) {
-          tile(ds + (r - r0) * (lds_ / kPer) + u, lds_ / kPer, k + u * width, width, dq_ + r * ldd_ + c, ldd_, min64(kChain, to - u), kOnes);
-        }
+        const int64_t from = spans[g].from / kPer, to = min64(spans[g].to, round_up(count, kPer * Units::kDepth)) / kPer;
+        Tiles::add(ds + (r - r0) * (lds_ / kPer) + from, lds_ / kPer, k + from * width, width, dq_ + r * ldd_ + c, ldd_, min64(kRows, r1 - r), width,
+                   to - from, kOnes.factor);
       }
     }
   }
+  struct Ones {
+    float factor[kRows];
+    constexpr Ones() : factor() {
+      for (float &x : factor) x = 1.0f;
+    }
+  };
 
-  // c[n, keys] += a^T b: a holds rows of q or dO [rows, n], b the rows of dS or P, both in units along the rows.
+  // c[n, keys] += a^T b: a is a TransposedOperand of q or dO, b the rows of dS or P, both in units along the rows.
   void product_transposed(float *c, int64_t n, const Unit *a, int64_t lda, const float *b, int64_t rows, Span all, const Span *spans) {
-    static constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1};
     for (int64_t j = all.from; j < all.to; j += kTileColumns) {
+      const int64_t width = min64(kTileColumns, all.to - j);
       int64_t first = rows, last = 0;
-      for (int64_t r = 0, g = 0; r < rows; r += kTileRows, ++g) {
-        if (spans[g].from >= min64(all.to, j + kTileColumns) || spans[g].to <= j) continue;
+      for (int64_t r = 0, g = 0; r < rows; r += kRows, ++g) {
+        if (spans[g].from >= j + width || spans[g].to <= j) continue;
         first = min64(first, r);
-        last = min64(rows, r + kTileRows);
+        last = min64(rows, r + kRows);
       }
       if (first >= last) continue;
-      const int64_t units = (last - first + kPer - 1) / kPer;
+      const int64_t units = round_up((last - first + kPer - 1) / kPer, Units::kDepth);
       const Unit *panel = reinterpret_cast<const Unit *>(b + first * lds_ + j);
-      for (int64_t x = 0; x < n; x += kTileRows) {
-        const Tile<Units> tile =
-            tile_of<Units, kTransposed>(static_cast<int>(min64(kTileRows, n - x)), static_cast<int>(min64(kTileColumns, all.to - j) / W));
-        tile(a + first / kPer * lda + x, lda, panel, kPer * lds_, c + x * lds_ + j, lds_, units, kOnes);
-      }
+      Tiles::add_transposed(Transposed::kByColumn ? a + first / kPer : a + first / kPer * lda, lda, panel, kPer * lds_, c + j, lds_, n, width, units);
     }
   }
 
@@ -422,7 +456,7 @@ class BackwardTask {
   void select(int64_t r0, int64_t r1, int64_t count, const Span *spans) {
     const attnhub_cpu_call &c = job_.call;
     for (int64_t r = r0; r < r1; ++r) {
-      const Span span = spans[(r - r0) / kTileRows];
+      const Span span = spans[(r - r0) / kRows];
       const float *p = s_ + (r - r0) * lds_, *ds = dp_ + (r - r0) * lds_;
       for (int64_t j = span.from; j < min64(span.to, count); ++j) {
         if (ds[j] != 0.0f) {
@@ -446,7 +480,7 @@ class BackwardTask {
   const Dropout dropout_;
   float scale_, keep_factor_;
   int64_t block_keys_, lds_, q_units_, v_units_, ldq_, ldv_, ldd_, ldo_;
-  Unit *k_panels_ = nullptr, *v_panels_ = nullptr, *k_columns_ = nullptr, *q_ = nullptr, *do_ = nullptr, *q_pairs_ = nullptr, *do_pairs_ = nullptr,
+  Unit *k_panels_ = nullptr, *v_panels_ = nullptr, *k_columns_ = nullptr, *q_ = nullptr, *do_ = nullptr, *q_columns_ = nullptr, *do_columns_ = nullptr,
        *ds_rows_ = nullptr;
   float *s_ = nullptr, *dp_ = nullptr, *dk_ = nullptr, *dv_ = nullptr, *slope_ = nullptr, *dq_ = nullptr;
   Interval *keys_ = nullptr;

@@ -15,35 +15,6 @@ constexpr int64_t kRows = 96;                          // rows that a task works
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t padded(int64_t dim) { return ceil_div(dim, 16) * 16; }
 
-// Depends on the shape alone: see Job.
-void cut(Job &job) {
-  const attnhub_cpu_call &c = job.call;
-  const int64_t heads = job.sequences * c.kv_heads, rows = job.max_len_q * job.group, dims = padded(c.head_dim) + padded(c.v_head_dim);
-  // Panels of K and V, K again by columns, dK and dV; P and dP; and Q and dO of the rows.
-  job.block_keys = choose_block_keys(4 * (2 * dims + padded(c.head_dim) + 2 * kRows), 4 * kRows * dims);
-  job.partial_stride = rows * padded(c.head_dim);
-  int64_t splits = heads >= kTasks ? 1 : ceil_div(kTasks, heads);
-  const int64_t room = kPartialBytes / (4 * heads * (job.partial_stride > 0 ? job.partial_stride : 1));
-  if (splits > room) splits = room > 1 ? room : 1;
-  job.split_keys = ceil_div(ceil_div(job.max_len_k > 0 ? job.max_len_k : 1, splits), kLeastKeys) * kLeastKeys;
-  job.splits = job.max_len_k > 0 ? ceil_div(job.max_len_k, job.split_keys) : 1;
-  if (job.split_keys < job.block_keys) job.block_keys = job.split_keys;
-  job.tasks = heads * job.splits;
-
-  const attnhub_cpu_gradients &g = *job.gradients;
-  job.bias_gradient = kNoBias;
-  if (!g.grad_bias) return;
-  const int64_t *strides = g.grad_bias_strides;
-  const bool apart = (strides[0] || job.sequences == 1) && (strides[1] || c.kv_heads == 1) && (strides[3] || job.splits == 1);
-  job.bias_gradient = apart ? kBiasInTask : kBiasPass;
-  BiasParts &parts = job.bias_parts;
-  parts.sequences = strides[0] ? job.sequences : 1;
-  parts.heads = strides[1] ? c.kv_heads : 1;
-  parts.queries = ceil_div(4 * kRows, job.group);
-  parts.rows = strides[2] ? ceil_div(job.max_len_q, parts.queries) : 1;
-  parts.keys = strides[3] && job.max_len_k > 0 ? ceil_div(job.max_len_k, job.block_keys) : 1;
-}
-
 // Tokens behind the last packed sequence get gradients of 0.
 void clear_unowned(const Job &job) {
   const attnhub_cpu_call &c = job.call;
@@ -64,13 +35,43 @@ void clear_unowned(const Job &job) {
 
 }  // namespace
 
+// Depends on the shape alone: see Job.
+void cut_backward(Job &job) {
+  const attnhub_cpu_call &c = job.call;
+  const int64_t heads = job.sequences * c.kv_heads, rows = job.max_len_q * job.group, dims = padded(c.head_dim) + padded(c.v_head_dim);
+  // Panels of K and V, K again by columns, dK and dV; P and dP; and Q and dO of the rows.
+  job.block_keys = choose_block_keys(4 * (2 * dims + padded(c.head_dim) + 2 * kRows), 4 * kRows * dims);
+  job.partial_stride = padded(rows) * padded(c.head_dim);  // tiles write whole blocks of 16 rows
+  int64_t splits = heads >= kTasks ? 1 : ceil_div(kTasks, heads);
+  const int64_t room = kPartialBytes / (4 * heads * (job.partial_stride > 0 ? job.partial_stride : 1));
+  if (splits > room) splits = room > 1 ? room : 1;
+  job.split_keys = ceil_div(ceil_div(job.max_len_k > 0 ? job.max_len_k : 1, splits), kLeastKeys) * kLeastKeys;
+  job.splits = job.max_len_k > 0 ? ceil_div(job.max_len_k, job.split_keys) : 1;
+  if (job.split_keys < job.block_keys) job.block_keys = job.split_keys;
+  job.tasks = heads * job.splits;
+  job.block_rows = kRows;
+
+  const attnhub_cpu_gradients &g = *job.gradients;
+  job.bias_gradient = kNoBias;
+  if (!g.grad_bias) return;
+  const int64_t *strides = g.grad_bias_strides;
+  const bool apart = (strides[0] || job.sequences == 1) && (strides[1] || c.kv_heads == 1) && (strides[3] || job.splits == 1);
+  job.bias_gradient = apart ? kBiasInTask : kBiasPass;
+  BiasParts &parts = job.bias_parts;
+  parts.sequences = strides[0] ? job.sequences : 1;
+  parts.heads = strides[1] ? c.kv_heads : 1;
+  parts.queries = ceil_div(4 * kRows, job.group);
+  parts.rows = strides[2] ? ceil_div(job.max_len_q, parts.queries) : 1;
+  parts.keys = strides[3] && job.max_len_k > 0 ? ceil_div(job.max_len_k, job.block_keys) : 1;
+}
+
 int32_t run_backward(Job &job, const Kernels &kernels) {
   const attnhub_cpu_call &c = job.call;
   const attnhub_cpu_gradients &g = *job.gradients;
   clear_unowned(job);
   if (g.grad_sinks) std::memset(g.grad_sinks, 0, static_cast<size_t>(c.q_heads) * sizeof(float));
   if (job.sequences == 0) return ATTNHUB_CPU_OK;
-  cut(job);
+  cut_backward(job);
   const size_t rows = static_cast<size_t>(c.batch * c.q_heads * c.seqlen_q), heads = static_cast<size_t>(job.sequences * c.q_heads);
   const size_t sink_bytes = g.grad_sinks && job.mask.sinks ? heads * sizeof(double) : 0;
   char *shared = static_cast<char *>(scratch(kDeltaScratch, sink_bytes + rows * sizeof(float) + 64));

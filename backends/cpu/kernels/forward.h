@@ -8,13 +8,15 @@ namespace attnhub_cpu {
 namespace {
 
 constexpr int64_t kSubRows = W >= 16 ? 96 : 48;  // scores of 96 x 256 floats: 96 KiB, a tenth of a 1 MiB L2
-static_assert(kSubRows % kTileRows == 0, "sub-blocks are whole register tiles");
 
 template <class T>
 class TiledTask {
-  using Units = typename UnitsOf<T>::type;
+  using Units = typename TileUnitsOf<T>::type;
   using Unit = typename Units::Unit;
+  using Tiles = Products<Units>;
   static constexpr int64_t kPer = Units::kPerUnit;
+  static constexpr int64_t kRows = Tiles::kRows;  // that share one span of keys
+  static_assert(kSubRows % kRows == 0, "sub-blocks are whole tiles");
 
  public:
   TiledTask(const Job &job, const Sequence &seq, int64_t kv_head, int64_t first_row, int64_t rows)
@@ -22,13 +24,15 @@ class TiledTask {
     const attnhub_cpu_call &c = job.call;
     unit_ = job.predicated ? 1.0f : static_cast<float>(c.softmax_scale);
     block_keys_ = job.block_keys;
-    q_units_ = (c.head_dim + kPer - 1) / kPer;
+    q_units_ = round_up((c.head_dim + kPer - 1) / kPer, Units::kDepth);
     ldq_ = round_up(q_units_, W);
+    lds_ = block_keys_ + Tiles::kScorePad;
     ldo_ = round_up(c.v_head_dim, W);
   }
 
   int32_t run(int64_t split) {
     if (!allocate()) return ATTNHUB_CPU_NO_MEMORY;
+    [[maybe_unused]] const typename Tiles::Session session;
     const Interval all = start_rows();
     const int64_t begin = split * job_.split_keys, end = min64(min64(begin + job_.split_keys, seq_.len_k), all.high);
     for (int64_t j0 = max64(begin, all.low / block_keys_ * block_keys_); j0 < end; j0 += block_keys_) {
@@ -42,11 +46,11 @@ class TiledTask {
   bool allocate() {
     const int64_t panels = block_keys_ / kTileColumns, chunks = (ldo_ + kTileColumns - 1) / kTileColumns;
     const int64_t k_units = panels * q_units_ * kTileColumns, v_units = chunks * v_chunk_stride();
-    const int64_t subs = (rows_ + kSubRows - 1) / kSubRows;
+    const int64_t subs = (rows_ + kSubRows - 1) / kSubRows, rows = round_up(rows_, Tiles::kRowStep);
     // The units of Q, K and V, scores and O are all 4 bytes wide; what needs 8 comes first.
     const size_t bytes = static_cast<size_t>(rows_ + subs) * sizeof(Interval) + static_cast<size_t>(2 * block_keys_) * sizeof(void *) +
                          static_cast<size_t>(rows_) * sizeof(RowState) +
-                         4 * static_cast<size_t>(k_units + v_units + rows_ * (ldq_ + ldo_) + kSubRows * block_keys_) + 8 * 64;
+                         4 * static_cast<size_t>(k_units + v_units + rows * (ldq_ + ldo_) + kSubRows * lds_) + 8 * 64;
     char *at = static_cast<char *>(scratch(kTaskScratch, bytes));
     if (!at) return false;
     const auto take = [&at](auto *&p, int64_t count) {
@@ -55,9 +59,9 @@ class TiledTask {
     };
     take(k_, k_units);
     take(v_, v_units);
-    take(s_, kSubRows * block_keys_);
-    take(o_, rows_ * ldo_);
-    take(q_, rows_ * ldq_);
+    take(s_, kSubRows * lds_);
+    take(o_, rows * ldo_);
+    take(q_, rows * ldq_);
     take(keys_, rows_);
     take(sub_keys_, subs);
     take(state_, rows_);
@@ -87,7 +91,9 @@ class TiledTask {
         all = {min64(all.low, keys_[r].low), max64(all.high, keys_[r].high)};
       }
     }
-    std::memset(o_, 0, static_cast<size_t>(rows_ * ldo_) * sizeof(float));
+    const int64_t rows = round_up(rows_, Tiles::kRowStep);
+    std::memset(q_ + rows_ * ldq_, 0, static_cast<size_t>((rows - rows_) * ldq_) * sizeof(Unit));
+    std::memset(o_, 0, static_cast<size_t>(rows * ldo_) * sizeof(float));
     return all;
   }
 
@@ -117,30 +123,30 @@ class TiledTask {
     v_finite_ = pack_v<Units>(v_rows_, count, c.v_head_dim, v_, v_chunk_stride());
   }
 
-  // Columns [from, to) of a block that a register tile's rows need, in whole vectors; empty: from == to.
+  // Columns [from, to) of a block that the rows of a tile need, multiples of kKeyStep; empty: from == to.
   struct Span {
     int64_t from;
     int64_t to;
   };
 
   void sub_block(int64_t r0, int64_t r1, int64_t j0, int64_t count) {
-    Span spans[kSubRows / kTileRows];
-    for (int64_t r = r0, g = 0; r < r1; r += kTileRows, ++g) {
+    Span spans[kSubRows / kRows];
+    for (int64_t r = r0, g = 0; r < r1; r += kRows, ++g) {
       int64_t low = count, high = 0;
-      for (int64_t x = r; x < min64(r1, r + kTileRows); ++x) {
+      for (int64_t x = r; x < min64(r1, r + kRows); ++x) {
         const int64_t a = max64(0, keys_[x].low - j0), b = min64(count, keys_[x].high - j0);
         if (a < b) {
           low = min64(low, a);
           high = max64(high, b);
         }
       }
-      spans[g] = low < high ? Span{low / W * W, round_up(high, W)} : Span{0, 0};
+      spans[g] = low < high ? Span{low / Tiles::kKeyStep * Tiles::kKeyStep, round_up(high, Tiles::kKeyStep)} : Span{0, 0};
     }
     products_qk(r0, r1, count, spans);
     for (int64_t r = r0; r < r1; ++r) {
-      const Span span = spans[(r - r0) / kTileRows];
+      const Span span = spans[(r - r0) / kRows];
       if (span.from == span.to) continue;
-      float *line = s_ + (r - r0) * block_keys_;
+      float *line = s_ + (r - r0) * lds_;
       const int64_t a = max64(0, keys_[r].low - j0), b = min64(count, keys_[r].high - j0);
       const int64_t first = a / W * W;
       if (job_.predicated && a < b) scores_.finish(line + first, b - first, query(r), head(r), j0 + first);
@@ -156,16 +162,11 @@ class TiledTask {
 
   void products_qk(int64_t r0, int64_t r1, int64_t count, const Span *spans) {
     for (int64_t j = 0; j < count; j += kTileColumns) {
-      const Unit *panel = k_ + j * q_units_;
-      for (int64_t r = r0, g = 0; r < r1; r += kTileRows, ++g) {
-        const int64_t width = min64(spans[g].to - j, kTileColumns);
-        if (width <= 0 || spans[g].from >= j + kTileColumns) continue;
-        const Tile<Units> tile = tile_of<Units>(static_cast<int>(min64(kTileRows, r1 - r)), static_cast<int>(width / W));
-        static constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1};
-        for (int64_t u = 0; u < q_units_; u += kChain) {
-          tile(q_ + r * ldq_ + u, ldq_, panel + u * kTileColumns, kTileColumns, s_ + (r - r0) * block_keys_ + j, block_keys_,
-               min64(kChain, q_units_ - u), u ? kOnes : nullptr);
-        }
+      const int64_t last = min64(j + kTileColumns, round_up(count, W));  // what is packed
+      for (int64_t r = r0, g = 0; r < r1; r += kRows, ++g) {
+        const int64_t width = min64(spans[g].to, last) - j;
+        if (width <= 0 || spans[g].from >= last) continue;
+        Tiles::write(q_ + r * ldq_, ldq_, k_ + j * q_units_, kTileColumns, s_ + (r - r0) * lds_ + j, lds_, min64(kRows, r1 - r), width, q_units_);
       }
     }
   }
@@ -175,14 +176,13 @@ class TiledTask {
     const Unit *v = v_;
     for (int64_t c = 0; c < ldo_; c += kTileColumns, v += v_chunk_stride()) {
       const int64_t width = min64(kTileColumns, ldo_ - c);
-      for (int64_t r = r0, g = 0; r < r1; r += kTileRows, ++g) {
+      for (int64_t r = r0, g = 0; r < r1; r += kRows, ++g) {
         if (spans[g].from == spans[g].to) continue;
-        const int rows = static_cast<int>(min64(kTileRows, r1 - r));
-        float alpha[kTileRows];
-        for (int i = 0; i < rows; ++i) alpha[i] = state_[r + i].alpha;
-        const int64_t from = spans[g].from / kPer, to = (min64(spans[g].to, count) + kPer - 1) / kPer;
-        const Tile<Units> tile = tile_of<Units>(rows, static_cast<int>(width / W));
-        tile(p + (r - r0) * block_keys_ + from, block_keys_, v + from * width, width, o_ + r * ldo_ + c, ldo_, to - from, alpha);
+        const int64_t rows = min64(kRows, r1 - r);
+        float alpha[kRows];
+        for (int64_t i = 0; i < rows; ++i) alpha[i] = state_[r + i].alpha;
+        const int64_t from = spans[g].from / kPer, to = min64(spans[g].to, round_up(count, kPer * Units::kDepth)) / kPer;
+        Tiles::add(p + (r - r0) * lds_ + from, lds_, v + from * width, width, o_ + r * ldo_ + c, ldo_, rows, width, to - from, alpha);
       }
     }
   }
@@ -191,9 +191,9 @@ class TiledTask {
   void select_pv(int64_t r0, int64_t r1, int64_t count, const Span *spans) {
     float weights[kMostBlockKeys];
     for (int64_t r = r0; r < r1; ++r) {
-      const Span span = spans[(r - r0) / kTileRows];
+      const Span span = spans[(r - r0) / kRows];
       if (span.from == span.to) continue;
-      const float *line = weights_of<Units>(s_ + (r - r0) * block_keys_, span.from, span.to, weights);
+      const float *line = weights_of<Units>(s_ + (r - r0) * lds_, span.from, span.to, weights);
       select_sum(line, v_rows_, span.from, min64(span.to, count), job_.call.v_head_dim, o_ + r * ldo_, state_[r].alpha);
     }
   }
@@ -204,7 +204,7 @@ class TiledTask {
   const Scores scores_;
   const Dropout dropout_;
   float unit_;
-  int64_t block_keys_, q_units_, ldq_, ldo_;
+  int64_t block_keys_, q_units_, ldq_, lds_, ldo_;
   Unit *k_ = nullptr, *v_ = nullptr, *q_ = nullptr;
   float *s_ = nullptr, *o_ = nullptr;
   Interval *keys_ = nullptr, *sub_keys_ = nullptr;

@@ -1,8 +1,31 @@
 // Which instruction sets this processor has, and the kernels compiled for them.
 #include "job.h"
 
+#if defined(ATTNHUB_CPU_AMX) && !defined(ATTNHUB_EMULATE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace attnhub_cpu {
 namespace {
+
+#if defined(ATTNHUB_CPU_AMX)
+// Whether this processor has AMX with bf16, the kernel keeps its registers, and lets this process use them.
+bool amx_granted() {
+#if defined(ATTNHUB_EMULATE_AMX)
+  return true;
+#else
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kTileState = 3u << 17;
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  asm volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));  // whoever has AVX-512 enabled has it
+  if ((eax & kTileState) != kTileState) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#endif
+}
+#endif
 
 bool has(int64_t isa) {
 #if defined(ATTNHUB_CPU_X86)
@@ -15,6 +38,12 @@ bool has(int64_t isa) {
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     case ATTNHUB_CPU_ISA_AVX512_BF16:
       return has(ATTNHUB_CPU_ISA_AVX512) && __builtin_cpu_supports("avx512bf16");
+#if defined(ATTNHUB_CPU_AMX)
+    case ATTNHUB_CPU_ISA_AMX_BF16: {
+      static const bool granted = has(ATTNHUB_CPU_ISA_AVX512_BF16) && amx_granted();  // once for the process and all its threads
+      return granted;
+    }
+#endif
     default:
       break;
   }
@@ -38,6 +67,10 @@ const Kernels *compiled(int64_t isa) {
 #elif defined(ATTNHUB_CPU_ARM64)
     case ATTNHUB_CPU_ISA_NEON:
       return kernels_neon();
+#endif
+#if defined(ATTNHUB_CPU_AMX)
+    case ATTNHUB_CPU_ISA_AMX_BF16:
+      return kernels_amx_bf16();
 #endif
     default:
       return nullptr;

@@ -75,6 +75,12 @@ static inline Sequence sequence_of(const Job &job, int64_t index) {
   return s;
 }
 
+// The limits of a core, for benchmarks (ceiling.h).
+struct Ceiling {
+  double (*flops[3])(int64_t rounds, float *sum);  // per dtype: does `rounds` rounds of work on registers, returns its operations
+  float (*read)(const float *data, int64_t count);
+};
+
 // What one instruction-set unit offers, per dtype. Each returns an attnhub_cpu_status.
 struct Kernels {
   int32_t (*task[3])(const Job &job, int64_t index);
@@ -83,12 +89,14 @@ struct Kernels {
   int32_t (*backward[3])(const Job &job, int64_t index);
   int32_t (*reduce[3])(const Job &job, int64_t index);
   int32_t (*bias[3])(const Job &job, int64_t index);
+  Ceiling ceiling;
 };
 
 const Kernels *kernels_portable();
 const Kernels *kernels_avx2();
 const Kernels *kernels_avx512();
 const Kernels *kernels_avx512_bf16();
+const Kernels *kernels_amx_bf16();
 const Kernels *kernels_neon();
 
 // The kernels of an instruction set, or null if this processor or build lacks it. AUTO is resolved.
@@ -96,6 +104,7 @@ const Kernels *find_kernels(int64_t isa);
 
 // Checks a call and fills job with it. Returns null, or why the call is wrong (text of this thread, see fail()).
 const char *normalise(const attnhub_cpu_call &call, Job &job);
+const char *normalise_sizes(const attnhub_cpu_call &call, Job &job);  // the same without reading any tensor or mask
 const char *fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 // Checks the gradients of a job that normalise() has filled. Returns as normalise() does.
@@ -104,6 +113,7 @@ const char *check_gradients(const Job &job, const attnhub_cpu_gradients &gradien
 // Cuts the job into tasks and runs them. Returns an attnhub_cpu_status.
 int32_t run_forward(Job &job, const Kernels &kernels);
 int32_t run_backward(Job &job, const Kernels &kernels);
+void cut_backward(Job &job);
 
 // Runs fn(job, index) for every index below count on the job's threads; on one where `work`, in multiply-adds, is little.
 int32_t run_all(const Job &job, int32_t (*fn)(const Job &, int64_t), int64_t count, double work);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backward.h"
+#include "ceiling.h"
 
 namespace attnhub_cpu {
 namespace {
@@ -13,6 +14,7 @@ constexpr Kernels kKernels = {
     {backward_task<float>, backward_task<Bf16>, backward_task<Fp16>},
     {reduce_dq<float>, reduce_dq<Bf16>, reduce_dq<Fp16>},
     {bias_task<float>, bias_task<Bf16>, bias_task<Fp16>},
+    kCeiling,
 };
 
 }  // namespace

@@ -2,6 +2,9 @@
 #pragma once
 
 #include "product.h"
+#if defined(__AMX_BF16__) || defined(ATTNHUB_EMULATE_AMX)
+#include "product_amx.h"
+#endif
 
 namespace attnhub_cpu {
 namespace {
@@ -35,7 +38,8 @@ void pack_q(const T *row, int64_t n, typename Units::Unit *to) {
   }
 }
 
-// A panel of k: keys rows of n elements -> to[unit][kTileColumns], transposed. Keys up to the next whole vector are zeros.
+// A panel of k: keys rows of n elements -> to[unit][kTileColumns], transposed. Keys up to the next whole vector are zeros, and so
+// are units up to a multiple of kDepth.
 template <class Units, class T>
 void pack_k(const T *const *rows, int64_t keys, int64_t n, typename Units::Unit *to) {
   const int64_t units = (n + Units::kPerUnit - 1) / Units::kPerUnit;
@@ -46,7 +50,7 @@ void pack_k(const T *const *rows, int64_t keys, int64_t n, typename Units::Unit 
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) r[i] = i < valid ? load_units<Units>(rows[j + i], u, n) : F{};
       transpose(r);
-      const int64_t whole = min64(W, units - u);
+      const int64_t whole = min64(W, round_up(units, Units::kDepth) - u);
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) {
         if (i < whole) std::memcpy(to + (u + i) * kTileColumns + j, &r[i], sizeof r[i]);
@@ -55,37 +59,57 @@ void pack_k(const T *const *rows, int64_t keys, int64_t n, typename Units::Unit 
   }
 }
 
+#if defined(__AVX512BF16__)
+// pack_v for pairs, on their bits: 32 columns of two keys are zipped by two permutations.
+template <class Units>
+bool pack_v_pairs(const Bf16 *const *rows, int64_t keys, int64_t n, uint32_t *to, int64_t chunk_stride) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2,
+                                       33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16)), magnitude = _mm512_set1_epi16(0x7fff);
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t c = 0; c < n; c += kTileColumns, to += chunk_stride) {
+    const int64_t width = min64(kTileColumns, round_up(n - c, W));
+    const int64_t pairs = (keys + 1) / 2;
+    for (int64_t x = 0; x < width; x += 2 * W) {
+      const int64_t left = n - c - x;
+      const __mmask32 columns = left >= 2 * W ? 0xffffffffu : (1u << left) - 1u;
+      for (int64_t j = 0; j < pairs; ++j) {
+        const __m512i even = _mm512_maskz_loadu_epi16(columns, rows[2 * j] + c + x);
+        const __m512i odd = 2 * j + 1 < keys ? _mm512_maskz_loadu_epi16(columns, rows[2 * j + 1] + c + x) : _mm512_setzero_si512();
+        largest = _mm512_max_epu16(largest, _mm512_max_epu16(_mm512_and_si512(even, magnitude), _mm512_and_si512(odd, magnitude)));
+        _mm512_storeu_si512(to + j * width + x, _mm512_permutex2var_epi16(even, low, odd));
+        if (x + W < width) _mm512_storeu_si512(to + j * width + x + W, _mm512_permutex2var_epi16(even, high, odd));
+      }
+    }
+    const int64_t padded = round_up(pairs, Units::kDepth);
+    std::memset(to + pairs * width, 0, static_cast<size_t>((padded - pairs) * width) * sizeof *to);
+  }
+  return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7f80)) == 0;  // an exponent of all ones
+}
+#endif
+
 // A block of v: keys rows of n elements -> for every chunk of kTileColumns columns (the last one narrower, a whole number
 // of vectors), to[key unit][columns]. Chunks lie chunk_stride units apart. Returns whether all values are finite.
 template <class Units, class T>
 bool pack_v(const T *const *rows, int64_t keys, int64_t n, typename Units::Unit *to, int64_t chunk_stride) {
-  F poison = {};  // 0 * Inf and 0 * NaN are NaN
-  for (int64_t c = 0; c < n; c += kTileColumns, to += chunk_stride) {
-    const int64_t width = min64(kTileColumns, round_up(n - c, W));
-    for (int64_t j = 0; j < keys; j += Units::kPerUnit) {
-      typename Units::Unit *line = to + j / Units::kPerUnit * width;
-      for (int64_t x = 0; x < width; x += W) {
-        const int64_t left = n - c - x;
-        const int part = static_cast<int>(left);
-        const T *even = rows[j] + c + x;
-        const F first = left >= W ? load(even) : load_part(even, part);
-        poison += first * 0.0f;
-        if constexpr (Units::kPerUnit == 1) {
-          store(line + x, first);
-        } else {
-          F second = {};
-          if (j + 1 < keys) {
-            const T *odd = rows[j + 1] + c + x;
-            second = left >= W ? load(odd) : load_part(odd, part);
-          }
-          poison += second * 0.0f;
-          const U pair = bit_cast<U>(first) >> 16 | bit_cast<U>(second);
-          std::memcpy(line + x, &pair, sizeof pair);
+#if defined(__AVX512BF16__)
+  if constexpr (Units::kPerUnit == 2) return pack_v_pairs<Units>(rows, keys, n, to, chunk_stride);
+#endif
+  if constexpr (Units::kPerUnit == 1) {
+    F poison = {};  // 0 * Inf and 0 * NaN are NaN
+    for (int64_t c = 0; c < n; c += kTileColumns, to += chunk_stride) {
+      const int64_t width = min64(kTileColumns, round_up(n - c, W));
+      for (int64_t j = 0; j < keys; ++j) {
+        for (int64_t x = 0; x < width; x += W) {
+          const int64_t left = n - c - x;
+          const F v = left >= W ? load(rows[j] + c + x) : load_part(rows[j] + c + x, static_cast<int>(left));
+          poison += v * 0.0f;
+          store(to + j * width + x, v);
         }
       }
     }
+    return reduce_add(poison) == 0.0f;
   }
-  return reduce_add(poison) == 0.0f;
 }
 
 }  // namespace

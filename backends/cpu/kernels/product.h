@@ -10,6 +10,7 @@ namespace {
 
 struct FloatUnits {
   static constexpr int kPerUnit = 1;
+  static constexpr int64_t kDepth = 1;  // units along k that a product needs a multiple of: what is packed is padded with zeros
   using Unit = float;
   static ATTNHUB_INLINE F broadcast(const float *a) { return splat(*a); }
   static ATTNHUB_INLINE F columns(const float *b) { return read<F>(b); }
@@ -20,6 +21,7 @@ struct FloatUnits {
 #if defined(__AVX512BF16__)
 struct Bf16Pairs {
   static constexpr int kPerUnit = 2;
+  static constexpr int64_t kDepth = 1;
   using Unit = uint32_t;
   static ATTNHUB_INLINE __m512bh broadcast(const uint32_t *a) { return (__m512bh)_mm512_set1_epi32(static_cast<int>(*a)); }
   static ATTNHUB_INLINE __m512bh columns(const uint32_t *b) { return (__m512bh)_mm512_loadu_si512(b); }
@@ -112,6 +114,44 @@ Tile<Units> tile_of(int rows, int vectors) {
       return tile_of_width<Units, kA, 6>(vectors);
   }
 }
+
+// The products of a tiled task, up to kRows rows and kTileColumns columns of C at a time. This is how register tiles do them.
+template <class Units>
+struct Products {
+  using Unit = typename Units::Unit;
+  static constexpr int64_t kRows = kTileRows;
+  static constexpr int64_t kRowStep = 1;    // rows of A and C exist up to a multiple of this
+  static constexpr int64_t kKeyStep = W;    // columns of scores are computed, and weights summed, in multiples of this
+  static constexpr int64_t kScorePad = 0;   // floats between rows of scores
+  struct Session {};                        // what a thread holds while it multiplies
+
+  // C = A B
+  static ATTNHUB_INLINE void write(const Unit *a, int64_t lda, const Unit *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns,
+                                   int64_t k) {
+    static constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1};
+    const Tile<Units> tile = tile_of<Units>(static_cast<int>(rows), static_cast<int>(columns / W));
+    for (int64_t u = 0; u < k; u += kChain) tile(a + u, lda, b + u * ldb, ldb, c, ldc, k - u < kChain ? k - u : kChain, u ? kOnes : nullptr);
+  }
+
+  // C = alpha C + A B, one factor per row
+  static ATTNHUB_INLINE void add(const Unit *a, int64_t lda, const Unit *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns,
+                                 int64_t k, const float *alpha) {
+    tile_of<Units>(static_cast<int>(rows), static_cast<int>(columns / W))(a, lda, b, ldb, c, ldc, k, alpha);
+  }
+
+  // C += A B for any number of rows, A as a TransposedOperand
+  static void add_transposed(const Unit *a, int64_t lda, const Unit *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns, int64_t k) {
+    static constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1};
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      const int64_t left = rows - i < kTileRows ? rows - i : kTileRows;
+      tile_of<Units, kTransposed>(static_cast<int>(left), static_cast<int>(columns / W))(a + i, lda, b, ldb, c + i * ldc, ldc, k, kOnes);
+    }
+  }
+};
+
+// Which units the products of a tiled task run on; decoding takes UnitsOf everywhere.
+template <class T>
+struct TileUnitsOf : UnitsOf<T> {};
 
 }  // namespace
 }  // namespace attnhub_cpu

@@ -8,11 +8,13 @@
 namespace attnhub_cpu {
 namespace {
 
-constexpr int64_t kSplitQueries = 16;          // up to here a call is decoding, and long keys are split
-constexpr int64_t kSplitKeys = 512;            // a split is worth at least this many keys; a multiple of every key block
-constexpr int64_t kSplitTasks = 64;            // stop splitting where batch and heads give this many tasks
-constexpr int64_t kRowStep = 96;               // row blocks are multiples of every sub-block
-constexpr double kSerialWork = 1 << 20;        // multiply-adds below which waking a thread costs more than it gives
+constexpr int64_t kSplitQueries = 16;   // up to here a call is decoding: bound by reading K and V, it wants every thread's reads
+constexpr int64_t kSplitTasks = 64;     // and is split until batch, heads and splits give this many tasks
+constexpr int64_t kSplitKeys = 512;     // a split is worth at least this many keys; a multiple of every key block
+constexpr int64_t kPrefillTasks = 32;   // prefill is split only where its row blocks are fewer than this (few heads, few rows)
+constexpr int64_t kPrefillKeys = 2048;  // and keys are many
+constexpr int64_t kRowStep = 96;        // row blocks are multiples of every sub-block
+constexpr double kSerialWork = 1 << 20; // multiply-adds below which waking a thread costs more than it gives
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
@@ -21,11 +23,14 @@ void cut(Job &job) {
   const attnhub_cpu_call &c = job.call;
   const int64_t heads = job.sequences * c.kv_heads, rows = job.max_len_q * job.group;
   // Depends on the shape alone: see Job.
+  const bool decoding = job.max_len_q <= kSplitQueries;
+  const int64_t owners = decoding ? heads : heads * ceil_div(rows, kRowStep), least = decoding ? kSplitKeys : kPrefillKeys;
+  const int64_t enough = decoding ? kSplitTasks : kPrefillTasks;
   job.splits = 1;
   job.split_keys = job.max_len_k;
-  if (job.max_len_q <= kSplitQueries && heads < kSplitTasks && job.max_len_k > kSplitKeys) {
-    const int64_t wanted = ceil_div(kSplitTasks, heads);
-    job.split_keys = ceil_div(ceil_div(job.max_len_k, wanted), kSplitKeys) * kSplitKeys;
+  if (owners < enough && job.max_len_k > least) {
+    const int64_t most = ceil_div(job.max_len_k, ceil_div(enough, owners));
+    job.split_keys = ceil_div(most > least ? most : least, kSplitKeys) * kSplitKeys;
     job.splits = ceil_div(job.max_len_k, job.split_keys);
   }
   // Large row blocks share the packing of K and V, small ones feed the threads. They change no row's arithmetic.
@@ -104,6 +109,26 @@ int32_t run_forward(Job &job, const Kernels &kernels) {
 }  // namespace attnhub_cpu
 
 extern "C" int32_t attnhub_cpu_abi_version(void) { return ATTNHUB_CPU_ABI_VERSION; }
+
+extern "C" int32_t attnhub_cpu_cut(const attnhub_cpu_call *call, attnhub_cpu_blocks *forward, attnhub_cpu_blocks *backward) {
+  using namespace attnhub_cpu;
+  Job job;
+  const attnhub_cpu_gradients gradients{};
+  if (!call || normalise_sizes(*call, job)) {
+    if (!call) fail("call is null");
+    return ATTNHUB_CPU_INVALID;
+  }
+  const auto tell = [&job](attnhub_cpu_blocks *to) {
+    if (to) *to = {job.block_rows, job.block_keys, job.splits, job.split_keys, job.tasks, level2_cache()};
+  };
+  const bool empty = job.sequences == 0 || job.max_len_q == 0;
+  if (!empty) cut(job);
+  tell(forward);
+  job.gradients = &gradients;
+  if (!empty) cut_backward(job);
+  tell(backward);
+  return ATTNHUB_CPU_OK;
+}
 
 extern "C" int32_t attnhub_cpu_forward(const attnhub_cpu_call *call) {
   using namespace attnhub_cpu;

@@ -150,6 +150,19 @@ const char *check_gradients(const Job &job, const attnhub_cpu_gradients &g) {
   return nullptr;
 }
 
+const char *normalise_sizes(const attnhub_cpu_call &call, Job &job) {
+  job.call = call;
+  job.call.mask = nullptr;
+  job.mask = no_mask();
+  if (const char *error = check_sizes(call)) return error;
+  job.sequences = call.batch;
+  job.group = call.q_heads / call.kv_heads;
+  job.element_size = call.dtype == ATTNHUB_CPU_FP32 ? 4 : 2;
+  job.max_len_q = call.seqlen_q;
+  job.max_len_k = call.seqlen_k;
+  return nullptr;
+}
+
 const char *normalise(const attnhub_cpu_call &call, Job &job) {
   job.call = call;
   job.mask = call.mask ? *call.mask : no_mask();
