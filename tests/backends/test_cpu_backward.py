@@ -26,6 +26,7 @@ if backend.probe():
 
 ISAS = library.available_isas()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ALL = Needs()
 #: Largest error of a gradient over its largest value. Weights and their gradients are rounded to 16 bits on the way.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -58,7 +59,7 @@ def _call(shape_q: tuple[int, ...], shape_k: tuple[int, ...], mask: Mask = FULL,
     return Call(q, k, v, mask, shape_q[-1] ** -0.5, need_lse=True, **kwargs)
 
 
-def _gradients(call: Call, needs: Needs = Needs(), grad_lse: Optional[Tensor] = None, grad_out: Optional[Tensor] = None) -> dict[str, Tensor]:
+def _gradients(call: Call, needs: Needs = ALL, grad_lse: Optional[Tensor] = None, grad_out: Optional[Tensor] = None) -> dict[str, Tensor]:
     """By the kernel, from its own forward."""
     plan = _plan(call.q.dtype)
     out, lse = plan.forward(call)
@@ -67,7 +68,7 @@ def _gradients(call: Call, needs: Needs = Needs(), grad_lse: Optional[Tensor] = 
     return {name: g for name, g in found._asdict().items() if g is not None}
 
 
-def _wanted(call: Call, needs: Needs = Needs(), grad_lse: Optional[Tensor] = None, grad_out: Optional[Tensor] = None) -> dict[str, Tensor]:
+def _wanted(call: Call, needs: Needs = ALL, grad_lse: Optional[Tensor] = None, grad_out: Optional[Tensor] = None) -> dict[str, Tensor]:
     """By the definition, in fp64."""
     mask = call.mask
     if mask.bias is not None:
@@ -81,7 +82,7 @@ def _wanted(call: Call, needs: Needs = Needs(), grad_lse: Optional[Tensor] = Non
     return {name: g for name, g in found._asdict().items() if g is not None}
 
 
-def _judge(call: Call, needs: Needs = Needs(), grad_lse: Optional[Tensor] = None) -> None:
+def _judge(call: Call, needs: Needs = ALL, grad_lse: Optional[Tensor] = None) -> None:
     got, want = _gradients(call, needs, grad_lse), _wanted(call, needs, grad_lse)
     assert got.keys() == want.keys()
     for name, exact in want.items():
