@@ -28,7 +28,7 @@ VARIABLES = (
     Variable("ATTNHUB_DETERMINISTIC", "0", "0 or 1", "1 admits only backends that promise bitwise repeatable results (as torch.use_deterministic_algorithms(True) does)."),
     Variable("ATTNHUB_CACHE_DIR", "the platform's cache folder", "a folder", "Where compiled kernels are kept."),
     Variable("ATTNHUB_LOG", "warning", "debug, info, warning, error", "Level of the logger `attnhub`; read when attnhub is first used."),
-    Variable("ATTNHUB_CPU_ISA", "", "portable, avx2, avx512, avx512_bf16, amx_bf16", "Forces one instruction-set path of the cpu backend, for tests; read when a plan is made, so set it before the first call. Asking for one that the CPU lacks is an error."),
+    Variable("ATTNHUB_CPU_ISA", "", "portable, avx2, avx512, avx512_bf16, amx_bf16, neon", "Forces one instruction-set path of the cpu backend, for tests; read when a plan is made, so set it before the first call. Asking for one that the CPU lacks is an error."),
     Variable("TRITON_INTERPRET", "0", "0 or 1", "Triton's own variable: 1 interprets kernels on CPU tensors. The triton backend then serves them, by name only."),
 )  # fmt: skip
 

@@ -57,7 +57,8 @@ class CpuBackend(Backend):
             lib = library.load()
         except (OSError, ImportError):
             return {}
-        return {"libattnhub_cpu": f"ABI {lib.attnhub_cpu_abi_version()}", "isa": library.isa_name(lib.attnhub_cpu_best_isa())}
+        best = library.isa_name(lib.attnhub_cpu_best_isa())
+        return {"libattnhub_cpu": f"ABI {lib.attnhub_cpu_abi_version()}", "isa": f"{best} (of {', '.join(library.available_isas())})"}
 
 
 backend = CpuBackend()

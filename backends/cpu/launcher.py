@@ -60,7 +60,8 @@ class CpuPlan(Plan):
         if grad_lse is not None:
             grad_lse = grad_lse.to(torch.float32).contiguous()
         packed, _keep = self._packed(call, _rows(out, q.dtype), lse)
-        grads = [torch.empty_like(t) if need else None for t, need in zip((q, k, v), needs)]
+        wanted = ((q, needs.q), (k, needs.k), (v, needs.v))
+        dq, dk, dv = grads = [torch.empty_like(t) if need else None for t, need in wanted]
         grad_bias = torch.zeros(bias.shape, dtype=torch.float32) if needs.bias and bias is not None else None
         grad_sinks = torch.empty(call.sinks.shape, dtype=torch.float32) if needs.sinks and call.sinks is not None else None
         status = self._backward(packed, library.GRADIENTS.pack(
@@ -75,7 +76,7 @@ class CpuPlan(Plan):
             grad_bias = grad_bias.to(bias.dtype)
         if grad_sinks is not None and call.sinks is not None:
             grad_sinks = grad_sinks.to(call.sinks.dtype)
-        return Gradients(*grads, grad_bias, grad_sinks)
+        return Gradients(dq, dk, dv, grad_bias, grad_sinks)
 
     def _packed(self, call: Call, out: Tensor, lse: Optional[Tensor]) -> tuple[bytes, Any]:
         """attnhub_cpu_call of a call, and what must live until it returns.

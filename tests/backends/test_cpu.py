@@ -79,13 +79,12 @@ def _judge(call: Call, out: Tensor, lse: Optional[Tensor] = None) -> None:
 
 # -- conformance
 
-# The best path gets every forward check; the others share its driver and get the short list, besides the tests below. The
-# backward pass is another backend's, from this one's lse.
+# The best path gets every check; the others share its driver and get the short list, besides the tests below.
 _LEVELS = [(i, check, level) for i in ISAS for level in ("tiny", "quick") for check in testing.checks("cpu", "cpu", level)]
 _CONFORMANCE = [
     pytest.param(i, check, id=f"{i}-{check}")
     for i, check, level in _LEVELS
-    if (level == "tiny" and check.kind == "backward" and i == BEST) or (check.kind == "forward" and level == ("quick" if i == BEST else "tiny"))
+    if (check.kind in ("forward", "backward") and level == ("quick" if i == BEST else "tiny"))
     or (level == "quick" and check.kind in ("repeat", "reject") and i == BEST)
 ]  # fmt: skip
 
@@ -298,7 +297,8 @@ def test_python_threads_at_once() -> None:
 
 _NAMES = (
     "abi_version", "dtype", "isa", "flags", "threads", "q", "k", "v", "out", "lse", "batch", "q_heads", "kv_heads", "seqlen_q", "seqlen_k",
-    "head_dim", "v_head_dim", *(f"{t}{d}" for t in ("qs", "ks", "vs", "os") for d in range(3)), "scale", "softcap", "mask", "parallel_for", "ctx",
+    "head_dim", "v_head_dim", *(f"{t}{d}" for t in ("qs", "ks", "vs", "os") for d in range(3)), "scale", "softcap",
+    "dropout_p", "dropout_seed", "dropout_offset", "mask", "parallel_for", "ctx",
 )  # fmt: skip
 
 
@@ -311,7 +311,7 @@ class _Direct:
         self.out = self.room[:, :, 1:-1, 2:18]
         self.members: dict[str, Any] = dict.fromkeys(_NAMES, 0)
         self.members.update(abi_version=library.ABI_VERSION, threads=1, batch=2, q_heads=4, kv_heads=2, seqlen_q=len_q, seqlen_k=len_k,
-                            head_dim=16, v_head_dim=16, scale=0.25, softcap=0.0)  # fmt: skip
+                            head_dim=16, v_head_dim=16, scale=0.25, softcap=0.0, dropout_p=0.0)  # fmt: skip
         for letter, tensor in (("q", self.q), ("k", self.k), ("v", self.v), ("o", self.out)):
             self.members["out" if letter == "o" else letter] = tensor.data_ptr()
             self.members.update({f"{letter}s{d}": tensor.stride(d) for d in range(3)})
@@ -337,7 +337,7 @@ def test_c_call_writes_only_its_output() -> None:
 
 
 def test_c_struct_matches_the_header() -> None:
-    assert library.CALL.size == 34 * 8
+    assert library.CALL.size == 37 * 8 and library.GRADIENTS.size == 23 * 8 and library.BLOCKS.size == 6 * 8
     assert ctypes.sizeof(library.Mask) % 8 == 0 and all(size.size % 8 == 0 for name, _ in library.Mask._fields_ for size in [getattr(library.Mask, name)])
 
 
@@ -356,6 +356,7 @@ def _rejections() -> list[tuple[str, dict[str, Any], Optional[dict[str, Any]]]]:
         ("v_head_dim", {"v_head_dim": 4096}, None), ("multiple of kv_heads", {"q_heads": 3}, None), ("multiple of kv_heads", {"kv_heads": 0}, None),
         ("batch", {"batch": -1}, None), ("seqlen_q", {"seqlen_q": -5}, None), ("seqlen_k", {"seqlen_k": 1 << 40}, None),
         ("softmax_scale", {"scale": math.nan}, None), ("softcap", {"softcap": -1.0}, None), ("softcap", {"softcap": math.inf}, None),
+        ("dropout_p", {"dropout_p": 1.0}, None), ("dropout_p", {"dropout_p": -0.1}, None), ("dropout_p", {"dropout_p": math.nan}, None),
         ("q is null", {"q": 0}, None), ("k is null", {"k": 0}, None), ("v is null", {"v": 0}, None), ("out is null", {"out": 0}, None),
         ("q is not aligned", {"q": keep[0].data_ptr() + 1}, None), ("chunk", {}, {"chunk": -4}),
         ("segment_q and segment_k", {}, {"segment_q": keep[0].data_ptr()}), ("block_q and block_k", {}, {"block_k": keep[0].data_ptr()}),

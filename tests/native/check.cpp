@@ -71,6 +71,7 @@ std::string compare(const Output &o, double &worst) {
 // A parallel_for as a caller may bring one: more threads than sense, and the last index first.
 void scattered(void *context, int64_t count, attnhub_cpu_task fn, void *arg) {
   std::atomic<int64_t> &largest = *static_cast<std::atomic<int64_t> *>(context);
+  if (count > 1) ++threaded_calls;
   if (count > largest.load()) largest.store(count);
   std::vector<std::thread> threads;
   for (int64_t i = count - 1; i >= 0; --i) threads.emplace_back(fn, arg, i);
@@ -116,6 +117,8 @@ bool rounds_weights(const Problem &p, int64_t isa) {
 }
 
 }  // namespace
+
+std::atomic<int64_t> threaded_calls{0};
 
 std::string check_forward(Problem &p, const Results &expected, int64_t isa, int64_t threads, double &worst) {
   const bool rounds = rounds_weights(p, isa);

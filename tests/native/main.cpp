@@ -52,7 +52,7 @@ class Run {
     }
     std::printf("parts:");
     for (const auto &part : coverage_.parts) std::printf(" %s %lld", part.first.c_str(), (long long)part.second);
-    std::printf("\n");
+    std::printf("\nloops on several threads: %lld, and about as many in the library's own way\n", (long long)threaded_calls.exchange(0));
   }
 
  private:

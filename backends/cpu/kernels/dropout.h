@@ -47,6 +47,8 @@ class Dropout {
     return (L)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
 #elif defined(__AVX2__)
     return (L)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
+#elif defined(ATTNHUB_NEON)  // there is no product of 64-bit lanes
+    return (L)vmull_n_u32(vmovn_u64((uint64x2_t)a), m);
 #else
     return (a & 0xffffffffu) * m;
 #endif
