@@ -132,6 +132,7 @@ class TiledTask {
   void overlapped_block(int64_t j0, int64_t count) {
     static_assert(kSubRows >= 2 * kRows, "s_ holds the scores of two groups");
     if constexpr (Tiles::kOverlaps) {
+      static_assert((kMostBlockKeys + 512) / kTileColumns <= Tiles::Queue::kMost, "the panels of a block of keys, and the chunks of V");
       Group now = next_group(0, j0, count, other_scores(pending_.s));
       if (now.r0 == now.r1) return;
       // The last group of the block before has still to meet its V, and the first one of this block K: beside the packing.

@@ -1,5 +1,6 @@
-// Products on AMX tiles: C[rows, columns] = A[rows, k] B[k, columns], or C += A B. Blocks of 2 x 2 tiles of C read each tile of A
-// and B for two products, which keeps the two loads of a product below its 16 cycles.
+// Products on AMX tiles: C[rows, columns] = A[rows, k] B[k, columns], or C += A B. Blocks of 2 x 2 tiles of C take each tile of A
+// and B for two products: one load each, the least that eight tiles allow. Rows of operands start at multiples of 64 bytes: a load
+// that crosses cache lines takes four times as long.
 #pragma once
 
 #include <type_traits>
@@ -69,6 +70,8 @@ inline void amx_product(const uint32_t *a, int64_t lda, const uint32_t *b, int64
 // row prevents (the instructions behind it fill the reorder buffer).
 class AmxQueue {
  public:
+  static constexpr int64_t kMost = 12;  // products of one start
+
   // As amx_product, in the order of the calls.
   void add(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns, int64_t k,
            bool accumulate) {
@@ -145,9 +148,6 @@ class AmxQueue {
     int64_t lda, ldb, ldc, rows, columns, k;
     bool accumulate;
   };
-  // Of one block of keys: panels of its keys, and chunks of up to 512 columns.
-  static constexpr int64_t kMost = 256 / kTileColumns + 512 / kTileColumns;
-
   __attribute__((noinline)) void next_block() {
     for (; at_ < count_; ++at_, column_ = 0) {
       const Product &p = products_[at_];
