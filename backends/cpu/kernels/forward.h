@@ -38,7 +38,6 @@ class TiledTask {
     for (int64_t j0 = max64(begin, all.low / block_keys_ * block_keys_); j0 < end; j0 += block_keys_) {
       block(j0, min64(block_keys_, end - j0));
     }
-    end_overlapped();
     for (int64_t r = 0; r < rows_; ++r) end_row<T>(job_, seq_, kv_head_, split, first_row_ + r, o_ + r * ldo_, state_[r], unit_);
     return ATTNHUB_CPU_OK;
   }
@@ -125,7 +124,6 @@ class TiledTask {
   struct Group {
     int64_t r0, r1;
     Span span;
-    int64_t count;  // keys of the block
     float *s;
   };
 
@@ -133,44 +131,33 @@ class TiledTask {
     static_assert(kSubRows >= 2 * kRows, "s_ holds the scores of two groups");
     if constexpr (Tiles::kOverlaps) {
       static_assert((kMostBlockKeys + 512) / kTileColumns <= Tiles::Queue::kMost, "the panels of a block of keys, and the chunks of V");
-      Group now = next_group(0, j0, count, other_scores(pending_.s));
+      Group before{0, 0, {0, 0}, nullptr}, now = next_group(0, j0, count, s_);
       if (now.r0 == now.r1) return;
-      // The last group of the block before has still to meet its V, and the first one of this block K: beside the packing.
-      typename Tiles::Queue last, first;
-      queue_pv(last, pending_);
-      last.start(0);
-      pack_keys(j0, count, &last);
-      last.finish();
-      queue_qk(first, now);
-      first.start(0);
-      pack_values(j0, count, &first);
-      first.finish();
-      pending_.r1 = pending_.r0;
+      pack(j0, count);
+      multiply_beside(before, now, count, [](auto &) {});
       while (now.r0 < now.r1) {
-        const Group next = next_group(now.r1, j0, count, other_scores(now.s));
-        typename Tiles::Queue queue;
-        queue_pv(queue, pending_);
-        queue_qk(queue, next);
-        queue.start((now.r1 - now.r0) * (now.span.to - now.span.from));
-        for (int64_t r = now.r0; r < now.r1; r += W) softmax(now.s, now.r0, r, min64(r + W, now.r1), j0, count, &now.span, &queue);
-        queue.finish();
+        const Group next = next_group(now.r1, j0, count, now.s == s_ ? s_ + kRows * lds_ : s_);
+        multiply_beside(before, next, count, [&](auto &queue) {
+          for (int64_t r = now.r0; r < now.r1; r += W) softmax(now.s, now.r0, r, min64(r + W, now.r1), j0, count, &now.span, &queue);
+        });
         for (int64_t r = now.r0; r < now.r1; ++r) scale_row(o_ + r * ldo_, state_[r].alpha);
-        pending_ = now;
+        before = now;
         now = next;
       }
+      multiply_beside(before, now, count, [](auto &) {});
     }
   }
 
-  void end_overlapped() {
-    if constexpr (Tiles::kOverlaps) {
-      typename Tiles::Queue last;
-      queue_pv(last, pending_);
-      last.start(0);
-      last.finish();
-    }
+  // The weights of one group times V, then the rows of another times K, as far as there are such groups, while fn takes from the queue.
+  template <class Fn>
+  void multiply_beside(const Group &weights, const Group &rows, int64_t count, Fn fn) {
+    typename Tiles::Queue queue;
+    if (weights.r0 < weights.r1) queue_pv(queue, weights, count);
+    if (rows.r0 < rows.r1) queue_qk(queue, rows, count);
+    queue.start();
+    fn(queue);
+    queue.finish();
   }
-
-  float *other_scores(const float *s) const { return s == s_ ? s_ + kRows * lds_ : s_; }
 
   // The first group from row r on that has keys in the block; r0 == r1: none.
   Group next_group(int64_t r, int64_t j0, int64_t count, float *s) {
@@ -182,15 +169,13 @@ class TiledTask {
           !any_block_kept(job_, seq_, kv_head_, first_row_ + r, first_row_ + r1, j0 + span.from, j0 + min64(span.to, count))) {
         continue;
       }
-      return {r, r1, span, count, s};
+      return {r, r1, span, s};
     }
-    return {rows_, rows_, {0, 0}, count, s};
+    return {rows_, rows_, {0, 0}, s};
   }
 
   template <class Queue>
-  void queue_qk(Queue &queue, const Group &group) {
-    if (group.r0 == group.r1) return;
-    const int64_t count = group.count;
+  void queue_qk(Queue &queue, const Group &group, int64_t count) {
     const int64_t rows = round_up(group.r1 - group.r0, Tiles::kRowStep);
     for (int64_t j = group.span.from / kTileColumns * kTileColumns; j < count; j += kTileColumns) {
       const int64_t width = min64(group.span.to, min64(j + kTileColumns, round_up(count, W))) - j;
@@ -199,9 +184,7 @@ class TiledTask {
   }
 
   template <class Queue>
-  void queue_pv(Queue &queue, const Group &group) {
-    if (group.r0 == group.r1) return;
-    const int64_t count = group.count;
+  void queue_pv(Queue &queue, const Group &group, int64_t count) {
     if (!v_finite_) return select_rows(group.r0, group.r1, group.s, group.span, count, false);
     const int64_t rows = round_up(group.r1 - group.r0, Tiles::kRowStep), from = group.span.from / kPer;
     const int64_t to = min64(group.span.to, round_up(count, kPer * Units::kDepth)) / kPer;
@@ -218,24 +201,13 @@ class TiledTask {
   }
 
   void pack(int64_t j0, int64_t count) {
-    pack_keys(j0, count, static_cast<NoWork *>(nullptr));
-    pack_values(j0, count, static_cast<NoWork *>(nullptr));
-  }
-
-  template <class Work>
-  void pack_keys(int64_t j0, int64_t count, Work *work) {
     const attnhub_cpu_call &c = job_.call;
     KeyRows<T>(job_, seq_, kv_head_, c.k, c.k_strides).fill(k_rows_, j0, count);
-    for (int64_t j = 0; j < count; j += kTileColumns) {
-      pack_k<Units>(k_rows_ + j, min64(kTileColumns, count - j), c.head_dim, k_ + j * q_units_, work);
-    }
-  }
-
-  template <class Work>
-  void pack_values(int64_t j0, int64_t count, Work *work) {
-    const attnhub_cpu_call &c = job_.call;
     KeyRows<T>(job_, seq_, kv_head_, c.v, c.v_strides).fill(v_rows_, j0, count);
-    v_finite_ = pack_v<Units>(v_rows_, count, c.v_head_dim, v_, v_chunk_stride(), work);
+    for (int64_t j = 0; j < count; j += kTileColumns) {
+      pack_k<Units>(k_rows_ + j, min64(kTileColumns, count - j), c.head_dim, k_ + j * q_units_);
+    }
+    v_finite_ = pack_v<Units>(v_rows_, count, c.v_head_dim, v_, v_chunk_stride());
   }
 
   Span span_of(int64_t r0, int64_t r1, int64_t j0, int64_t count) const {
@@ -335,7 +307,6 @@ class TiledTask {
   RowState *state_ = nullptr;
   const T **k_rows_ = nullptr, **v_rows_ = nullptr;
   bool v_finite_ = true;
-  Group pending_{0, 0, {0, 0}, 0, nullptr};  // whose weights have yet to meet V
 };
 
 // One task. The last row blocks come first: under a causal mask they are the longest.

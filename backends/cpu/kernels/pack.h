@@ -40,8 +40,8 @@ void pack_q(const T *row, int64_t n, typename Units::Unit *to) {
 
 // A panel of k: keys rows of n elements -> to[unit][kTileColumns], transposed. Keys up to the next whole vector are zeros, and so
 // are units up to a multiple of kDepth.
-template <class Units, class T, class Work = NoWork>
-void pack_k(const T *const *rows, int64_t keys, int64_t n, typename Units::Unit *to, [[maybe_unused]] Work *work = nullptr) {
+template <class Units, class T>
+void pack_k(const T *const *rows, int64_t keys, int64_t n, typename Units::Unit *to) {
   const int64_t units = (n + Units::kPerUnit - 1) / Units::kPerUnit;
   for (int64_t j = 0; j < keys; j += W) {
     const int valid = static_cast<int>(min64(W, keys - j));
@@ -55,16 +55,14 @@ void pack_k(const T *const *rows, int64_t keys, int64_t n, typename Units::Unit 
       for (int i = 0; i < W; ++i) {
         if (i < whole) std::memcpy(to + (u + i) * kTileColumns + j, &r[i], sizeof r[i]);
       }
-      if constexpr (Work::kAny) work->take();
-      if constexpr (Work::kAny) work->take();
     }
   }
 }
 
 #if defined(__AVX512BF16__)
 // pack_v for pairs, on their bits: 32 columns of two keys are zipped by two permutations.
-template <class Units, class Work>
-bool pack_v_pairs(const Bf16 *const *rows, int64_t keys, int64_t n, uint32_t *to, int64_t chunk_stride, [[maybe_unused]] Work *work) {
+template <class Units>
+bool pack_v_pairs(const Bf16 *const *rows, int64_t keys, int64_t n, uint32_t *to, int64_t chunk_stride) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2,
                                        33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16)), magnitude = _mm512_set1_epi16(0x7fff);
@@ -81,9 +79,6 @@ bool pack_v_pairs(const Bf16 *const *rows, int64_t keys, int64_t n, uint32_t *to
         largest = _mm512_max_epu16(largest, _mm512_max_epu16(_mm512_and_si512(even, magnitude), _mm512_and_si512(odd, magnitude)));
         _mm512_storeu_si512(to + j * width + x, _mm512_permutex2var_epi16(even, low, odd));
         if (x + W < width) _mm512_storeu_si512(to + j * width + x + W, _mm512_permutex2var_epi16(even, high, odd));
-        if constexpr (Work::kAny) {
-          if (j % 4 == 3) work->take();
-        }
       }
     }
     const int64_t padded = round_up(pairs, Units::kDepth);
@@ -95,10 +90,10 @@ bool pack_v_pairs(const Bf16 *const *rows, int64_t keys, int64_t n, uint32_t *to
 
 // A block of v: keys rows of n elements -> for every chunk of kTileColumns columns (the last one narrower, a whole number
 // of vectors), to[key unit][columns]. Chunks lie chunk_stride units apart. Returns whether all values are finite.
-template <class Units, class T, class Work = NoWork>
-bool pack_v(const T *const *rows, int64_t keys, int64_t n, typename Units::Unit *to, int64_t chunk_stride, [[maybe_unused]] Work *work = nullptr) {
+template <class Units, class T>
+bool pack_v(const T *const *rows, int64_t keys, int64_t n, typename Units::Unit *to, int64_t chunk_stride) {
 #if defined(__AVX512BF16__)
-  if constexpr (Units::kPerUnit == 2) return pack_v_pairs<Units>(rows, keys, n, to, chunk_stride, work);
+  if constexpr (Units::kPerUnit == 2) return pack_v_pairs<Units>(rows, keys, n, to, chunk_stride);
 #endif
   if constexpr (Units::kPerUnit == 1) {
     F poison = {};  // 0 * Inf and 0 * NaN are NaN

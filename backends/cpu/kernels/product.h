@@ -30,7 +30,7 @@ struct Bf16Pairs {
 };
 #endif
 
-// No work for another unit of the processor beside what this one does: see AmxQueue, which is some.
+// What is done beside the softmax, for another unit of the processor: nothing. AmxQueue is something.
 struct NoWork {
   static constexpr bool kAny = false;
 };

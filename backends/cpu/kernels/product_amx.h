@@ -66,74 +66,46 @@ inline void amx_product(const uint32_t *a, int64_t lda, const uint32_t *b, int64
 }
 
 // Products that wait for their turn, cut into steps of 2 x 2 tiles and 32 along k. Whoever has other work for the processor takes
-// them by quarters, one dot each: then the tile unit and the vector units work at the same time, which more than one dot in a
-// row prevents (the instructions behind it fill the reorder buffer).
+// them by quarters, one dot each: then the tile unit and the vector units work at the same time. Whole steps in a row would not
+// do: they fill the reorder buffer, and the instructions behind them wait.
 class AmxQueue {
  public:
-  static constexpr int64_t kMost = 12;  // products of one start
+  static constexpr bool kAny = true;
+  static constexpr int64_t kMost = 16;  // products of one start
 
   // As amx_product, in the order of the calls.
   void add(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns, int64_t k,
            bool accumulate) {
     products_[count_++] = {a, b, c, lda, ldb, ldc, rows, columns, k, accumulate};
-    if (rows > kAmxSide) steps_ += columns / (2 * kAmxSide) * (k / kAmxSide);
   }
 
-  // No more is added. scores: how many there are to be mixed with the products.
-  void start(int64_t scores) {
-#ifdef AMX_PACE
-    sparse_ = AMX_PACE == 2; (void)scores;
-#else
-    sparse_ = steps_ * 4 * (2 * 2 * W) <= scores;
-#endif
-    next_block();
-  }
+  // No more is added.
+  void start() { next_block(); }
 
-  bool sparse() const { return sparse_; }  // a quarter to four vectors of weights is enough, else to two
-  static constexpr bool kAny = true;
-
-  // Quarters 0, 1, 2 and 3 are called in turn.
-  template <int kQuarter>
-  ATTNHUB_INLINE void quarter() {
+  // The next quarter, if any is left.
+  ATTNHUB_INLINE void take() {
     if (left_ == 0) return;
-#if AMX_PREFETCH
-#pragma GCC unroll 4
-    for (int i = 4 * kQuarter; i < 4 * kQuarter + 4; ++i) {
-      __builtin_prefetch(b_ + (kAmxSide + i) * ldb_);
-      __builtin_prefetch(b_ + (kAmxSide + i) * ldb_ + kAmxSide);
-    }
-#endif
-    if constexpr (kQuarter == 0) {
-      amx_load<4>(a_, lda_);
-      amx_load<6>(b_, ldb_);
-      amx_dot<0, 4, 6>();
-    } else if constexpr (kQuarter == 1) {
-      amx_load<7>(b_ + kAmxSide, ldb_);
-      amx_dot<1, 4, 7>();
-    } else if constexpr (kQuarter == 2) {
-      amx_load<5>(a_ + kAmxSide * lda_, lda_);
-      amx_dot<2, 5, 6>();
-    } else {
-      amx_dot<3, 5, 7>();
-      a_ += kAmxSide;
-      b_ += kAmxSide * ldb_;
-      left_ -= kAmxSide;
-      if (left_ == 0) end_block();
-    }
-  }
-
-  // The next quarter, whichever it is.
-  void take() {
-    switch (taken_++ % 4) {
+    switch (quarter_) {
       case 0:
-        return quarter<0>();
+        amx_load<4>(a_, lda_);
+        amx_load<6>(b_, ldb_);
+        amx_dot<0, 4, 6>();
+        break;
       case 1:
-        return quarter<1>();
+        amx_load<7>(b_ + kAmxSide, ldb_);
+        amx_dot<1, 4, 7>();
+        break;
       case 2:
-        return quarter<2>();
+        amx_load<5>(a_ + kAmxSide * lda_, lda_);
+        amx_dot<2, 5, 6>();
+        break;
       default:
-        return quarter<3>();
+        amx_dot<3, 5, 7>();
+        end_step();
+        return;
     }
+    prefetch();
+    ++quarter_;
   }
 
   // What is left, at once.
@@ -179,6 +151,25 @@ class AmxQueue {
     }
   }
 
+  // B comes from the second-level cache, since a group of rows meets all of a block's keys before the next group does: its tiles
+  // of the next step are fetched in three parts, one after each of the first three dots.
+  ATTNHUB_INLINE void prefetch() const {
+    const uint32_t *next = b_ + (kAmxSide + 5 * quarter_) * ldb_;
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) {  // 16 rows, two of them twice
+      __builtin_prefetch(next + i * ldb_);
+      __builtin_prefetch(next + i * ldb_ + kAmxSide);
+    }
+  }
+
+  void end_step() {
+    quarter_ = 0;
+    a_ += kAmxSide;
+    b_ += kAmxSide * ldb_;
+    left_ -= kAmxSide;
+    if (left_ == 0) end_block();
+  }
+
   __attribute__((noinline)) void end_block() {
     amx_store<0>(c_, ldc_);
     amx_store<1>(c_ + kAmxSide, ldc_);
@@ -190,9 +181,8 @@ class AmxQueue {
   const uint32_t *a_ = nullptr, *b_ = nullptr;
   float *c_ = nullptr;
   int64_t lda_ = 0, ldb_ = 0, ldc_ = 0, left_ = 0;  // left_: units along k of the block at hand, 0 at the end of all
-  bool sparse_ = false;
-  int64_t count_ = 0, at_ = 0, column_ = 0, steps_ = 0;
-  unsigned taken_ = 0;
+  int64_t quarter_ = 0;
+  int64_t count_ = 0, at_ = 0, column_ = 0;
   Product products_[kMost];
 };
 
@@ -206,11 +196,7 @@ struct Products<AmxPairs> {
   static constexpr int64_t kRowStep = kAmxSide;
   static constexpr int64_t kKeyStep = AmxPairs::kDepth * AmxPairs::kPerUnit;
   static constexpr int64_t kScorePad = 16;
-#ifdef AMX_OVERLAP
-  static constexpr bool kOverlaps = AMX_OVERLAP;
-#else
   static constexpr bool kOverlaps = true;
-#endif
   using Queue = AmxQueue;
   using Session = AmxTiles;
 

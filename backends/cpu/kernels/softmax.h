@@ -53,28 +53,8 @@ ATTNHUB_INLINE void weigh_two(float *s, int64_t j, F maximum, F factor, F &sum0,
   sum1 += p1;
 }
 
-// The same from j on as far as whole steps of the other work go, a quarter to kPairs times two vectors. Returns where it stops.
-template <int kPairs, class Work>
-ATTNHUB_INLINE int64_t weigh_beside(float *s, int64_t j, int64_t last, F maximum, F factor, F &sum0, F &sum1, Work &work) {
-  constexpr int64_t kQuarter = 2 * W * kPairs;
-  for (; j + 4 * kQuarter <= last; j += 4 * kQuarter) {
-#pragma GCC unroll 2
-    for (int x = 0; x < kPairs; ++x) weigh_two(s, j + 2 * W * x, maximum, factor, sum0, sum1);
-    work.template quarter<0>();
-#pragma GCC unroll 2
-    for (int x = 0; x < kPairs; ++x) weigh_two(s, j + kQuarter + 2 * W * x, maximum, factor, sum0, sum1);
-    work.template quarter<1>();
-#pragma GCC unroll 2
-    for (int x = 0; x < kPairs; ++x) weigh_two(s, j + 2 * kQuarter + 2 * W * x, maximum, factor, sum0, sum1);
-    work.template quarter<2>();
-#pragma GCC unroll 2
-    for (int x = 0; x < kPairs; ++x) weigh_two(s, j + 3 * kQuarter + 2 * W * x, maximum, factor, sum0, sum1);
-    work.template quarter<3>();
-  }
-  return j;
-}
-
-// Replaces scores s[first, last), whole vectors, by weights as Units. Lanes whose sum is that of the weights.
+// Replaces scores s[first, last), whole vectors, by weights as Units. Lanes whose sum is that of the weights. A little of the work,
+// if there is any, is done every four vectors.
 template <class Units, class Work = NoWork>
 ATTNHUB_INLINE F weigh(float *s, int64_t first, int64_t last, float max, float to_log2, [[maybe_unused]] Work *work = nullptr) {
   // The difference is taken before the factor: exact where it matters, and a score of -FLT_MAX does not overflow.
@@ -98,8 +78,11 @@ ATTNHUB_INLINE F weigh(float *s, int64_t first, int64_t last, float max, float t
   } else {
     Bf16 *p16 = reinterpret_cast<Bf16 *>(s);  // in place: writing never overtakes reading
     if constexpr (Work::kAny) {
-      if (work->sparse()) j = weigh_beside<2>(s, j, last, maximum, factor, sum0, sum1, *work);
-      j = weigh_beside<1>(s, j, last, maximum, factor, sum0, sum1, *work);
+      for (; j + 4 * W <= last; j += 4 * W) {
+        weigh_two(s, j, maximum, factor, sum0, sum1);
+        weigh_two(s, j + 2 * W, maximum, factor, sum0, sum1);
+        work->take();
+      }
     }
     for (; j + 2 * W <= last; j += 2 * W) weigh_two(s, j, maximum, factor, sum0, sum1);
     if (j < last) {
@@ -147,9 +130,10 @@ struct ScoreRow {
   int64_t low, high, from, to;
 };
 
-// softmax_row for up to W rows at once: their maxima and sums are reduced together, their factors are one exponential.
+// softmax_row for up to W rows at once: their maxima and sums are reduced together, their factors are one exponential. Not inlined:
+// the loop over the scores wants the registers for itself.
 template <class Units, class Work = NoWork>
-void softmax_rows(const ScoreRow *rows, int n, float unit, RowState *state, Work *work = nullptr) {
+__attribute__((noinline)) void softmax_rows(const ScoreRow *rows, int n, float unit, RowState *state, Work *work = nullptr) {
   F part[W], before;
   for (int r = 0; r < W; ++r) {
     const bool any = r < n && rows[r].low < rows[r].high;
