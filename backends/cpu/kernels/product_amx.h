@@ -70,7 +70,7 @@ inline void amx_product(const uint32_t *a, int64_t lda, const uint32_t *b, int64
 // row prevents (the instructions behind it fill the reorder buffer).
 class AmxQueue {
  public:
-  static constexpr int64_t kMost = 12;  // products of one start
+  static constexpr int64_t kMost = 16;  // products of one start
 
   // As amx_product, in the order of the calls.
   void add(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns, int64_t k,
