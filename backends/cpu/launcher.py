@@ -36,7 +36,7 @@ class CpuPlan(Plan):
         """Blocks are those of the class's largest sizes, without a mask."""
         p = self._problem
         forward, backward = library.cut(
-            p.q_dtype, _threads(), p.batch, p.q_heads, p.kv_heads, p.seqlen_q, p.page_size or p.seqlen_k, p.head_dim, p.v_head_dim
+            p.q_dtype, self._isa, _threads(), p.batch, p.q_heads, p.kv_heads, p.seqlen_q, p.page_size or p.seqlen_k, p.head_dim, p.v_head_dim
         )
         return {
             "kernel": "tiled online softmax, C++", "isa": library.isa_name(self._isa), "threads": _threads(),

@@ -92,11 +92,11 @@ class Blocks(NamedTuple):
     level2_bytes: int
 
 
-def cut(dtype: str, threads: int, batch: int, q_heads: int, kv_heads: int, seqlen_q: int, seqlen_k: int, head_dim: int, v_head_dim: int) -> tuple[Blocks, Blocks]:
+def cut(dtype: str, isa: int, threads: int, batch: int, q_heads: int, kv_heads: int, seqlen_q: int, seqlen_k: int, head_dim: int, v_head_dim: int) -> tuple[Blocks, Blocks]:
     """The cut of the forward and of the backward of calls of these sizes. Raises ValueError for sizes that no call may have."""
     lib = load()
     call = CALL.pack(
-        ABI_VERSION, DTYPES[dtype], 0, 0, threads, 0, 0, 0, 0, 0, batch, q_heads, kv_heads, seqlen_q, seqlen_k, head_dim, v_head_dim,
+        ABI_VERSION, DTYPES[dtype], isa, 0, threads, 0, 0, 0, 0, 0, batch, q_heads, kv_heads, seqlen_q, seqlen_k, head_dim, v_head_dim,
         *[0] * 12, 1.0, 0.0, 0.0, 0, 0, 0, 0, 0,
     )  # fmt: skip
     found = [ctypes.create_string_buffer(BLOCKS.size) for _ in range(2)]

@@ -114,7 +114,7 @@ def test_long_keys_are_split_and_summed(isa: str) -> None:
     """Prefill of few rows splits its keys, and so does the backward of few heads; each split sees part of the mask only."""
     for dtype in DTYPES.values():
         call = _call((1, 1, 40, 32), (1, 1, 5000, 32), Causal() & Window(3000), dtype=dtype)
-        forward, behind = library.cut(str(dtype)[6:], 1, 1, 1, 1, 40, 5000, 32, 32)
+        forward, behind = library.cut(str(dtype)[6:], 0, 1, 1, 1, 1, 40, 5000, 32, 32)
         assert forward.splits > 1 and behind.splits > 1
         _judge(call)
 

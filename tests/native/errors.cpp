@@ -236,7 +236,6 @@ std::vector<Case> cases() {
   };
 }
 
-#if defined(ATTNHUB_HAVE_BACKWARD)
 std::vector<Case> backward_cases() {
   return {
       {"grad_out null", "grad_out", [](Valid &x) { x.gradients.grad_out = nullptr; }},
@@ -249,7 +248,6 @@ std::vector<Case> backward_cases() {
       {"grad_sinks without sinks", "grad_sinks", [](Valid &x) { x.gradients.grad_sinks = x.floats; }},
   };
 }
-#endif
 
 int64_t try_one(const Case &one, const char *function, const std::function<int32_t(Valid &)> &run) {
   Random random(1);
@@ -289,7 +287,6 @@ int64_t check_errors(int64_t &tried) {
     ++tried;
     wrong += try_one(one, "forward", forward);
   }
-#if defined(ATTNHUB_HAVE_BACKWARD)
   const auto backward = [](Valid &x) { return attnhub_cpu_backward(&x.call, &x.gradients); };
   for (const auto &list : {cases(), backward_cases()}) {
     for (const Case &one : list) {
@@ -301,7 +298,6 @@ int64_t check_errors(int64_t &tried) {
   Valid valid(random);
   expect(attnhub_cpu_backward(nullptr, &valid.gradients) == ATTNHUB_CPU_INVALID, "attnhub_cpu_backward(null call)");
   expect(attnhub_cpu_backward(&valid.call, nullptr) == ATTNHUB_CPU_INVALID, "attnhub_cpu_backward(null gradients)");
-#endif
   return wrong;
 }
 

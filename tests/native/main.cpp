@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "check.h"
+#include "coverage.h"
 
 namespace native {
 namespace {
@@ -61,8 +62,10 @@ class Run {
   // Every callers-th problem.
   void some(int64_t first) {
     for (int64_t n = first; n < options_.count; n += options_.callers) {
-      const std::unique_ptr<Problem> p = make_problem(options_.seed + static_cast<uint64_t>(n), backward_, static_cast<double>(options_.work));
-      const Results expected = backward_ ? reference(p->call, p->mask, p->sequences, p->gradients, p->grad_bias ? p->grad_bias.shape().size : nullptr)
+      const uint64_t seed = options_.seed + static_cast<uint64_t>(n);
+      const std::unique_ptr<Problem> p = make_problem(seed, backward_, static_cast<double>(options_.work));
+      const int64_t *bias_shape = p->grad_bias ? p->grad_bias.shape().size : nullptr;
+      const Results expected = backward_ ? reference(p->call, p->mask, p->sequences, p->gradients, bias_shape)
                                          : reference(p->call, p->mask, p->sequences);
       for (size_t i = 0; i < isas_.size(); ++i) {
         double worst = 0;
@@ -129,9 +132,6 @@ int run(int argc, char **argv) {
     std::printf("errors: %lld bad calls\n", (long long)tried);
   }
   for (bool backward : {false, true}) {
-#if !defined(ATTNHUB_HAVE_BACKWARD)
-    if (all && backward) continue;
-#endif
     if (!all && options.mode != (backward ? "backward" : "forward")) continue;
     known = true;
     Run one(options, isas, backward);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "coverage.h"
 #include "reference.h"
 
 namespace native {
@@ -10,7 +11,8 @@ namespace {
 
 class Maker {
  public:
-  Maker(uint64_t seed, bool backward, double max_work) : r_(seed), backward_(backward), max_work_(max_work), made_(new Problem), p_(*made_) {
+  Maker(uint64_t seed, bool backward, double max_work)
+      : r_(seed), backward_(backward), max_work_(max_work), made_(new Problem), p_(*made_) {
     p_.seed = seed;
   }
 
@@ -39,7 +41,8 @@ class Maker {
   // -- sizes
 
   int64_t some_length(int64_t largest) {
-    static const int64_t edges[] = {0, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129, 255, 256, 257};
+    static const int64_t edges[] = {0,  1,  2,  3,  4,  5,  7,  8,  15, 16,  17,  31,  32,  33, 47,
+                                    48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129, 255, 256, 257};
     const double kind = r_.uniform();
     int64_t n = kind < 0.5 ? r_.between(1, 24) : kind < 0.75 ? r_.pick(edges) : kind < 0.9 ? r_.between(1, 130) : r_.between(1, 300);
     return std::min(n, largest);
@@ -55,7 +58,8 @@ class Maker {
 
   double work() const {
     const attnhub_cpu_call &c = p_.call;
-    return static_cast<double>(std::max<int64_t>(c.batch, 1) * c.q_heads * (c.head_dim + c.v_head_dim)) * static_cast<double>(len_q_ * len_k_);
+    const int64_t heads = std::max<int64_t>(c.batch, 1) * c.q_heads;
+    return static_cast<double>(heads * (c.head_dim + c.v_head_dim)) * static_cast<double>(len_q_ * len_k_);
   }
 
   void sizes() {
@@ -256,7 +260,9 @@ class Maker {
     if (has(0.12)) {
       p_.bool_mask = square(kByte, max_q_, max_k_, true);
       const double keep = r_.chance(0.2) ? 0.2 : 0.85;
-      p_.bool_mask.set_each([&](int64_t, int64_t, int64_t, int64_t) { return r_.chance(keep) ? static_cast<double>(r_.between(1, 255)) : 0; });
+      p_.bool_mask.set_each([&](int64_t, int64_t, int64_t, int64_t) {
+        return r_.chance(keep) ? static_cast<double>(r_.between(1, 255)) : 0;
+      });
       m.bool_mask = p_.bool_mask.as<uint8_t>();
       std::copy(p_.bool_mask.strides(), p_.bool_mask.strides() + 4, m.bool_mask_strides);
     }
@@ -327,16 +333,15 @@ class Maker {
       c.lse = p_.lse.as<float>();
     }
     const double size_q = r_.chance(0.1) ? 6 : 1, size_v = r_.chance(0.1) ? 30 : 1;
-    const bool poison = r_.chance(0.5);
-    poison_ = poison;
-    // Memory is NaN to begin with: with `poison`, only what some row may see becomes a number.
+    poison_ = r_.chance(0.5);
+    // Memory is NaN to begin with: when poisoned, only what some row may see becomes a number.
     const auto random_row = [&](const void *data, int64_t at, int64_t n, double size) {
       for (int64_t d = 0; d < n; ++d) set_element(const_cast<void *>(data), c.dtype, at + d, size * r_.normal());
     };
     const auto odd_row = [&](const void *data, int64_t at, int64_t n) {  // what padding may hold besides NaN
       for (int64_t d = 0; d < n; ++d) set_element(const_cast<void *>(data), c.dtype, at + d, r_.chance(0.5) ? kInfinity : -kInfinity);
     };
-    if (!poison) {
+    if (!poison_) {
       p_.q.set_each([&](int64_t, int64_t, int64_t, int64_t) { return size_q * r_.normal(); });
       p_.k.set_each([&](int64_t, int64_t, int64_t, int64_t) { return r_.normal(); });
       p_.v.set_each([&](int64_t, int64_t, int64_t, int64_t) { return size_v * r_.normal(); });
@@ -355,7 +360,8 @@ class Maker {
               const bool seen = allowed(c, p_.mask, span, h, i, j);
               any = any || seen;
               if (seen != (pass == 1)) continue;
-              const int64_t at_k = key_offset(c, p_.mask, span, c.k_strides, h / group, j), at_v = key_offset(c, p_.mask, span, c.v_strides, h / group, j);
+              const int64_t at_k = key_offset(c, p_.mask, span, c.k_strides, h / group, j);
+              const int64_t at_v = key_offset(c, p_.mask, span, c.v_strides, h / group, j);
               if (pass == 0) {
                 odd_row(c.k, at_k, c.head_dim);
                 odd_row(c.v, at_v, c.v_head_dim);
@@ -457,48 +463,6 @@ std::vector<const Buffer *> Problem::inputs() const {
     if (*b) all.push_back(b);
   }
   return all;
-}
-
-void Coverage::count(const std::string &part, bool present) {
-  for (auto &known : parts) {
-    if (known.first == part) {
-      known.second += present;
-      return;
-    }
-  }
-  parts.emplace_back(part, present);
-}
-
-void count_parts(const Problem &p, Coverage &coverage) {
-  const attnhub_cpu_call &c = p.call;
-  const attnhub_cpu_mask &m = p.mask;
-  coverage.count("fp32", c.dtype == kFp32);
-  coverage.count("bf16", c.dtype == kBf16);
-  coverage.count("fp16", c.dtype == kFp16);
-  coverage.count("causal", c.flags & ATTNHUB_CPU_CAUSAL);
-  coverage.count("top_left", c.flags & ATTNHUB_CPU_TOP_LEFT);
-  coverage.count("window", m.window_left >= 0 || m.window_right >= 0);
-  coverage.count("chunk", m.chunk > 0);
-  coverage.count("seqused_k", m.seqused_k);
-  coverage.count("leftpad", m.leftpad);
-  coverage.count("prefix", m.prefix);
-  coverage.count("segments", m.segment_q);
-  coverage.count("blocks", m.block_q);
-  coverage.count("bool_mask", m.bool_mask);
-  coverage.count("bias_fp32", m.bias && m.bias_dtype == kFp32);
-  coverage.count("bias_bf16", m.bias && m.bias_dtype == kBf16);
-  coverage.count("bias_fp16", m.bias && m.bias_dtype == kFp16);
-  coverage.count("alibi", m.alibi);
-  coverage.count("block_sparse", m.block_sparse);
-  coverage.count("sinks", m.sinks);
-  coverage.count("packed", m.cu_seqlens_q);
-  coverage.count("paged", m.block_table);
-  coverage.count("softcap", c.softcap > 0);
-  coverage.count("dropout", c.dropout_p > 0);
-  coverage.count("groups", c.q_heads > c.kv_heads);
-  coverage.count("other_v_dim", c.v_head_dim != c.head_dim);
-  coverage.count("no_mask", !c.mask);
-  coverage.count("splits", c.seqlen_q <= 16 && c.seqlen_k > 512);
 }
 
 std::unique_ptr<Problem> make_problem(uint64_t seed, bool backward, double max_work) { return Maker(seed, backward, max_work).make(); }

@@ -26,15 +26,7 @@ struct Problem {
   std::vector<const Buffer *> inputs() const;
 };
 
-// What a set of problems held, to be printed: a part that never came up was never tested.
-struct Coverage {
-  std::vector<std::pair<std::string, int64_t>> parts;
-  void count(const std::string &part, bool present);
-};
-
 // max_work bounds the multiply-adds, so that slow builds and slow machines stay quick.
 std::unique_ptr<Problem> make_problem(uint64_t seed, bool backward, double max_work);
-
-void count_parts(const Problem &problem, Coverage &coverage);
 
 }  // namespace native

@@ -100,8 +100,9 @@ class Reference {
       pair.size += std::fabs(b);
     }
     if (c_.dropout_p > 0) {
-      const uint32_t word = philox(static_cast<uint32_t>(j >> 2), static_cast<uint32_t>(i), static_cast<uint32_t>(span.index * c_.q_heads + h),
-                                   static_cast<uint32_t>(c_.dropout_offset), c_.dropout_seed, static_cast<int>(j & 3));
+      const uint32_t head = static_cast<uint32_t>(span.index * c_.q_heads + h), offset = static_cast<uint32_t>(c_.dropout_offset);
+      const uint32_t quad = static_cast<uint32_t>(j >> 2), row = static_cast<uint32_t>(i);
+      const uint32_t word = philox(quad, row, head, offset, c_.dropout_seed, static_cast<int>(j & 3));
       pair.keep = static_cast<double>(word) >= std::floor(c_.dropout_p * 0x1p32) ? 1 / (1 - c_.dropout_p) : 0;
     }
     return pair;
@@ -136,11 +137,12 @@ class Reference {
     if (g_) row_gradients(span, kv, h, i, at, pairs, q, std::exp(sink - top) / sum, factor);
   }
 
-  void row_gradients(const Span &span, int64_t kv, int64_t h, int64_t i, int64_t at, const std::vector<Pair> &pairs, const std::vector<double> &q,
-                     double sink_probability, double factor) {
+  void row_gradients(const Span &span, int64_t kv, int64_t h, int64_t i, int64_t at, const std::vector<Pair> &pairs,
+                     const std::vector<double> &q, double sink_probability, double factor) {
     const std::vector<double> grad = row_of(g_->grad_out, query_offset(span, g_->grad_out_strides, h, i), c_.v_head_dim);
-    const double subnormal = c_.dtype == kFp16 ? 0x1p-14 : 0;  // below it the rounding of `out`, which a backward reads, is no longer relative
-    double delta = 0, delta_size = 0;                          // what softmax's derivative subtracts
+    // A backward reads `out`, whose rounding is no longer relative below the least normal number.
+    const double subnormal = c_.dtype == kFp16 ? 0x1p-14 : 0;
+    double delta = 0, delta_size = 0;  // what softmax's derivative subtracts
     for (int64_t d = 0; d < c_.v_head_dim; ++d) {
       const size_t x = static_cast<size_t>(at * c_.v_head_dim + d);
       delta += grad[static_cast<size_t>(d)] * r_.out.value[x];
@@ -203,33 +205,32 @@ Span span_of(const attnhub_cpu_call &c, const attnhub_cpu_mask &m, int64_t n) {
 
 bool allowed(const attnhub_cpu_call &c, const attnhub_cpu_mask &m, const Span &span, int64_t h, int64_t i, int64_t j) {
   const int64_t s = span.index, p = position(c, span, i);
+  const auto two = [s](const int32_t *data, const int64_t *strides, int64_t at) { return data[s * strides[0] + at * strides[1]]; };
+  const auto four = [s, h](const uint8_t *data, const int64_t *strides, int64_t row, int64_t key) {
+    return data[s * strides[0] + h * strides[1] + row * strides[2] + key * strides[3]];
+  };
   if (m.leftpad && j < m.leftpad[s]) return false;
   if (c.flags & ATTNHUB_CPU_CAUSAL) {
     bool causal = j <= p || (m.prefix && j < m.prefix[s]);
     if (m.block_q) {
-      const int32_t id = m.block_q[s * m.block_q_strides[0] + i * m.block_q_strides[1]];
-      causal = causal || (id >= 0 && id == m.block_k[s * m.block_k_strides[0] + j * m.block_k_strides[1]]);
+      const int32_t id = two(m.block_q, m.block_q_strides, i);
+      causal = causal || (id >= 0 && id == two(m.block_k, m.block_k_strides, j));
     }
     if (!causal) return false;
   }
   if (m.window_left >= 0 && j < p - m.window_left) return false;
   if (m.window_right >= 0 && j > p + m.window_right) return false;
   if (m.chunk > 0 && floor_div(p, m.chunk) != floor_div(j, m.chunk)) return false;
-  if (m.segment_q && m.segment_q[s * m.segment_q_strides[0] + i * m.segment_q_strides[1]] !=
-                         m.segment_k[s * m.segment_k_strides[0] + j * m.segment_k_strides[1]])
-    return false;
-  if (m.bool_mask && !m.bool_mask[s * m.bool_mask_strides[0] + h * m.bool_mask_strides[1] + i * m.bool_mask_strides[2] + j * m.bool_mask_strides[3]])
-    return false;
-  if (m.block_sparse && !m.block_sparse[s * m.block_sparse_strides[0] + h * m.block_sparse_strides[1] +
-                                        i / m.block_sparse_rows * m.block_sparse_strides[2] + j / m.block_sparse_keys * m.block_sparse_strides[3]])
-    return false;
+  if (m.segment_q && two(m.segment_q, m.segment_q_strides, i) != two(m.segment_k, m.segment_k_strides, j)) return false;
+  if (m.bool_mask && !four(m.bool_mask, m.bool_mask_strides, i, j)) return false;
+  if (m.block_sparse && !four(m.block_sparse, m.block_sparse_strides, i / m.block_sparse_rows, j / m.block_sparse_keys)) return false;
   return !m.bias || bias_at(m, s, h, i, j) != -kInfinity;
 }
 
-int64_t key_offset(const attnhub_cpu_call &c, const attnhub_cpu_mask &m, const Span &span, const int64_t *strides, int64_t kv_head, int64_t j) {
-  if (!m.block_table) return span.batch * strides[0] + kv_head * strides[1] + (span.k_begin + j) * strides[2];
+int64_t key_offset(const attnhub_cpu_call &c, const attnhub_cpu_mask &m, const Span &span, const int64_t *strides, int64_t kv, int64_t j) {
+  if (!m.block_table) return span.batch * strides[0] + kv * strides[1] + (span.k_begin + j) * strides[2];
   const int64_t page = m.block_table[span.index * m.block_table_strides[0] + j / c.seqlen_k * m.block_table_strides[1]];
-  return page * strides[0] + kv_head * strides[1] + j % c.seqlen_k * strides[2];
+  return page * strides[0] + kv * strides[1] + j % c.seqlen_k * strides[2];
 }
 
 int64_t query_offset(const Span &span, const int64_t *strides, int64_t h, int64_t i) {

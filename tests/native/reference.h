@@ -24,7 +24,8 @@ Span span_of(const attnhub_cpu_call &call, const attnhub_cpu_mask &mask, int64_t
 bool allowed(const attnhub_cpu_call &call, const attnhub_cpu_mask &mask, const Span &span, int64_t h, int64_t i, int64_t j);
 
 // Element offset of a row of k or v (paged or not), and of q, out or grad_out.
-int64_t key_offset(const attnhub_cpu_call &call, const attnhub_cpu_mask &mask, const Span &span, const int64_t *strides, int64_t kv_head, int64_t j);
+int64_t key_offset(const attnhub_cpu_call &call, const attnhub_cpu_mask &mask, const Span &span, const int64_t *strides, int64_t kv,
+                   int64_t j);
 int64_t query_offset(const Span &span, const int64_t *strides, int64_t h, int64_t i);
 
 // Values, and a bound that an error is to be compared with: `size` sums the magnitudes of a value's terms.

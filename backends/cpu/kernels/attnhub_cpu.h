@@ -170,7 +170,7 @@ ATTNHUB_CPU_EXPORT int32_t attnhub_cpu_forward(const attnhub_cpu_call *call);
 typedef struct attnhub_cpu_gradients {
   const void *grad_out; /* as out */
   int64_t grad_out_strides[3];
-  const float *grad_lse; /* [batch, q_heads, seqlen_q] contiguous, or null for zeros. Entries of rows without keys are not read */
+  const float *grad_lse; /* [batch, q_heads, seqlen_q] contiguous, or null for zeros. Where lse is -inf it is not read */
 
   void *grad_q;
   void *grad_k;

@@ -36,11 +36,12 @@ void clear_unowned(const Job &job) {
 }  // namespace
 
 // Depends on the shape alone: see Job.
-void cut_backward(Job &job) {
+void cut_backward(Job &job, const Kernels &kernels) {
   const attnhub_cpu_call &c = job.call;
   const int64_t heads = job.sequences * c.kv_heads, rows = job.max_len_q * job.group, dims = padded(c.head_dim) + padded(c.v_head_dim);
-  // Panels of K and V, K again by columns, dK and dV; P and dP; and Q and dO of the rows.
-  job.block_keys = choose_block_keys(4 * (2 * dims + padded(c.head_dim) + 2 * kRows), 4 * kRows * dims);
+  // Panels of K and V, and K again by columns; dK, dV, P and dP in fp32. Beside them Q and dO of the rows.
+  const int64_t packed = kernels.packed_bytes[c.dtype];
+  job.block_keys = choose_block_keys(packed * (dims + padded(c.head_dim)) + 4 * (dims + 2 * kRows), packed * kRows * dims);
   job.partial_stride = padded(rows) * padded(c.head_dim);  // tiles write whole blocks of 16 rows
   int64_t splits = heads >= kTasks ? 1 : ceil_div(kTasks, heads);
   const int64_t room = kPartialBytes / (4 * heads * (job.partial_stride > 0 ? job.partial_stride : 1));
@@ -71,7 +72,7 @@ int32_t run_backward(Job &job, const Kernels &kernels) {
   clear_unowned(job);
   if (g.grad_sinks) std::memset(g.grad_sinks, 0, static_cast<size_t>(c.q_heads) * sizeof(float));
   if (job.sequences == 0) return ATTNHUB_CPU_OK;
-  cut_backward(job);
+  cut_backward(job, kernels);
   const size_t rows = static_cast<size_t>(c.batch * c.q_heads * c.seqlen_q), heads = static_cast<size_t>(job.sequences * c.q_heads);
   const size_t sink_bytes = g.grad_sinks && job.mask.sinks ? heads * sizeof(double) : 0;
   char *shared = static_cast<char *>(scratch(kDeltaScratch, sink_bytes + rows * sizeof(float) + 64));
@@ -112,10 +113,7 @@ extern "C" int32_t attnhub_cpu_backward(const attnhub_cpu_call *call, const attn
   Job job;
   if (normalise(*call, job) || check_gradients(job, *gradients)) return ATTNHUB_CPU_INVALID;
   const Kernels *kernels = find_kernels(call->isa);
-  if (!kernels) {
-    fail("this processor or this build lacks %s", attnhub_cpu_isa_name(static_cast<int32_t>(call->isa)));
-    return ATTNHUB_CPU_UNSUPPORTED;
-  }
+  if (!kernels) return unsupported(call->isa);
   job.gradients = gradients;
   const int32_t status = run_backward(job, *kernels);
   if (status == ATTNHUB_CPU_NO_MEMORY) fail("scratch memory could not be allocated");

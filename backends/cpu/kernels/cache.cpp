@@ -37,7 +37,7 @@ int64_t level2_cache() {
 
 int64_t choose_block_keys(int64_t bytes_a_key, int64_t fixed_bytes) {
   const int64_t room = level2_cache() * 3 / 4 - fixed_bytes;
-  for (int64_t keys = 256; keys > 64; keys /= 2) {
+  for (int64_t keys = kMostBlockKeys; keys > 64; keys /= 2) {
     if (keys * bytes_a_key <= room) return keys;
   }
   return 64;

@@ -8,7 +8,8 @@ namespace attnhub_cpu {
 namespace {
 
 constexpr int64_t kDecodeRows = 8;
-constexpr int64_t kDecodeKeys = kMostBlockKeys;
+constexpr int64_t kDecodeKeys = 256;
+static_assert(kDecodeKeys <= kMostBlockKeys, "the room of drop_weights");
 constexpr int64_t kPrefetchRows = 16;
 constexpr int kRowsAtOnce = W >= 16 ? 4 : 2;
 

@@ -89,6 +89,7 @@ struct Kernels {
   int32_t (*backward[3])(const Job &job, int64_t index);
   int32_t (*reduce[3])(const Job &job, int64_t index);
   int32_t (*bias[3])(const Job &job, int64_t index);
+  int64_t packed_bytes[3];  // of an element of Q, K or V as blocks are multiplied
   Ceiling ceiling;
 };
 
@@ -105,6 +106,7 @@ const Kernels *find_kernels(int64_t isa);
 // Checks a call and fills job with it. Returns null, or why the call is wrong (text of this thread, see fail()).
 const char *normalise(const attnhub_cpu_call &call, Job &job);
 const char *normalise_sizes(const attnhub_cpu_call &call, Job &job);  // the same without reading any tensor or mask
+int32_t unsupported(int64_t isa);  // the status of a call whose instruction set is not there
 const char *fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 // Checks the gradients of a job that normalise() has filled. Returns as normalise() does.
@@ -113,13 +115,15 @@ const char *check_gradients(const Job &job, const attnhub_cpu_gradients &gradien
 // Cuts the job into tasks and runs them. Returns an attnhub_cpu_status.
 int32_t run_forward(Job &job, const Kernels &kernels);
 int32_t run_backward(Job &job, const Kernels &kernels);
-void cut_backward(Job &job);
+void cut_backward(Job &job, const Kernels &kernels);
 
 // Runs fn(job, index) for every index below count on the job's threads; on one where `work`, in multiply-adds, is little.
 int32_t run_all(const Job &job, int32_t (*fn)(const Job &, int64_t), int64_t count, double work);
 
-// Keys that a block of both passes takes, so that what a block needs stays within the second-level cache. A multiple of 64.
+// Keys that are packed at a time, so that what they need stays within the second-level cache beside what is there anyway.
+// A power of two from 64 to kMostBlockKeys.
 int64_t choose_block_keys(int64_t bytes_a_key, int64_t fixed_bytes);
+constexpr int64_t kMostBlockKeys = 512;
 constexpr int64_t kReduceRows = 64;  // rows of dQ that one call of Kernels::reduce sums
 
 // Bytes of the second-level cache of one core.

@@ -7,6 +7,9 @@
 namespace attnhub_cpu {
 namespace {
 
+template <class T>
+constexpr int64_t packed_bytes = sizeof(typename TileUnitsOf<T>::type::Unit) / TileUnitsOf<T>::type::kPerUnit;
+
 constexpr Kernels kKernels = {
     {forward_task<float>, forward_task<Bf16>, forward_task<Fp16>},
     {combine<float>, combine<Bf16>, combine<Fp16>},
@@ -14,6 +17,7 @@ constexpr Kernels kKernels = {
     {backward_task<float>, backward_task<Bf16>, backward_task<Fp16>},
     {reduce_dq<float>, reduce_dq<Bf16>, reduce_dq<Fp16>},
     {bias_task<float>, bias_task<Bf16>, bias_task<Fp16>},
+    {packed_bytes<float>, packed_bytes<Bf16>, packed_bytes<Fp16>},
     kCeiling,
 };
 

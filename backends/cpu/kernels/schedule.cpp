@@ -19,7 +19,7 @@ constexpr double kSerialWork = 1 << 20; // multiply-adds below which waking a th
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
-void cut(Job &job) {
+void cut(Job &job, const Kernels &kernels) {
   const attnhub_cpu_call &c = job.call;
   const int64_t heads = job.sequences * c.kv_heads, rows = job.max_len_q * job.group;
   // Depends on the shape alone: see Job.
@@ -34,7 +34,7 @@ void cut(Job &job) {
     job.splits = ceil_div(job.max_len_k, job.split_keys);
   }
   // Large row blocks share the packing of K and V, small ones feed the threads. They change no row's arithmetic.
-  job.block_keys = choose_block_keys(4 * (c.head_dim + c.v_head_dim + kRowStep), level2_cache() * 2 / 5);  // which the rows take
+  job.block_keys = choose_block_keys(kernels.packed_bytes[c.dtype] * (c.head_dim + c.v_head_dim) + 4 * kRowStep, level2_cache() * 2 / 5);  // which the rows take
   const int64_t largest = clamp(level2_cache() * 2 / 5 / (4 * (c.head_dim + c.v_head_dim)) / kRowStep * kRowStep, kRowStep, 8 * kRowStep);
   const int64_t wanted = c.threads == 1 ? 1 : ceil_div(4 * c.threads, heads * job.splits);
   job.block_rows = clamp(ceil_div(ceil_div(rows, wanted), kRowStep) * kRowStep, kRowStep, largest);
@@ -86,11 +86,16 @@ int32_t run_all(const Job &job, int32_t (*fn)(const Job &, int64_t), int64_t cou
   return shared.status.load(std::memory_order_relaxed);
 }
 
+int32_t unsupported(int64_t isa) {
+  fail("this processor or this build lacks %s", attnhub_cpu_isa_name(static_cast<int32_t>(isa)));
+  return ATTNHUB_CPU_UNSUPPORTED;
+}
+
 int32_t run_forward(Job &job, const Kernels &kernels) {
   clear_unowned(job);
   const attnhub_cpu_call &c = job.call;
   if (job.sequences == 0 || job.max_len_q == 0) return ATTNHUB_CPU_OK;
-  cut(job);
+  cut(job, kernels);
   const double dims = static_cast<double>(c.head_dim + c.v_head_dim);
   const double rows = static_cast<double>(job.sequences * c.q_heads) * static_cast<double>(job.max_len_q);
   const int64_t partial_rows = job.sequences * c.kv_heads * job.max_len_q * job.group;
@@ -118,14 +123,16 @@ extern "C" int32_t attnhub_cpu_cut(const attnhub_cpu_call *call, attnhub_cpu_blo
     if (!call) fail("call is null");
     return ATTNHUB_CPU_INVALID;
   }
+  const Kernels *kernels = find_kernels(call->isa);
+  if (!kernels) return unsupported(call->isa);
   const auto tell = [&job](attnhub_cpu_blocks *to) {
     if (to) *to = {job.block_rows, job.block_keys, job.splits, job.split_keys, job.tasks, level2_cache()};
   };
   const bool empty = job.sequences == 0 || job.max_len_q == 0;
-  if (!empty) cut(job);
+  if (!empty) cut(job, *kernels);
   tell(forward);
   job.gradients = &gradients;
-  if (!empty) cut_backward(job);
+  if (!empty) cut_backward(job, *kernels);
   tell(backward);
   return ATTNHUB_CPU_OK;
 }
@@ -139,10 +146,7 @@ extern "C" int32_t attnhub_cpu_forward(const attnhub_cpu_call *call) {
   Job job;
   if (normalise(*call, job)) return ATTNHUB_CPU_INVALID;
   const Kernels *kernels = find_kernels(call->isa);
-  if (!kernels) {
-    fail("this processor or this build lacks %s", attnhub_cpu_isa_name(static_cast<int32_t>(call->isa)));
-    return ATTNHUB_CPU_UNSUPPORTED;
-  }
+  if (!kernels) return unsupported(call->isa);
   const int32_t status = run_forward(job, *kernels);
   if (status == ATTNHUB_CPU_NO_MEMORY) fail("scratch memory could not be allocated");
   return status;

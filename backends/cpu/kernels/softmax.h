@@ -170,8 +170,6 @@ __attribute__((noinline)) void softmax_rows(const ScoreRow *rows, int n, float u
   }
 }
 
-constexpr int64_t kMostBlockKeys = 256;  // of a block of keys that one softmax_row takes
-
 // Removes the weights s[low, high), in Units, of query (i, head) and keys from j0 on that dropout drops.
 template <class Units>
 void drop_weights(const Job &job, const Dropout &dropout, const Sequence &seq, float *s, int64_t low, int64_t high, int64_t i, int64_t head,
