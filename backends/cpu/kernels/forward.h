@@ -179,7 +179,8 @@ class TiledTask {
     const int64_t rows = round_up(group.r1 - group.r0, Tiles::kRowStep);
     for (int64_t j = group.span.from / kTileColumns * kTileColumns; j < count; j += kTileColumns) {
       const int64_t width = min64(group.span.to, min64(j + kTileColumns, round_up(count, W))) - j;
-      if (width > 0) queue.add(q_ + group.r0 * ldq_, ldq_, k_ + j * q_units_, kTileColumns, group.s + j, lds_, rows, width, q_units_, false);
+      if (width <= 0) continue;
+      queue.add(q_ + group.r0 * ldq_, ldq_, k_ + j * q_units_, kTileColumns, group.s + j, lds_, rows, width, q_units_, false);
     }
   }
 
@@ -260,7 +261,8 @@ class TiledTask {
       for (int64_t r = r0, g = 0; r < r1; r += kRows, ++g) {
         const int64_t width = min64(spans[g].to, last) - j;
         if (width <= 0 || spans[g].from >= last) continue;
-        Tiles::write(q_ + r * ldq_, ldq_, k_ + j * q_units_, kTileColumns, s_ + (r - r0) * lds_ + j, lds_, min64(kRows, r1 - r), width, q_units_);
+        const int64_t rows = min64(kRows, r1 - r);
+        Tiles::write(q_ + r * ldq_, ldq_, k_ + j * q_units_, kTileColumns, s_ + (r - r0) * lds_ + j, lds_, rows, width, q_units_);
       }
     }
   }

@@ -63,8 +63,8 @@ void pack_k(const T *const *rows, int64_t keys, int64_t n, typename Units::Unit 
 // pack_v for pairs, on their bits: 32 columns of two keys are zipped by two permutations.
 template <class Units>
 bool pack_v_pairs(const Bf16 *const *rows, int64_t keys, int64_t n, uint32_t *to, int64_t chunk_stride) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2,
-                                       33, 1, 32, 0);
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3,
+                                       34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16)), magnitude = _mm512_set1_epi16(0x7fff);
   __m512i largest = _mm512_setzero_si512();
   for (int64_t c = 0; c < n; c += kTileColumns, to += chunk_stride) {

@@ -132,16 +132,18 @@ struct Products {
   struct Session {};                        // what a thread holds while it multiplies
 
   // C = A B
-  static ATTNHUB_INLINE void write(const Unit *a, int64_t lda, const Unit *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns,
-                                   int64_t k) {
+  static ATTNHUB_INLINE void write(const Unit *a, int64_t lda, const Unit *b, int64_t ldb, float *c, int64_t ldc, int64_t rows,
+                                   int64_t columns, int64_t k) {
     static constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1};
     const Tile<Units> tile = tile_of<Units>(static_cast<int>(rows), static_cast<int>(columns / W));
-    for (int64_t u = 0; u < k; u += kChain) tile(a + u, lda, b + u * ldb, ldb, c, ldc, k - u < kChain ? k - u : kChain, u ? kOnes : nullptr);
+    for (int64_t u = 0; u < k; u += kChain) {
+      tile(a + u, lda, b + u * ldb, ldb, c, ldc, k - u < kChain ? k - u : kChain, u ? kOnes : nullptr);
+    }
   }
 
   // C = alpha C + A B, one factor per row
-  static ATTNHUB_INLINE void add(const Unit *a, int64_t lda, const Unit *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns,
-                                 int64_t k, const float *alpha) {
+  static ATTNHUB_INLINE void add(const Unit *a, int64_t lda, const Unit *b, int64_t ldb, float *c, int64_t ldc, int64_t rows,
+                                 int64_t columns, int64_t k, const float *alpha) {
     tile_of<Units>(static_cast<int>(rows), static_cast<int>(columns / W))(a, lda, b, ldb, c, ldc, k, alpha);
   }
 

@@ -46,7 +46,8 @@ __attribute__((noinline)) void amx_block(const uint32_t *a, int64_t lda, const u
 }
 
 template <bool kAdd>
-void amx_blocks(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns, int64_t k) {
+void amx_blocks(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns,
+                int64_t k) {
   int64_t j = 0;
   for (; j + 2 * kAmxSide <= columns; j += 2 * kAmxSide) {
     int64_t i = 0;
@@ -60,8 +61,8 @@ void amx_blocks(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, 
 }
 
 // Units are pairs of bf16 along k. rows, columns and k (units) are multiples of kAmxSide; the thread holds AmxTiles.
-inline void amx_product(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns,
-                        int64_t k, bool accumulate) {
+inline void amx_product(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int64_t rows,
+                        int64_t columns, int64_t k, bool accumulate) {
   (accumulate ? amx_blocks<true> : amx_blocks<false>)(a, lda, b, ldb, c, ldc, rows, columns, k);
 }
 
@@ -200,13 +201,14 @@ struct Products<AmxPairs> {
   using Queue = AmxQueue;
   using Session = AmxTiles;
 
-  static void write(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns, int64_t k) {
+  static void write(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns,
+                    int64_t k) {
     amx_product(a, lda, b, ldb, c, ldc, (rows + kRowStep - 1) / kRowStep * kRowStep, columns, k, false);
   }
 
   // Tiles cannot be scaled: rows whose factor is not 1, few after the first blocks of keys, are scaled in memory.
-  static void add(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns, int64_t k,
-                  const float *alpha) {
+  static void add(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns,
+                  int64_t k, const float *alpha) {
     for (int64_t i = 0; i < rows; ++i) {
       if (alpha[i] == 1.0f) continue;
       for (int64_t j = 0; j < columns; j += W) store(c + i * ldc + j, read<F>(c + i * ldc + j) * alpha[i]);
@@ -214,7 +216,8 @@ struct Products<AmxPairs> {
     amx_product(a, lda, b, ldb, c, ldc, (rows + kRowStep - 1) / kRowStep * kRowStep, columns, k, true);
   }
 
-  static void add_transposed(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns, int64_t k) {
+  static void add_transposed(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, float *c, int64_t ldc, int64_t rows,
+                             int64_t columns, int64_t k) {
     amx_product(a, lda, b, ldb, c, ldc, (rows + kRowStep - 1) / kRowStep * kRowStep, columns, k, true);
   }
 };
