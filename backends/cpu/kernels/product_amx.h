@@ -121,6 +121,7 @@ class AmxQueue {
     int64_t lda, ldb, ldc, rows, columns, k;
     bool accumulate;
   };
+
   __attribute__((noinline)) void next_block() {
     for (; at_ < count_; ++at_, column_ = 0) {
       const Product &p = products_[at_];
