@@ -362,7 +362,7 @@ class BackwardTask {
     const int32_t *kept = nullptr;
     if (job_.call.dropout_p > 0) kept = dropout_.masks(seq_.index * job_.call.q_heads + head(r), query(r), j0 + first, last - first, room);
     for (int64_t j = first; j < last; j += W) {
-      const F x = read<F>(s + j), p = exp2v((x * factor - lse) * kLog2E);
+      const F x = read<F>(s + j), p = exp2v(x * factor - lse, splat(kLog2E));
       F gradient = read<F>(dp + j);
       if (kept) gradient = read<I>(kept + j - first) ? gradient * keep_factor_ : F{};
       // A removed pair has weight 0, and its dP may be anything.

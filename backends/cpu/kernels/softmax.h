@@ -46,8 +46,8 @@ inline float nan_or(float max, const float *s, int64_t low, int64_t high) {
 
 // Two vectors of scores -> weights in bf16, in place: s[j, j + 2 W) goes to the place of s[j / 2, j / 2 + W).
 ATTNHUB_INLINE void weigh_two(float *s, int64_t j, F maximum, F factor, F &sum0, F &sum1) {
-  const F p0 = exp2v<kRounded>((read<F>(s + j) - maximum) * factor);
-  const F p1 = exp2v<kRounded>((read<F>(s + j + W) - maximum) * factor);
+  const F p0 = exp2v<kRounded>(read<F>(s + j) - maximum, factor);
+  const F p1 = exp2v<kRounded>(read<F>(s + j + W) - maximum, factor);
   store_two(reinterpret_cast<Bf16 *>(s) + j, p0, p1);
   sum0 += p0;
   sum1 += p1;
@@ -63,15 +63,15 @@ ATTNHUB_INLINE F weigh(float *s, int64_t first, int64_t last, float max, float t
   int64_t j = first;
   if constexpr (Units::kPerUnit == 1) {
     for (; j + 2 * W <= last; j += 2 * W) {
-      const F p0 = exp2v((read<F>(s + j) - maximum) * factor);
-      const F p1 = exp2v((read<F>(s + j + W) - maximum) * factor);
+      const F p0 = exp2v(read<F>(s + j) - maximum, factor);
+      const F p1 = exp2v(read<F>(s + j + W) - maximum, factor);
       store(s + j, p0);
       store(s + j + W, p1);
       sum0 += p0;
       sum1 += p1;
     }
     if (j < last) {
-      const F p = exp2v((read<F>(s + j) - maximum) * factor);
+      const F p = exp2v(read<F>(s + j) - maximum, factor);
       store(s + j, p);
       sum0 += p;
     }
@@ -86,7 +86,7 @@ ATTNHUB_INLINE F weigh(float *s, int64_t first, int64_t last, float max, float t
     }
     for (; j + 2 * W <= last; j += 2 * W) weigh_two(s, j, maximum, factor, sum0, sum1);
     if (j < last) {
-      const F p = exp2v<kRounded>((read<F>(s + j) - maximum) * factor);
+      const F p = exp2v<kRounded>(read<F>(s + j) - maximum, factor);
       store(p16 + j, p);
       sum0 += p;
     }

@@ -293,10 +293,12 @@ constexpr float kLn2 = 0.693147180559945309417f;
 // A polynomial of degree 6 (2e-9 before rounding), or of degree 4 (3e-6) for weights that are rounded to 8 bits anyway.
 enum Precision { kExact, kRounded };
 
-// 2^x for x <= 127; exactly 0 below -126 (-Inf included), so that no subnormal slows the products that follow; NaN for NaN.
-// A polynomial, minimax in relative error on [-1/2, 1/2], times a power of two.
+// 2^(a * b) for a * b <= 127; exactly 0 below -126 (-Inf included), so that no subnormal slows the products that follow; NaN for NaN.
+// A polynomial, minimax in relative error on [-1/2, 1/2], times a power of two. Where there is FMA the product is not rounded before
+// its whole part is subtracted: at an exponent of 20 half a unit is 2^-20 of the weight.
 template <Precision kPrecision = kExact>
-ATTNHUB_INLINE F exp2v(F x) {
+ATTNHUB_INLINE F exp2v(F a, F b = splat(1.0f)) {
+  const F x = a * b;
 #if defined(__AVX512F__)
   const __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   if constexpr (kPrecision == kRounded) {
@@ -310,16 +312,16 @@ ATTNHUB_INLINE F exp2v(F x) {
     return (F)_mm512_maskz_scalef_ps(keep, (__m512)p, (__m512)x);
   }
   const F n = (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const F f = a * b - n;
 #elif defined(ATTNHUB_NEON)
-  x = vmax(splat(-127.0f), x);
-  const F n = (F)vrndnq_f32((float32x4_t)x);
+  const F n = (F)vrndnq_f32((float32x4_t)vmax(splat(-127.0f), x));
+  const F f = x < splat(-126.0f) ? F{} : a * b - n;
 #else
-  x = vmax(splat(-127.0f), x);
   const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const F shifted = x + magic;
+  const F shifted = vmax(splat(-127.0f), x) + magic;
   const F n = shifted - magic;
+  const F f = x < splat(-126.0f) ? F{} : a * b - n;
 #endif
-  const F f = x - n;
   F p;
   if constexpr (kPrecision == kExact) {
     p = splat(1.53533722e-04f);
