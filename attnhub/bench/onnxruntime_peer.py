@@ -34,6 +34,8 @@ def peer(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
+        # Its threads may spin while it works, not into the next peer's turn, which would then share the processor with them.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         session = onnxruntime.InferenceSession(_model(case, grouped), options, providers=["CPUExecutionProvider"])
         call = _Bound(session, case, tensors, grouped)
     except Exception as error:
