@@ -76,7 +76,9 @@ docs: $(BUILT) ## write every generated page
 	$(PY) -m attnhub docs
 
 bench: $(BUILT) ## time this machine's CPU, keep the result files, and write the pages made from them
-	$(PY) -m attnhub bench cpu --output benchmarks/results/
+	@for threads in $$(printf '1\n%s\n' $(JOBS) | sort -nu); do \
+		$(PY) -m attnhub bench cpu --preset limits --threads $$threads --output benchmarks/results/ || exit 1; done
+	$(PY) -m attnhub bench cpu --preset kylin --threads $(JOBS) --output benchmarks/results/
 	$(PY) -m attnhub bench overhead --device cpu --output benchmarks/results/
 	$(PY) -m attnhub docs
 

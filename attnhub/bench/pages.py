@@ -17,8 +17,8 @@ NUMERIC = (
 )  # fmt: skip
 #: Columns that result files have only since they are measured: (name, key of a row, format).
 _OPTIONAL = (("of peak", "peak_fraction", "{:.0%}"), ("of read rate", "bandwidth_fraction", "{:.0%}"), ("CPU use", "cpu_use", "{:.2f}"))
-#: The file whose ratios the README shows: the first that exists.
-_README = ("cpu-standard", "cpu-quick")
+#: The preset whose ratios the README shows, for every machine that it was timed on, with the most threads.
+_README = "limits"
 
 
 def page(root: pathlib.Path) -> str:
@@ -64,15 +64,16 @@ def _conformance(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def readme_blocks(root: pathlib.Path) -> dict[str, str]:
-    """The README's generated blocks: a table of ratios with its picture, and where it was measured."""
-    found = {pathlib.PurePosixPath(path).stem: (path, result) for path, result in results.committed(root)}
-    name = next((n for n in _README if n in found), None)
-    if name is None:
+    """The README's generated blocks: for every machine a table of ratios, and where it was measured."""
+    shown: dict[pathlib.PurePosixPath, tuple[str, dict[str, Any]]] = {}
+    for path, result in results.committed(root):
+        folder = pathlib.PurePosixPath(path).parent
+        known = shown.get(folder)
+        if result["preset"] == _README and (known is None or known[1]["environment"]["threads"] < result["environment"]["threads"]):
+            shown[folder] = path, result
+    if not shown:
         return {"results": "No result file is committed yet; `make bench` makes one.\n"}
-    path, result = found[name]
-    picture = pathlib.PurePosixPath(path).with_suffix(".png").as_posix()
-    image = f"![speed relative to F.scaled_dot_product_attention]({picture})\n\n" if (root / picture).is_file() else ""
-    return {"results": f"{image}{_where(path, result)}\n{_ratios(result)}"}
+    return {"results": "\n".join(f"{_where(path, result)}\n{_ratios(result)}" for path, result in shown.values())}
 
 
 def _where(path: str, result: dict[str, Any]) -> str:
