@@ -412,28 +412,25 @@ class BackwardTask {
     std::memcpy(to, &pair, sizeof pair);
   }
 
-  // dQ += dS K
+  // dQ += dS K, a part of K at a time as in the forward.
   void product_dq(int64_t r0, int64_t r1, int64_t count, const Span *spans) {
     if (!grads_.grad_q) return;
-    static constexpr Ones kOnes;
+    static constexpr Ones<kRows> kOnes;
     const Unit *ds = kPer == 1 ? reinterpret_cast<const Unit *>(dp_) : ds_rows_;
     const Unit *k = k_columns_;
+    const int64_t units = round_up(count, kPer * Units::kDepth) / kPer;
     for (int64_t c = 0; c < ldd_; c += kTileColumns, k += key_chunk_stride()) {
       const int64_t width = min64(kTileColumns, ldd_ - c);
-      for (int64_t r = r0, g = 0; r < r1; r += kRows, ++g) {
-        if (spans[g].from == spans[g].to) continue;
-        const int64_t from = spans[g].from / kPer, to = min64(spans[g].to, round_up(count, kPer * Units::kDepth)) / kPer;
-        Tiles::add(ds + (r - r0) * (lds_ / kPer) + from, lds_ / kPer, k + from * width, width, dq_ + r * ldd_ + c, ldd_, min64(kRows, r1 - r), width,
-                   to - from, kOnes.factor);
+      for (int64_t part = 0; part < units; part += kChain) {
+        for (int64_t r = r0, g = 0; r < r1; r += kRows, ++g) {
+          const int64_t from = max64(spans[g].from / kPer, part), to = min64(min64(spans[g].to / kPer, units), part + kChain);
+          if (from >= to) continue;
+          Tiles::add(ds + (r - r0) * (lds_ / kPer) + from, lds_ / kPer, k + from * width, width, dq_ + r * ldd_ + c, ldd_, min64(kRows, r1 - r), width,
+                     to - from, kOnes.factor);
+        }
       }
     }
   }
-  struct Ones {
-    float factor[kRows];
-    constexpr Ones() : factor() {
-      for (float &x : factor) x = 1.0f;
-    }
-  };
 
   // c[n, keys] += a^T b: a is a TransposedOperand of q or dO, b the rows of dS or P, both in units along the rows.
   void product_transposed(float *c, int64_t n, const Unit *a, int64_t lda, const float *b, int64_t rows, Span all, const Span *spans) {

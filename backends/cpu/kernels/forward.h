@@ -267,18 +267,24 @@ class TiledTask {
     }
   }
 
+  // A part of V that the first-level cache holds serves all rows before the next one.
   void products_pv(int64_t r0, int64_t r1, int64_t count, const Span *spans) {
+    static constexpr Ones<kRows> kOnes;
     const Unit *p = reinterpret_cast<const Unit *>(s_);
     const Unit *v = v_;
+    const int64_t units = round_up(count, kPer * Units::kDepth) / kPer;
     for (int64_t c = 0; c < ldo_; c += kTileColumns, v += v_chunk_stride()) {
       const int64_t width = min64(kTileColumns, ldo_ - c);
-      for (int64_t r = r0, g = 0; r < r1; r += kRows, ++g) {
-        if (spans[g].from == spans[g].to) continue;
-        const int64_t rows = min64(kRows, r1 - r);
-        float alpha[kRows];
-        for (int64_t i = 0; i < rows; ++i) alpha[i] = state_[r + i].alpha;
-        const int64_t from = spans[g].from / kPer, to = min64(spans[g].to, round_up(count, kPer * Units::kDepth)) / kPer;
-        Tiles::add(p + (r - r0) * lds_ + from, lds_, v + from * width, width, o_ + r * ldo_ + c, ldo_, rows, width, to - from, alpha);
+      for (int64_t part = 0; part < units; part += kChain) {
+        for (int64_t r = r0, g = 0; r < r1; r += kRows, ++g) {
+          const int64_t begin = spans[g].from / kPer, from = max64(begin, part), to = min64(min64(spans[g].to / kPer, units), part + kChain);
+          if (from >= to) continue;
+          const int64_t rows = min64(kRows, r1 - r);
+          float alpha[kRows];
+          for (int64_t i = 0; i < rows; ++i) alpha[i] = state_[r + i].alpha;
+          Tiles::add(p + (r - r0) * lds_ + from, lds_, v + from * width, width, o_ + r * ldo_ + c, ldo_, rows, width, to - from,
+                     from == begin ? alpha : kOnes.factor);
+        }
       }
     }
   }

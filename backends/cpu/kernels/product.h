@@ -120,6 +120,15 @@ Tile<Units> tile_of(int rows, int vectors) {
   }
 }
 
+// Factors that change nothing.
+template <int64_t kCount>
+struct Ones {
+  float factor[kCount];
+  constexpr Ones() : factor() {
+    for (float &x : factor) x = 1.0f;
+  }
+};
+
 // The products of a tiled task, up to kRows rows and kTileColumns columns of C at a time. This is how register tiles do them.
 template <class Units>
 struct Products {
@@ -134,10 +143,10 @@ struct Products {
   // C = A B
   static ATTNHUB_INLINE void write(const Unit *a, int64_t lda, const Unit *b, int64_t ldb, float *c, int64_t ldc, int64_t rows,
                                    int64_t columns, int64_t k) {
-    static constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1};
+    static constexpr Ones<kTileRows> kOnes;
     const Tile<Units> tile = tile_of<Units>(static_cast<int>(rows), static_cast<int>(columns / W));
     for (int64_t u = 0; u < k; u += kChain) {
-      tile(a + u, lda, b + u * ldb, ldb, c, ldc, k - u < kChain ? k - u : kChain, u ? kOnes : nullptr);
+      tile(a + u, lda, b + u * ldb, ldb, c, ldc, k - u < kChain ? k - u : kChain, u ? kOnes.factor : nullptr);
     }
   }
 
@@ -149,10 +158,10 @@ struct Products {
 
   // C += A B for any number of rows, A as a TransposedOperand
   static void add_transposed(const Unit *a, int64_t lda, const Unit *b, int64_t ldb, float *c, int64_t ldc, int64_t rows, int64_t columns, int64_t k) {
-    static constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1};
+    static constexpr Ones<kTileRows> kOnes;
     for (int64_t i = 0; i < rows; i += kTileRows) {
       const int64_t left = rows - i < kTileRows ? rows - i : kTileRows;
-      tile_of<Units, kTransposed>(static_cast<int>(left), static_cast<int>(columns / W))(a + i, lda, b, ldb, c + i * ldc, ldc, k, kOnes);
+      tile_of<Units, kTransposed>(static_cast<int>(left), static_cast<int>(columns / W))(a + i, lda, b, ldb, c + i * ldc, ldc, k, kOnes.factor);
     }
   }
 };
