@@ -276,6 +276,19 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
             assert all(torch.equal(a, b) for a, b in zip(want, got)), (shape_q, threads)
 
 
+def test_bits_of_rows_beside_nan_do_not_depend_on_threads() -> None:
+    """Threads decide which rows share a task; a task whose V holds NaN for its later rows must not compute the earlier ones otherwise."""
+    q, k, v = _qkv((1, 2, 200, 32), (1, 1, 200, 32))
+    v[:, :, 150] = math.nan
+    call = Call(q, k, v, Causal(), 0.2, need_lse=True)
+    torch.set_num_threads(1)
+    want = _plan().forward(call)[0]
+    assert want[:, :, :150].isfinite().all() and want[:, :, 150:].isnan().all()
+    for threads in (2, 3, 7):
+        torch.set_num_threads(threads)
+        assert torch.equal(_plan().forward(call)[0][:, :, :150], want[:, :, :150])
+
+
 def test_python_threads_at_once() -> None:
     plan = _plan()
     calls = [Call(*_qkv((1, 2, 30 + 60 * n, 32), (1, 2, 200 + n, 32), seed=n), Causal(), 0.2) for n in range(4)] + [_everything()]

@@ -34,7 +34,9 @@ class TiledTask {
     if (!allocate()) return ATTNHUB_CPU_NO_MEMORY;
     [[maybe_unused]] const typename Tiles::Session session;
     const Interval all = start_rows();
-    const int64_t begin = split * job_.split_keys, end = min64(min64(begin + job_.split_keys, seq_.len_k), all.high);
+    const int64_t begin = split * job_.split_keys, limit = min64(begin + job_.split_keys, seq_.len_k);
+    // Whole steps, so that what a group of rows meets of V does not depend on which other rows are in the task.
+    const int64_t end = min64(limit, round_up(all.high, Tiles::kKeyStep));
     for (int64_t j0 = max64(begin, all.low / block_keys_ * block_keys_); j0 < end; j0 += block_keys_) {
       block(j0, min64(block_keys_, end - j0));
     }
@@ -186,7 +188,7 @@ class TiledTask {
 
   template <class Queue>
   void queue_pv(Queue &queue, const Group &group, int64_t count) {
-    if (!v_finite_) return select_rows(group.r0, group.r1, group.s, group.span, count, false);
+    if (!finite(group.span, count)) return select_rows(group.r0, group.r1, group.s, group.span, count, false);
     const int64_t rows = round_up(group.r1 - group.r0, Tiles::kRowStep), from = group.span.from / kPer;
     const int64_t to = min64(group.span.to, round_up(count, kPer * Units::kDepth)) / kPer;
     const Unit *p = reinterpret_cast<const Unit *>(group.s), *v = v_;
@@ -209,6 +211,16 @@ class TiledTask {
       pack_k<Units>(k_rows_ + j, min64(kTileColumns, count - j), c.head_dim, k_ + j * q_units_);
     }
     v_finite_ = pack_v<Units>(v_rows_, count, c.v_head_dim, v_, v_chunk_stride());
+    for (int64_t j = 0; !v_finite_ && j < count; ++j) key_finite_[j] = all_finite(v_rows_ + j, 1, c.v_head_dim);
+  }
+
+  // Whether V of the keys that a group of rows is multiplied with is free of Inf and NaN. Where it is not, pairs are selected by their
+  // weight, since 0 * NaN would poison rows that mask it out.
+  bool finite(Span span, int64_t count) const {
+    for (int64_t j = span.from; !v_finite_ && j < min64(span.to, count); ++j) {
+      if (!key_finite_[j]) return false;
+    }
+    return true;
   }
 
   Span span_of(int64_t r0, int64_t r1, int64_t j0, int64_t count) const {
@@ -228,11 +240,12 @@ class TiledTask {
     for (int64_t r = r0, g = 0; r < r1; r += kRows, ++g) spans[g] = span_of(r, min64(r1, r + kRows), j0, count);
     products_qk(r0, r1, count, spans);
     for (int64_t r = r0; r < r1; r += W) softmax(s_, r0, r, min64(r + W, r1), j0, count, spans);
-    if (v_finite_) {
-      products_pv(r0, r1, count, spans);
-    } else {
-      select_pv(r0, r1, count, spans);
+    for (int64_t r = r0, g = 0; r < r1; r += kRows, ++g) {
+      if (finite(spans[g], count)) continue;
+      select_rows(r, min64(r1, r + kRows), s_ + (r - r0) * lds_, spans[g], count, true);
+      spans[g] = {0, 0};
     }
+    products_pv(r0, r1, count, spans);
   }
 
   // Rows [r, end): raw products to weights. s and spans are those of the rows from r0 on.
@@ -289,11 +302,6 @@ class TiledTask {
     }
   }
 
-  // V of this block holds Inf or NaN: pairs are selected by their weight, since 0 * NaN would poison rows that mask it out.
-  void select_pv(int64_t r0, int64_t r1, int64_t count, const Span *spans) {
-    for (int64_t r = r0, g = 0; r < r1; r += kRows, ++g) select_rows(r, min64(r1, r + kRows), s_ + (r - r0) * lds_, spans[g], count, true);
-  }
-
   void select_rows(int64_t r0, int64_t r1, const float *s, Span span, int64_t count, bool scale) {
     float weights[kMostBlockKeys];
     for (int64_t r = r0; r < r1 && span.from < span.to; ++r) {
@@ -314,7 +322,8 @@ class TiledTask {
   Interval *keys_ = nullptr, *sub_keys_ = nullptr;
   RowState *state_ = nullptr;
   const T **k_rows_ = nullptr, **v_rows_ = nullptr;
-  bool v_finite_ = true;
+  bool v_finite_ = true;              // of the block
+  bool key_finite_[kMostBlockKeys];  // of a key, where the block is not
 };
 
 // One task. The last row blocks come first: under a causal mask they are the longest.

@@ -112,5 +112,16 @@ bool pack_v(const T *const *rows, int64_t keys, int64_t n, typename Units::Unit 
   }
 }
 
+template <class T>
+bool all_finite(const T *const *rows, int64_t count, int64_t n) {
+  F poison = {};  // 0 * Inf and 0 * NaN are NaN
+  for (int64_t r = 0; r < count; ++r) {
+    int64_t x = 0;
+    for (; x + W <= n; x += W) poison += load(rows[r] + x) * 0.0f;
+    if (x < n) poison += load_part(rows[r] + x, static_cast<int>(n - x)) * 0.0f;
+  }
+  return reduce_add(poison) == 0.0f;
+}
+
 }  // namespace
 }  // namespace attnhub_cpu
