@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnhub import runtime, testing
+from attnhub import testing
 from attnhub.backend import Call
 from attnhub.backends.cpu import backend, library
 from attnhub.backends.reference import maths
@@ -24,27 +24,11 @@ from attnhub.testing.checks import fraction
 if backend.probe():
     pytest.skip(f"the cpu backend cannot run here: {backend.probe()[0]}", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ISAS = library.available_isas()
 BEST = ISAS[-1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    """Small tensors gain nothing from threads, and threads that spin on a busy machine lose seconds. Tests of threads set their own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Forces one path; plans that were prepared for another one are dropped before and after."""
-    monkeypatch.setenv("ATTNHUB_CPU_ISA", request.param)
-    runtime.clear()
-    yield request.param
-    runtime.clear()
 
 
 def _plan(dtype: str = "float32") -> Any:

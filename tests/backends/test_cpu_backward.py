@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attnhub
-from attnhub import runtime
 from attnhub.backend import Call, Needs
 from attnhub.backends.cpu import backend, library
 from attnhub.backends.reference import maths
@@ -24,27 +23,13 @@ from attnhub.problem import DeviceInfo, Problem
 if backend.probe():
     pytest.skip(f"the cpu backend cannot run here: {backend.probe()[0]}", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ISAS = library.available_isas()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALL = Needs()
 #: Largest error of a gradient over its largest value. Weights and their gradients are rounded to 16 bits on the way.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("ATTNHUB_CPU_ISA", request.param)
-    runtime.clear()
-    yield request.param
-    runtime.clear()
 
 
 def _plan(dtype: torch.dtype = torch.float32) -> Any:
