@@ -6,7 +6,10 @@ import ctypes
 import functools
 import importlib.resources
 import struct
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 ABI_VERSION = 2
 FILE = "libattnhub_cpu.so"
@@ -57,10 +60,15 @@ GRADIENTS = struct.Struct("=Q3qQ3Q9qQ4qQ")
 BLOCKS = struct.Struct("=6q")
 
 
+def library_path() -> Traversable:
+    """Where the library lies. In an editable install that is not beside this file."""
+    return importlib.resources.files("attnhub.backends.cpu") / FILE
+
+
 @functools.lru_cache(maxsize=1)
 def load() -> ctypes.CDLL:
     """The library. Raises OSError when it is not there or does not load, ImportError when it is of another version."""
-    path = importlib.resources.files("attnhub.backends.cpu") / FILE
+    path = library_path()
     if not path.is_file():
         raise OSError(f"{FILE} is not there: {path}")
     lib = ctypes.CDLL(str(path))

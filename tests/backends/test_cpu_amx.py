@@ -15,10 +15,10 @@ CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 
 #: argv: the library, the test file.
 _SUITE = """
-import sys
+import pathlib, sys
 import pytest
 from attnhub.backends.cpu import library
-library.FILE = sys.argv[1]
+library.library_path = lambda: pathlib.Path(sys.argv[1])
 assert library.available_isas()[-1] == "amx_bf16"
 sys.exit(pytest.main([sys.argv[2], "-q", "-x", "-p", "no:cacheprovider", "-k", "amx_bf16"]))
 """

@@ -98,6 +98,12 @@ def test_own_attention_is_reported_and_never_claimed(name: str) -> None:
     model = build(name, config(configuration, **options))
     before = logits(model)
     report = attnhub.patch(model)
+    if getattr(model, "_supports_attention_backend", False):
+        # GPT-J and CodeGen ask the interface since transformers 5.24: then they must be served.
+        assert len(report.patched) == 2 and not report.skipped
+        torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+        assert report.calls == 2
+        return
     assert not report.patched and len(report.skipped) == 2
     assert all("never asks transformers' attention interface" in m.reason for m in report.skipped)
     assert torch.equal(logits(model), before) and report.calls == 0
