@@ -89,7 +89,6 @@ struct Visits {
   ATTNHUB_INLINE int64_t key(int64_t n) const { return from + (n % kStreams * (count / kStreams) + n / kStreams) * kKeys; }
 };
 
-
 // o[g][0, Vectors * W) += sum over the keys of some visits of p[g][j] * rows[j][column...].
 template <class Units, class T, int Rows, int Vectors>
 void weighted_sum(const typename Units::Unit *p, int64_t ldp, const T *const *rows, Visits visits, int64_t column, int tail, float *o, int64_t ldo) {
