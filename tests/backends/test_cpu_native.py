@@ -185,7 +185,7 @@ _FAULTS = [
     ("scale", "validate.cpp", "  job.group = c.q_heads", "  job.call.softmax_scale *= 1.001;\n  job.group = c.q_heads"),
     ("tile", "forward.h", "if (width <= 0 ||", "if ((j == kTileColumns && g == 1) || width <= 0 ||"),
     ("sinks", "softmax.h", "job.mask.sinks ? job.mask.sinks[head] : -INFINITY", "-INFINITY"),
-    ("nan", "pack.h", "return reduce_add(poison) == 0.0f;", "return true;"),
+    ("nan", "forward.h", "if (!key_finite_[j]) return false;", ""),
     ("overrun", "softmax.h", "static_cast<int>(c.v_head_dim - x));", "static_cast<int>(c.v_head_dim - x) + 1);"),
     ("dropout", "dropout.h", "round < 10", "round < 9"),
     ("lse", "backward.h", "- (g.grad_lse ? g.grad_lse[at] : 0.0f)", ""),
