@@ -190,8 +190,8 @@ typedef struct attnhub_cpu_gradients {
  * A row without keys gives and gets gradients of 0. Deterministic like the forward: the same bits for any number of threads. */
 ATTNHUB_CPU_EXPORT int32_t attnhub_cpu_backward(const attnhub_cpu_call *call, const attnhub_cpu_gradients *gradients);
 
-/* How a call is cut into tasks. Follows from the sizes alone but for block_rows, which also looks at `threads`; no choice changes
- * a result but splits, split_keys and block_keys (by rounding). */
+/* How a call is cut into tasks. Follows from the sizes, the instruction set and the cache; block_rows alone also looks at
+ * `threads`, and changes no result. The others change roundings. */
 typedef struct attnhub_cpu_blocks {
   int64_t block_rows; /* rows (queries times heads of a K/V head) that share packed K and V */
   int64_t block_keys; /* keys that are packed at a time, from the size of the second-level cache */
