@@ -46,7 +46,7 @@ class Absent:
 
 
 #: Names for ``--peers``.
-NAMES = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "onnxruntime")
+NAMES = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "v1", "onnxruntime")
 
 
 def default_names(device: torch.device) -> tuple[str, ...]:
@@ -157,9 +157,15 @@ def _onnxruntime(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
     return peer(case, tensors)
 
 
+def _keys_outer(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
+    from attnhub.bench.keys_outer_peer import peer
+
+    return peer(case, tensors)
+
+
 _MAKE: dict[str, Callable[[Case, Inputs], Union[Peer, Absent]]] = {
     "naive": _naive, "sdpa": _sdpa, "flash": _kernel("F.sdpa flash", "FLASH_ATTENTION"), "cudnn": _kernel("F.sdpa cuDNN", "CUDNN_ATTENTION"),
-    "efficient": _kernel("F.sdpa efficient", "EFFICIENT_ATTENTION"), "flex": _flex, "onnxruntime": _onnxruntime,
+    "efficient": _kernel("F.sdpa efficient", "EFFICIENT_ATTENTION"), "flex": _flex, "v1": _keys_outer, "onnxruntime": _onnxruntime,
 }  # fmt: skip
 
 

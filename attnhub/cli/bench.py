@@ -12,7 +12,7 @@ from typing import Any, Optional
 from attnhub.bench import cases as bench_cases
 from attnhub.cli import CommandError, console, files
 
-_PEERS = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "onnxruntime")
+_PEERS = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "v1", "onnxruntime")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
