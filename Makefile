@@ -1,7 +1,7 @@
-# Every target sets up .venv by itself when it is missing or stale; cpu-bench, gpu-check and gpu-bench use the machine's own Python instead.
+# Every target sets up .venv by itself when it is missing or stale; cpu-bench and those of the GPU use the machine's own Python instead.
 PYTHON  ?= python3
 TORCH   ?= torch==2.13.0
-# Where cpu-bench, gpu-check and gpu-bench write their result files.
+# Where cpu-bench and those of the GPU write their result files.
 RESULTS ?= benchmarks/results
 LEVEL   ?= quick
 SECONDS_A_BACKEND ?= 0
@@ -17,7 +17,7 @@ SOURCES := attnhub backends integrations tests examples
 RUN_TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-wheel lint typings matrix docs bench cpu-bench gpu-check gpu-bench clean
+.PHONY: help venv demo test test-all test-wheel lint typings matrix docs bench cpu-bench gpu-check gpu-bench gpu-judge clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -84,7 +84,7 @@ bench: $(BUILT) ## time this machine's CPU, keep the result files, and write the
 
 GPU = $(shell PYTHONPATH=$(CURDIR) $(PYTHON) -c "import torch; from attnhub.bench.results import slug; print(slug(torch.cuda.get_device_name()))")
 
-# The two below need a GPU machine with torch, and no network: they run the bare checkout.
+# Those below need a GPU machine with torch, and no network: they run the bare checkout.
 gpu-check: ## conformance of the GPU backends, from the bare checkout with $(PYTHON)
 	@if [ ! -f backends/cpu/libattnhub_cpu.so ] && command -v cmake >/dev/null; then \
 		cmake -S . -B build/dev -DATTNHUB_INPLACE=ON >/dev/null && cmake --build build/dev -j >/dev/null; fi
@@ -92,10 +92,20 @@ gpu-check: ## conformance of the GPU backends, from the bare checkout with $(PYT
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub.testing --backend cuda,triton --device cuda --level $(LEVEL) --jobs $(JOBS) \
 		--seconds $(SECONDS_A_BACKEND) --output $(RESULTS)/$(GPU)/conformance.json
 
-gpu-bench: ## time the GPU backends beside torch's kernels, from the bare checkout with $(PYTHON)
-	PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench gpu --output $(RESULTS)/
-	PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench gpu --preset decode --output $(RESULTS)/
+GPU_PRESETS ?= v1v2 memory decode features grid
+# What goes to every preset: `--limit 300` begins no case after so many seconds, `--resume` measures what a stopped run left.
+GPU_OPTIONS ?=
+
+# A result file is written after every case, so that a run that is stopped has lost one. `attnhub bench gpu --list --preset NAME` estimates
+# the time: on 16 processors about one minute for v1v2 and memory, two for decode and features, six for grid.
+gpu-bench: ## time the GPU backends beside torch's kernels and FlexAttention, from the bare checkout with $(PYTHON)
+	@for preset in $(GPU_PRESETS); do \
+		PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench gpu --preset $$preset --output $(RESULTS)/ $(GPU_OPTIONS) || exit 1; done
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench overhead --device cuda --output $(RESULTS)/
+
+gpu-judge: ## hold the GPU's result files against the targets
+	@failed=0; for preset in $(GPU_PRESETS); do echo "$$preset"; \
+		PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench judge --input $(RESULTS)/$(GPU)/gpu-$$preset.json || failed=1; done; exit $$failed
 
 CPU_PRESETS ?= limits kylin
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
+import sys
+import time
 from typing import Any
 
 import pytest
 import torch
 
 from attnhub import cli
-from attnhub.bench import ceilings, measure, onnx_node, pages, peers, processor, results, targets
+from attnhub.bench import ceilings, measure, onnx_node, pages, parts, peers, precompile, processor, results, targets
 from attnhub.bench.cases import PRESETS, Case
 
 CPU = torch.device("cpu")
@@ -141,6 +144,170 @@ def test_decode_rows_are_compared_with_the_read_rate() -> None:
     assert {ceilings.READ, ceilings.READ_HUGE, "bfloat16"} < set(limits.to_json())
 
 
+# -- features, pages, graphs ---------------------------------------------------------------------------------------------
+
+FEATURES = [
+    Case(96, batch=2, heads=4, head_dim=16, causal=True, softcap=2.0),
+    Case(96, batch=2, heads=4, head_dim=16, causal=True, window=20),
+    Case(96, batch=2, heads=4, head_dim=16, causal=True, alibi=True),
+    Case(96, heads=4, head_dim=16, causal=True, documents=5),
+    Case(96, batch=2, heads=4, kv_heads=2, head_dim=16, causal=True),
+    Case(96, batch=2, heads=4, head_dim=16, causal=True, prefix=30),
+    Case(300, batch=2, heads=4, head_dim=16, density=0.3),
+    Case(96, batch=2, heads=4, head_dim=16, causal=True, sinks=True),
+    Case(96, batch=2, heads=4, head_dim=16, bias=True),
+]
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize("case", FEATURES, ids=str)
+def test_everybody_computes_the_same_problem(case: Case, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention's functions, dense masks for torch and attnhub's masks mean the same, in both directions."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    case = dataclasses.replace(case, mode=mode)
+    tensors = peers.inputs(case, CPU)
+    everybody = peers.assemble(case, tensors, ("sdpa", "flex"), ("auto", "reference"))
+    rows = {row["peer"]: row for row in measure.run_case(case, tensors, everybody, measure.Settings(1, 1e-4))}
+    lacks = {"F.sdpa": "softcap" in str(case) or "sinks" in str(case), "FlexAttention": mode == "backward" and not flex_differentiates_on_cpu(rows)}
+    for name, row in rows.items():
+        assert ("skipped" in row) == lacks.get(name, False), row
+        if "skipped" not in row:
+            assert row["max_error"] < 2e-6 and row.get("max_grad_error", 0.0) < 2e-5, row
+
+
+def flex_differentiates_on_cpu(rows: dict[str, Any]) -> bool:
+    return "backward" not in rows["FlexAttention"].get("skipped", "").lower()
+
+
+@pytest.mark.parametrize("case", FEATURES, ids=str)
+def test_a_slice_of_the_truth_is_the_truth_of_a_slice(case: Case) -> None:
+    tensors = peers.inputs(dataclasses.replace(case, mode="backward"), CPU)
+    whole, part = (measure._Truth(dataclasses.replace(case, mode="backward"), tensors, w) for w in (True, False))
+    heads = case.heads // case.kv_heads
+    assert part._out.shape[:2] == (1, heads) and torch.allclose(part._out, whole._out[:1, :heads], atol=1e-12)
+    for mine, right in zip(part._grads, whole._grads):
+        assert mine is not None and right is not None and torch.allclose(mine, right[:1, : mine.shape[1]], atol=1e-12)
+
+
+def test_a_peer_without_finite_results_is_not_timed() -> None:
+    (row,) = measure.run_case(Case(16), peers.inputs(Case(16), CPU), [peers.Peer("x", lambda q, k, v: q / 0 * 0)], measure.Settings(1, 1e-4))
+    assert row["skipped"] == "ArithmeticError: its result is not finite"
+
+
+def test_pages_hold_the_same_keys() -> None:
+    case = Case(1, 64, batch=3, heads=4, kv_heads=2, head_dim=16, page_size=16)
+    tensors = peers.inputs(case, CPU)
+    everybody = peers.assemble(case, tensors, ("sdpa", "flash", "flex"), ("sdpa", "reference"))
+    rows = measure.run_case(case, tensors, everybody, measure.Settings(1, 1e-4))
+    names = ["F.sdpa", "attnhub sdpa", "attnhub reference", "attnhub sdpa contiguous", "attnhub reference contiguous"]
+    assert [row["peer"] for row in rows] == names and all(row["max_error"] < 1e-6 for row in rows)
+    table = parts.paged(tensors[1], tensors[2], 16).block_table
+    assert table is not None and sorted(table.flatten().tolist()) == list(range(12)) != table.flatten().tolist()
+
+
+def test_a_graph_needs_a_gpu() -> None:
+    case = Case(16, graph=True)
+    (row,) = measure.run_case(case, peers.inputs(case, CPU), [peers.Peer("x", lambda q, k, v: q)], measure.Settings(1, 1e-4))
+    assert row["skipped"] == "ValueError: CUDA graphs need a CUDA device"
+
+
+def test_seconds_of_a_graph_are_those_of_one_call() -> None:
+    runner = measure._Runner({}, peers.Peer("x", lambda q, k, v: q), lambda: time.sleep(0.02), 1, 1, lambda: None, 20)
+    runner.turn(CPU)
+    assert 0.001 <= runner.times[0] < 0.01
+
+
+def test_cases_of_old_files_are_read() -> None:
+    old = {**Case(64, causal=True).to_json(), "peer": "x"}
+    assert Case.of(old) == Case(64, causal=True) and "window" not in old and "graph" not in old
+    new = Case(64, causal=True, window=8, graph=True)
+    assert Case.of(json.loads(json.dumps(new.to_json()))) == new and str(new).endswith("causal window 8 graph")
+    for wrong in ({"seqlen_q": 1, "seqlen_k": 64, "window": 3}, {"seqlen_q": 64, "documents": 2, "batch": 2}, {"seqlen_q": 1, "seqlen_k": 65, "page_size": 16}):
+        with pytest.raises(ValueError, match=r"timed with|one batch|pages are timed"):
+            Case(**wrong)
+
+
+@pytest.mark.parametrize("case", [c for c in FEATURES if not c.density], ids=str)
+def test_flops_count_the_pairs_that_attend(case: Case) -> None:
+    found = parts.parts(case, CPU)
+    allowed, _ = found.mask.to_dense(batch=case.batch, q_heads=case.heads, seqlen_q=case.seqlen_q, seqlen_k=case.seqlen_k)
+    if found.document_ids is not None:
+        assert found.varlen is not None and sum(case.document_lengths()) == case.seqlen_q and len(set(case.document_lengths())) > 2
+        allowed = allowed & (found.document_ids[:, None] == found.document_ids[None, :])
+    pairs = int(allowed[0, 0].sum())
+    # Half of a square stands for a triangle, here as everywhere.
+    assert case._pairs() == pytest.approx(pairs, abs=case.seqlen_q)
+
+
+def test_gpu_presets_have_a_case_for_every_target() -> None:
+    for name, found in targets.GPU.items():
+        cases = PRESETS[name].make("cuda")
+        assert len(set(cases)) == len(cases)
+        assert not [target.name for target in found if not any(target.holds(case) for case in cases)], name
+        who, backends = PRESETS[name].who("cuda")
+        assert who is not None and "sdpa" in who and backends is not None and "triton" in backends
+    decode = [c for c in PRESETS["decode"].make("cuda") if targets._H200[0].holds(c)]
+    assert len(decode) == len(targets._FLASHINFER)
+
+
+# -- compiling ahead -----------------------------------------------------------------------------------------------------
+
+_ECHO = "import sys, json\nfor line in sys.stdin:\n    case = json.loads(line)['case']\n    {}\n    print('{{}}', flush=True)"
+
+
+def test_compiling_ahead_survives_what_goes_wrong() -> None:
+    cases = [Case(n, mode=mode) for n in (16, 32, 64) for mode in ("forward", "backward")]
+    ticks: list[str] = []
+
+    def run(text: str, limit: float = 0.0) -> list[str]:
+        return precompile.run(cases, ("flex", "sdpa"), None, 2, ticks.append, limit, (sys.executable, "-c", _ECHO.format(text)))
+
+    assert run("pass") == [] and len(ticks) == 6
+    # A process that dies (out of memory, say) takes one case with it.
+    assert len(run("sys.exit(1) if case['seqlen_q'] == 32 else 0")) == 2
+    started = time.monotonic()
+    assert len(run("import time; time.sleep(60)", 0.5)) <= 2 and time.monotonic() - started < 20
+    # Graph or not, the kernels are the same.
+    ticks.clear()
+    precompile.run([Case(16), Case(16, graph=True)], (), (), 2, ticks.append, 0.0, (sys.executable, "-c", _ECHO.format("pass")))
+    assert len(ticks) == 1
+
+
+def test_a_compiling_process_runs_its_peers() -> None:
+    ticks: list[str] = []
+    assert precompile.run([Case(16), Case(16, mode="backward")], ("sdpa",), ("auto",), 1, ticks.append) == [] and len(ticks) == 2
+    failed = precompile._compile(Case(16, head_dim=8), ["v1", "naive"], [])
+    assert failed == {}
+    assert precompile.estimate([Case(16)], ("flex",), None, measure.Settings()) > 0
+
+
+def test_results_are_kept_case_by_case(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "x.json"
+    command = ["bench", "cpu", "--preset", "quick", "--peers", "sdpa", "--backends", "sdpa", "--rounds", "1", "--seconds", "0.0001", "--output", str(file)]
+    fp32 = [*command, "--only", "forward fp32", "--only", "backward"]
+    assert cli.main([*fp32, "--list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert len(listed["cases"]) == 3 and not file.exists() and listed["seconds"] > 0
+    real, ran = measure.run_case, []
+
+    def run_case(case: Case, *rest: Any, **more: Any) -> Any:
+        ran.append(str(case))
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        return real(case, *rest, **more)
+
+    monkeypatch.setattr(measure, "run_case", run_case)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(fp32)
+    assert {str(Case.of(row)) for row in results.load(file)["rows"]} == {ran[0]}
+    assert cli.main([*fp32, "--resume"]) == 0
+    assert ran == [listed["cases"][0], listed["cases"][1], listed["cases"][1], listed["cases"][2]]
+    assert list(dict.fromkeys(str(Case.of(row)) for row in results.load(file)["rows"])) == listed["cases"]
+    assert cli.main([*fp32, "--resume", "--rounds", "2"]) == 2 and "another settings" in capsys.readouterr().err
+    assert cli.main([*fp32, "--limit", "1e-9"]) == 0 and results.load(file)["unmeasured"] == listed["cases"]
+    assert cli.main([*command, "--only", "nothing"]) == 2
+
+
 # -- ONNX Runtime --------------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +383,7 @@ def test_judging(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> 
     assert amx["fp32 prefill full over F.sdpa"].word == targets.AIM and "fp16 prefill over F.sdpa" not in amx
     (disturbed,) = (v for v in targets.judge(_result([_row(small, "attnhub", 1.0, peak_fraction=1.2)])) if v.cases and v.target.fraction)
     assert disturbed.word == targets.DISTURBED
-    with pytest.raises(ValueError, match="CPUs only"):
+    with pytest.raises(ValueError, match="for the presets grid"):
         targets.table({"device": {"type": "cuda", "name": "x", "isa": []}})
 
     file = tmp_path / "cpu-limits-1t.json"
@@ -226,6 +393,45 @@ def test_judging(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> 
     file.write_text(json.dumps(_result(rows[:2])))
     assert cli.main(["bench", "judge", "--input", str(file), "--json"]) == 0
     assert {verdict["verdict"] for verdict in json.loads(capsys.readouterr().out)} == {targets.AIM, targets.ABSENT}
+
+
+def test_judging_on_gpus() -> None:
+    def result(preset: str, rows: list[dict[str, Any]], name: str = "NVIDIA H200") -> dict[str, Any]:
+        environment = {"device": {"type": "cuda", "name": name, "isa": []}, "threads": 1, "torch": "2"}
+        return {**_result(rows), "preset": preset, "environment": environment, "suite": "gpu", "settings": {}}
+
+    def verdicts(preset: str, rows: list[dict[str, Any]], name: str = "NVIDIA H200") -> dict[str, str]:
+        return {v.target.name: v.word for v in targets.judge(result(preset, rows, name)) if v.word != targets.ABSENT}
+
+    one, two = PRESETS["grid"].make("cuda")[:2]
+    rows = [_row(one, "FlexAttention", 2.0), _row(one, "attnhub triton", 1.0), _row(two, "FlexAttention", 0.99), _row(two, "attnhub triton", 1.0)]
+    rows += [_row(one, "F.sdpa cuDNN", 0.5), _row(two, "F.sdpa cuDNN", 0.5), _row(one, "attnhub", 0.1)]
+    assert verdicts("grid", rows) == {
+        "forward over FlexAttention, every point": targets.MISSED, "forward over FlexAttention": targets.AIM, "forward over cuDNN": targets.BELOW,
+    }  # fmt: skip
+    small = [_row(c, peer, t) for c in PRESETS["v1v2"].make("cuda")[:2] for peer, t in (("naive", 1.11), ("attnhub triton", 1.0))]
+    assert set(verdicts("v1v2", small).values()) == {targets.MISSED}
+    window = next(c for c in PRESETS["features"].make("cuda") if c.window)
+    assert verdicts("features", [_row(window, "FlexAttention", 1.0), _row(window, "attnhub triton", 1.0)]) == {
+        "forward with window over FlexAttention": targets.AIM
+    }
+    paged = next(c for c in PRESETS["decode"].make("cuda") if c.page_size == 16 and c.graph and c.batch == 64 and c.kv_heads == 8)
+    mine = [_row(paged, "attnhub triton", 1.0, kv_gb_per_s=4200.0), _row(paged, "attnhub triton contiguous", 0.96)]
+    assert verdicts("decode", mine) == {
+        "paged over contiguous, by CUDA graph": targets.GATE, "pages of 16 over FlashInfer's rate, batch 16 and more": targets.MISSED,
+    }  # fmt: skip
+    assert verdicts("decode", mine, "NVIDIA H100") == {"paged over contiguous, by CUDA graph": targets.GATE}
+    lengths = PRESETS["memory"].make("cuda")[:2]
+    held = [_row(c, peer, 1.0, extra_mib=mib) for c, all_mib in zip(lengths, (8.5, 33.0)) for peer, mib in (("naive", all_mib), ("attnhub triton", c.seqlen_q / 1024))]
+    assert verdicts("memory", held) == {"saved of naive memory at 512 tokens": targets.AIM, "saved of naive memory at 1024 tokens": targets.AIM}
+    held[-1]["extra_mib"] = 1.2
+    assert verdicts("memory", held)["saved of naive memory at 1024 tokens"] == targets.MISSED
+    text = "".join(pages._verdicts(result("memory", held)))
+    assert "saved of naive memory" in text
+    columns, shown = pages.one_table(held, "memory")
+    assert "CPU use" not in columns and [line[columns.index("saved of naive")] for line in shown] == ["", "94.1%", "", "96.4%"]
+    columns, shown = pages.table(rows[:2])
+    assert [line[columns.index("over FlexAttention")] for line in shown] == ["1.00x", "2.00x"]
 
 
 def test_pages_show_the_columns_that_a_file_has(tmp_path: pathlib.Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import math
 import statistics
 import threading
 import time
@@ -16,13 +17,21 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
+from attnhub.backend import Needs
+from attnhub.backends.reference import maths
 from attnhub.bench import processor
 from attnhub.bench.cases import Case
 from attnhub.bench.ceilings import CaseCeilings, Ceilings
-from attnhub.bench.peers import BASELINE, Absent, Inputs, Peer, naive
+from attnhub.bench.parts import parts, slice_of
+from attnhub.bench.peers import BASELINE, Absent, Inputs, Peer
 
-#: The largest score matrix for which results are compared with the definition in fp64 (which holds it several times).
-_CHECKED_SCORES = 1 << 25
+#: The largest score matrix for which results are compared with the definition in fp64 as a whole. Of larger ones a GPU checks the first
+#: K/V head of the first batch, in blocks of rows with so many scores.
+_CHECKED_SCORES, _BLOCK_SCORES = 1 << 25, 1 << 26
+#: The longest sequence that a GPU checks at all.
+_CHECKED_LENGTH = 1 << 14
+#: Calls in a CUDA graph: what replaying one graph costs is then nothing to each of them.
+_GRAPH_CALLS = 20
 _MOST_COPIES = 64
 
 
@@ -48,12 +57,16 @@ class _Runner:
     step: Callable[[], Any]
     rounds: int
     calls: int
+    #: The same call by itself where step is more than one.
+    single: Callable[[], Any]
+    per_step: int = 1
     times: list[float] = field(default_factory=list)
     cpu_use: list[float] = field(default_factory=list)
 
     def turn(self, device: torch.device) -> None:
         with self.peer.context():
-            self.record(*time_turn(self.step, self.calls, device))
+            seconds, cpu_use = time_turn(self.step, self.calls, device)
+            self.record(seconds / self.per_step, cpu_use)
 
     def record(self, seconds: float, cpu_use: Optional[float]) -> None:
         self.times.append(seconds)
@@ -69,7 +82,7 @@ def run_case(
     device = tensors[0].device
     if device.type == "cpu":
         _one_arena()
-    truth, grad_truth = _truth(case, tensors), _grad_truth(case, tensors)
+    truth = _truth(case, tensors)
     ring = _ring(case, tensors)
     rows: list[dict[str, Any]] = []
     runners: list[_Runner] = []
@@ -87,16 +100,18 @@ def run_case(
             tick(peer.name)
         try:
             with peer.context():
-                step = _step(case, peer, ring)
-                row["max_error"] = None if truth is None else _max_error(peer, tensors, truth)
+                single = step = _step(case, peer, ring)
+                row["max_error"] = None if truth is None else truth.error(peer, tensors)
                 if case.mode != "forward":
-                    row["max_grad_error"] = None if grad_truth is None else _max_grad_error(step, grad_truth)
+                    row["max_grad_error"] = None if truth is None else truth.grad_error(step)
+                if case.graph:
+                    step = captured(single, device)
                 rounds, calls = _plan(step, device, settings)
         except Exception as error:
             # A peer that fails (out of memory, a shape it lacks) is a row like any other; the others go on.
             row["skipped"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             continue
-        runners.append(_Runner(row, peer, step, rounds, calls))
+        runners.append(_Runner(row, peer, step, rounds, calls, single, _GRAPH_CALLS if case.graph else 1))
     limits = CaseCeilings(ceilings, case)
     limits.sample()
     for r in range(settings.rounds):
@@ -110,7 +125,7 @@ def run_case(
         limits.sample()
     for runner in runners:
         with runner.peer.context():
-            runner.row["extra_mib"], seconds, cpu_use = extra_memory(runner.step, device)
+            runner.row["extra_mib"], seconds, cpu_use = extra_memory(runner.single, device)
         if not runner.times:
             runner.record(seconds, cpu_use)
         _fill(runner, case, limits, len(ring))
@@ -172,30 +187,58 @@ def _grad_out(out: Tensor) -> Tensor:
     return torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device).to(out.dtype)
 
 
-def _truth(case: Case, tensors: Inputs) -> Optional[Tensor]:
-    if case.scores() > _CHECKED_SCORES:
+def captured(step: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+    """A CUDA graph of _GRAPH_CALLS calls, to be replayed. ValueError where there are none."""
+    if device.type != "cuda":
+        raise ValueError("CUDA graphs need a CUDA device")
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_GRAPH_CALLS):
+            step()
+    return graph.replay
+
+
+class _Truth:
+    """The definition in fp64 of a case, or of its first K/V head where the whole is large."""
+
+    def __init__(self, case: Case, tensors: Inputs, whole: bool) -> None:
+        call = slice_of(case, *tensors, parts(case, tensors[0].device), whole)
+        rows = max(1, _BLOCK_SCORES // (call.q.shape[0] * call.q.shape[1] * call.k.shape[2]))
+        out, lse = maths.forward(call, rows, torch.float64, False)
+        assert lse is not None
+        self._out, self._dtype = out, tensors[0].dtype
+        self._grads: tuple[Optional[Tensor], ...] = ()
+        if case.mode != "forward":
+            grad = _grad_out(tensors[0])[: out.shape[0], : out.shape[1]].double()
+            self._grads = tuple(maths.backward(call, grad, None, out, lse, Needs(), rows, torch.float64)[:3])
+
+    def error(self, peer: Peer, tensors: Inputs) -> float:
+        with torch.no_grad():
+            return _distance(peer.attend(*tensors), self._out)
+
+    def grad_error(self, step: Callable[[], Any]) -> float:
+        return max(_distance(mine, right) for mine, right in zip(step(), self._grads) if right is not None)
+
+
+def _distance(mine: Tensor, right: Tensor) -> float:
+    """The largest difference, over the part that right holds."""
+    largest = float((mine[: right.shape[0], : right.shape[1]].double() - right).abs().max())
+    if not math.isfinite(largest):
+        raise ArithmeticError("its result is not finite")
+    return largest
+
+
+def _truth(case: Case, tensors: Inputs) -> Optional[_Truth]:
+    whole = case.scores() <= _CHECKED_SCORES
+    if not whole and (tensors[0].device.type == "cpu" or case.seqlen_q > _CHECKED_LENGTH):
         return None
-    with torch.no_grad():
-        q, k, v = (t.double() for t in tensors)
-        return naive(q, k, v, case.causal)
-
-
-def _max_error(peer: Peer, tensors: Inputs, truth: Tensor) -> float:
-    with torch.no_grad():
-        return float((peer.attend(*tensors).double() - truth).abs().max())
-
-
-def _grad_truth(case: Case, tensors: Inputs) -> Optional[tuple[Tensor, ...]]:
-    """The gradients in fp64 for the step of _step, None where _truth is."""
-    if case.mode == "forward" or case.scores() > _CHECKED_SCORES:
-        return None
-    q, k, v = (t.double().requires_grad_() for t in tensors)
-    out = naive(q, k, v, case.causal)
-    return torch.autograd.grad(out, (q, k, v), _grad_out(out.to(tensors[0].dtype)).double())
-
-
-def _max_grad_error(step: Callable[[], Any], truth: tuple[Tensor, ...]) -> float:
-    return max(float((mine.double() - right).abs().max()) for mine, right in zip(step(), truth))
+    return _Truth(case, tensors, whole)
 
 
 def _plan(step: Callable[[], Any], device: torch.device, settings: Settings) -> tuple[int, int]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any, Optional, Union, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +14,16 @@ from torch import Tensor
 
 import attnhub
 from attnhub.bench import processor
-from attnhub.bench.cases import Case
+from attnhub.bench.cases import ITEM, Case
+from attnhub.bench.parts import paged, parts, torch_dtype
 from attnhub.decision import Decision
-from attnhub.mask import FULL, Causal
 from attnhub.reasons import Rejected
 from attnhub.registry import registry
 
 #: The peer that all ratios refer to.
 BASELINE = "F.sdpa"
+#: Behind a backend's name: its time without pages, in a case with pages.
+CONTIGUOUS = " contiguous"
 Inputs = tuple[Tensor, Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -55,7 +58,7 @@ def default_names(device: torch.device) -> tuple[str, ...]:
 
 
 def inputs(case: Case, device: torch.device) -> Inputs:
-    """q, k, v [B, H, S, D], contiguous, normally distributed, the same for every peer."""
+    """q, k, v [B, H, S, D], contiguous, normally distributed, the same for every peer. Packed documents lie one behind the other in S."""
     generator = torch.Generator(device=device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
     shapes = ((case.heads, case.seqlen_q), (case.kv_heads, case.seqlen_k), (case.kv_heads, case.seqlen_k))
@@ -64,12 +67,22 @@ def inputs(case: Case, device: torch.device) -> Inputs:
 
 
 def assemble(case: Case, tensors: Inputs, peers: tuple[str, ...], backends: Optional[tuple[str, ...]]) -> list[Union[Peer, Absent]]:
-    """Everybody for a case. backends: names of attnhub backends; None is every one that accepts the case, by name or not."""
+    """Everybody for a case. backends: names of attnhub backends; None is every one that accepts the case, by name or not.
+
+    Who reads pages is timed on the same K and V without pages, too.
+    """
+    if case.page_size:
+        # The others read no pages and are in the case without them; one stands for them, since only times of one run compare.
+        peers = tuple(name for name in peers if name in ("sdpa", "cudnn"))
     found: list[Union[Peer, Absent]] = [_MAKE[name](case, tensors) for name in peers]
     if backends is None or "auto" in backends:
         found.append(_backend("", case, tensors))
     for name in registry.names() if backends is None else (b for b in backends if b != "auto"):
         found.append(_backend(name, case, tensors))
+    if case.page_size:
+        timed = [peer.name.removeprefix("attnhub ") for peer in found if isinstance(peer, Peer) and peer.name.startswith("attnhub ")]
+        plain = dataclasses.replace(case, page_size=0)
+        found.extend(_backend(name, plain, tensors, f"attnhub {name}{CONTIGUOUS}") for name in timed)
     return found
 
 
@@ -77,8 +90,10 @@ def assemble(case: Case, tensors: Inputs, peers: tuple[str, ...], backends: Opti
 
 
 def _no_room(case: Case, device: torch.device) -> str:
-    """Why maths that hold the scores are left out: three score matrices must fit in half of the free memory."""
-    wide = 3 * 4 * case.scores()
+    """Why maths that hold the scores are left out: three score matrices (six with a backward) must fit in half of the free memory."""
+    # On a CPU some products of two-byte types are made in fp32.
+    item = 4 if device.type == "cpu" else ITEM[case.dtype]
+    wide = (3 if case.mode == "forward" else 6) * item * case.scores()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else processor.available_memory()
     return f"its scores need about {wide / 2**30:.1f} GiB" if wide > free / 2 else ""
 
@@ -95,25 +110,50 @@ def naive(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 def _naive(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
+    if case.features():
+        return Absent("naive", f"it has no {case.features()[0].split()[0]}")
     if why := _no_room(case, tensors[0].device):
         return Absent("naive", why)
     return Peer("naive", lambda q, k, v: naive(q, k, v, case.causal))
 
 
-def _torch(case: Case) -> Attend:
+def _torch(case: Case, device: torch.device) -> Union[Attend, str]:
+    """F.scaled_dot_product_attention at a case, or what it lacks. What is_causal does not say becomes a dense mask."""
     causal, gqa = case.causal and case.seqlen_q > 1, case.heads != case.kv_heads
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
+    if case.softcap or case.sinks:
+        return f"it has no {'softcap' if case.softcap else 'sinks'}"
+    mask: Optional[Tensor] = None
+    if case.features():
+        mask, causal = _dense_mask(case, device), False
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
+
+    return attend
 
 
-def _sdpa(case: Case, tensors: Inputs) -> Peer:
-    return Peer(BASELINE, _torch(case))
+def _dense_mask(case: Case, device: torch.device) -> Tensor:
+    """Every part of the mask as one tensor [1, H or 1, Sq, Sk]: bool, or in the inputs' dtype where something is added."""
+    found = parts(case, device)
+    allowed, bias = found.mask.to_dense(batch=1, q_heads=case.heads, seqlen_q=case.seqlen_q, seqlen_k=case.seqlen_k, device=device)
+    allowed = allowed[:1]
+    if found.document_ids is not None:
+        allowed = allowed & (found.document_ids[:, None] == found.document_ids[None, :])
+    return allowed if bias is None else torch.where(allowed, bias.to(torch_dtype(case)), float("-inf"))
+
+
+def _sdpa(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
+    attend = _torch(case, tensors[0].device)
+    return Absent(BASELINE, attend) if isinstance(attend, str) else Peer(BASELINE, attend)
 
 
 def _kernel(label: str, member: str) -> Callable[[Case, Inputs], Union[Peer, Absent]]:
     def make(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        attend = _torch(case)
+        attend = _torch(case, tensors[0].device)
+        if isinstance(attend, str):
+            return Absent(label, attend)
         backend = getattr(SDPBackend, member)
         try:
             with torch.no_grad(), sdpa_kernel(backend):
@@ -125,30 +165,32 @@ def _kernel(label: str, member: str) -> Callable[[Case, Inputs], Union[Peer, Abs
     return make
 
 
-def _flex(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
-    label = "FlexAttention"
+def _flash(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
+    """torch's flash kernel; for windows and packed documents, which F.scaled_dot_product_attention does not hand on, by its operator."""
+    if not case.window and not case.documents:
+        return _kernel("F.sdpa flash", "FLASH_ATTENTION")(case, tensors)
+    label = "aten flash"
+    varlen = parts(case, tensors[0].device).varlen
+    limits = {"window_size_left": case.window - 1, "window_size_right": 0} if case.window else {}
+    starts, length = (None, case.seqlen_q) if varlen is None else (varlen.cu_seqlens_q, varlen.max_seqlen_q)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t[0].transpose(0, 1) if starts is not None else t.transpose(1, 2) for t in (q, k, v))
+        out: Tensor = torch.ops.aten._flash_attention_forward(q, k, v, starts, starts, length, length, 0.0, case.causal, False, **limits)[0]
+        return out.transpose(0, 1)[None] if starts is not None else out.transpose(1, 2)
+
     try:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        # Dynamo compiles one function for a few shapes only and then runs it uncompiled: each case starts afresh.
-        torch.compiler.reset()
-        compiled = torch.compile(flex_attention, dynamic=False)
-        device = str(tensors[0].device)
-        block_mask = None
-        if case.causal and case.seqlen_q > 1:
-            block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, case.seqlen_q, case.seqlen_k, device=device)
-        gqa = case.heads != case.kv_heads
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out: Tensor = compiled(q, k, v, block_mask=block_mask, enable_gqa=gqa)
-            return out
-
         with torch.no_grad():
             attend(*tensors)
-    except Exception as error:
-        # No compiler, no Triton, a shape that its templates lack: each has its own exception.
-        return Absent(label, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    except (RuntimeError, NotImplementedError) as error:
+        return Absent(label, str(error).splitlines()[0])
     return Peer(label, attend)
+
+
+def _flex(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
+    from attnhub.bench.flex_peer import peer
+
+    return peer(case, tensors)
 
 
 def _onnxruntime(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
@@ -164,7 +206,7 @@ def _keys_outer(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
 
 
 _MAKE: dict[str, Callable[[Case, Inputs], Union[Peer, Absent]]] = {
-    "naive": _naive, "sdpa": _sdpa, "flash": _kernel("F.sdpa flash", "FLASH_ATTENTION"), "cudnn": _kernel("F.sdpa cuDNN", "CUDNN_ATTENTION"),
+    "naive": _naive, "sdpa": _sdpa, "flash": _flash, "cudnn": _kernel("F.sdpa cuDNN", "CUDNN_ATTENTION"),
     "efficient": _kernel("F.sdpa efficient", "EFFICIENT_ATTENTION"), "flex": _flex, "v1": _keys_outer, "onnxruntime": _onnxruntime,
 }  # fmt: skip
 
@@ -172,21 +214,55 @@ _MAKE: dict[str, Callable[[Case, Inputs], Union[Peer, Absent]]] = {
 # -- attnhub -------------------------------------------------------------------------------------------------------------
 
 
-def _backend(name: str, case: Case, tensors: Inputs) -> Union[Peer, Absent]:
-    label = f"attnhub {name}" if name else "attnhub"
-    mask = Causal() if case.causal and case.seqlen_q > 1 else FULL
+def _backend(name: str, case: Case, tensors: Inputs, label: str = "") -> Union[Peer, Absent]:
+    label = label or (f"attnhub {name}" if name else "attnhub")
     q, k, v = tensors if case.mode == "forward" else tuple(t.detach().requires_grad_() for t in tensors)
-    decision: Decision = attnhub.explain(q, k, v, mask, backend=name or None)
+    try:
+        attend, explain = _ours(case, tensors, name or None)
+        decision: Decision = explain(q, k, v)
+    except (TypeError, ValueError) as error:
+        return Absent(label, str(error).splitlines()[0])
     if decision.chosen is None:
         verdict = decision.verdicts.get(name)
         codes = ", ".join(r.code.value for r in verdict.reasons) if isinstance(verdict, Rejected) else decision.why
         return Absent(label, codes)
     if name == "reference" and (why := _no_room(case, q.device)):
         return Absent(label, why)
+    return Peer(label, attend, facts={"backend": decision.chosen, "backward_by": decision.backward})
+
+
+def _ours(case: Case, tensors: Inputs, backend: Optional[str]) -> tuple[Attend, Callable[[Tensor, Tensor, Tensor], Decision]]:
+    """(attnhub.attention at a case, attnhub.explain of the same call)."""
+    found = parts(case, tensors[0].device)
+    mask = found.mask
+    settings: dict[str, Any] = {"softcap": case.softcap, "sinks": found.sinks, "varlen": found.varlen, "backend": backend}
+    if case.page_size:
+        cache = paged(tensors[1], tensors[2], case.page_size)
+
+        def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # k and v lie in the cache.
+            return cast(Tensor, attnhub.attention(q, mask=mask, kv_cache=cache, **settings))
+
+        return step, lambda q, k, v: attnhub.explain(q, mask=mask, kv_cache=cache, **settings)
+    if found.varlen is not None:
+
+        def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = cast(Tensor, attnhub.attention(_tokens(q), _tokens(k), _tokens(v), mask, **settings))
+            return out.transpose(0, 1)[None]
+
+        return packed, lambda q, k, v: attnhub.explain(_tokens(q), _tokens(k), _tokens(v), mask, **settings)
+    if case.softcap or case.sinks:
+        return (
+            lambda q, k, v: cast(Tensor, attnhub.attention(q, k, v, mask, **settings)),
+            lambda q, k, v: attnhub.explain(q, k, v, mask, **settings),
+        )
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = attnhub.attention(q, k, v, mask, backend=name or None)
-        assert isinstance(out, Tensor)
-        return out
+        return cast(Tensor, attnhub.attention(q, k, v, mask, backend=backend))
 
-    return Peer(label, attend, facts={"backend": decision.chosen, "backward_by": decision.backward})
+    return attend, lambda q, k, v: attnhub.explain(q, k, v, mask, backend=backend)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[1, H, T, D] -> [T, H, D], a view."""
+    return x[0].transpose(0, 1)

@@ -58,4 +58,4 @@ def draw(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def _label(row: dict[str, Any]) -> str:
-    return str(Case(**{name: row[name] for name in Case.__dataclass_fields__}))
+    return str(Case.of(row))

@@ -116,6 +116,18 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     return data
 
 
+def continued(path: str | os.PathLike[str], now: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a result file that a run with the document ``now`` may add to. ValueError where they are another machine's or code's."""
+    before = load(path)
+    facts = ("device", "torch", "cuda", "cudnn", "backends")
+    differ = [name for name in facts if before["environment"].get(name) != now["environment"].get(name)]
+    differ += [name for name in ("commit", "settings", "preset") if before[name] != now[name]]
+    if differ:
+        raise ValueError(f"--resume: {path} was measured with another {', '.join(differ)}; measure it anew without --resume")
+    rows: list[dict[str, Any]] = before["rows"]
+    return rows
+
+
 def committed(root: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
     """(path within the checkout, content) of its benchmark results, in order of path."""
     found = []

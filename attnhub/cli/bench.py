@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
@@ -13,6 +14,9 @@ from attnhub.bench import cases as bench_cases
 from attnhub.cli import CommandError, console, files
 
 _PEERS = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "v1", "onnxruntime")
+
+#: Cases up to which a picture is drawn without being asked: it grows with every one of them.
+_DRAWN = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,8 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modes", type=_names, default=(), help="keep only forward, backward or training cases")
     parser.add_argument("--peers", type=_names, default=None, help=f"joined by commas: {', '.join(_PEERS)}; default: the preset's")
     parser.add_argument("--backends", type=_names, default=None, help="attnhub backends (auto is the automatic choice); default: the preset's, or all that accept")
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds, whose median counts")
-    parser.add_argument("--seconds", type=float, default=0.1, help="length of a peer's turn in a round")
+    parser.add_argument("--only", action="append", default=[], help="keep only the cases whose text (as --list shows it) holds this; may be repeated")
+    parser.add_argument("--list", action="store_true", help="measure nothing; show the cases, who takes part, and about how long it takes")
+    parser.add_argument("--rounds", type=int, default=None, help="interleaved rounds, whose median counts; default: the preset's on a GPU, else 3")
+    parser.add_argument("--seconds", type=float, default=None, help="length of a peer's turn in a round; default: the preset's on a GPU, else 0.1")
+    parser.add_argument("--limit", type=float, default=0.0, help="seconds after which no further case is begun; what was measured is in the file")
+    parser.add_argument("--resume", action="store_true", help="keep the cases that --output has from the same commit and machine, and measure the others")
+    parser.add_argument("--jobs", type=int, default=-1, help="processes that compile kernels ahead on a GPU; default: by the processors, 0: none")
     parser.add_argument("--peer-seconds", type=float, default=12.0, help="what a peer's turns at one case may take: slower ones get fewer rounds")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch and of ONNX Runtime; part of the result file's name")
     parser.add_argument("--device", default="", help="overhead: cpu or cuda; default: cuda where there is one")
@@ -49,35 +58,37 @@ def run(args: argparse.Namespace) -> int:
         # Host time is that of one thread: waking a pool for a tiny call would be timed instead.
         torch.set_num_threads(args.threads or 1)
     device = _device(args)
+    suggested = bench_cases.PRESETS[args.preset].turns if device.type != "cpu" and args.suite != "overhead" else (3, 0.1)
+    args.rounds, args.seconds = (suggested[0] if args.rounds is None else args.rounds), (suggested[1] if args.seconds is None else args.seconds)
     if args.rounds < 1 or args.seconds <= 0 or args.peer_seconds <= 0 or args.threads < 0:
         raise CommandError("--rounds must be at least 1, --seconds and --peer-seconds above 0, --threads not below 0")
-    limits = None
     if args.suite == "overhead":
         # Many short turns: see attnhub/bench/overhead.py.
         settings = Settings(max(args.rounds, 15), min(args.seconds, 0.02))
-        rows = _overhead(args, device, settings)
-    else:
-        from attnhub.bench import ceilings
-
-        settings = Settings(args.rounds, args.seconds, args.peer_seconds)
-        limits = ceilings.available(torch.get_num_threads()) if device.type == "cpu" else None
-        rows = _cases(args, device, settings, limits)
-    preset = device.type if args.suite == "overhead" else args.preset
-    told = {"rounds": settings.rounds, "round_seconds": settings.round_seconds}
-    if args.suite != "overhead":
-        told.update({"peer_seconds": settings.peer_seconds, **({"threads": args.threads} if args.threads else {})})
-    result = results.document(args.suite, preset, device, told, rows, limits.to_json() if limits else None)
-    if args.output:
+        told = {"rounds": settings.rounds, "round_seconds": settings.round_seconds}
+        result = results.document(args.suite, device.type, device, told, _overhead(args, device, settings))
+        if args.output:
+            _write(results.target(args.output, result), result)
+        if args.json:
+            console.emit_json(result)
+        return 0
+    settings = Settings(args.rounds, args.seconds, args.peer_seconds)
+    result = _cases(args, device, settings)
+    if args.output and not args.list:
         path = results.target(args.output, result)
-        files.write_json(path, result)
         print(f"written: {path}", file=sys.stderr)
-        if args.suite != "overhead" and not args.plot and importlib.util.find_spec("matplotlib"):
+        if not args.plot and len({str(bench_cases.Case.of(row)) for row in result["rows"]}) <= _DRAWN and importlib.util.find_spec("matplotlib"):
             args.plot = str(path.with_suffix(".png"))
-    if args.plot and args.suite != "overhead":
+    if args.plot and not args.list and any(row.get("speedup") for row in result["rows"]):
         _draw(result, args.plot)
     if args.json:
         console.emit_json(result)
     return 0
+
+
+def _write(path: Any, result: dict[str, Any]) -> None:
+    files.write_json(path, result)
+    print(f"written: {path}", file=sys.stderr)
 
 
 def _device(args: argparse.Namespace) -> Any:
@@ -89,34 +100,83 @@ def _device(args: argparse.Namespace) -> Any:
     return torch.device("cuda", torch.cuda.current_device()) if wanted == "cuda" else torch.device(wanted)
 
 
-def _cases(args: argparse.Namespace, device: Any, settings: Any, ceilings: Any) -> list[dict[str, Any]]:
-    from attnhub.bench import measure, pages, peers
+def _cases(args: argparse.Namespace, device: Any, settings: Any) -> dict[str, Any]:
+    """Measure the cases of a preset. The result file is written after each of them, so that a stop loses nothing."""
+    import torch
 
+    from attnhub.bench import ceilings, measure, pages, peers, precompile, results
+
+    started = time.monotonic()
     try:
-        todo = bench_cases.select(args.preset, device.type, args.lengths, args.dtypes, args.modes)
+        todo = bench_cases.select(args.preset, device.type, args.lengths, args.dtypes, args.modes, args.only)
     except ValueError as error:
         raise CommandError(str(error)) from error
     if not todo:
-        raise CommandError("--lengths and --modes leave no case of this preset")
+        raise CommandError("--lengths, --modes and --only leave no case of this preset")
     preset = bench_cases.PRESETS[args.preset]
-    ours = device.type == "cpu"
-    names = args.peers if args.peers is not None else preset.peers if ours and preset.peers is not None else peers.default_names(device)
-    backends = args.backends if args.backends is not None else preset.backends if ours else None
+    preset_peers, preset_backends = preset.who(device.type)
+    names = args.peers if args.peers is not None else preset_peers if preset_peers is not None else peers.default_names(device)
+    backends = args.backends if args.backends is not None else preset_backends
     if unknown := [name for name in names if name not in _PEERS]:
         raise CommandError(f"--peers: unknown {', '.join(unknown)}; known are {', '.join(_PEERS)}")
-    rows: list[dict[str, Any]] = []
+    if args.list:
+        return _list(args, todo, names, backends, settings)
+    limits = ceilings.available(torch.get_num_threads()) if device.type == "cpu" else None
+    told = {
+        "rounds": settings.rounds, "round_seconds": settings.round_seconds, "peer_seconds": settings.peer_seconds,
+        **({"threads": args.threads} if args.threads else {}),
+    }  # fmt: skip
+    result = results.document(args.suite, args.preset, device, told, [])
+    path = results.target(args.output, result) if args.output else None
+    if args.resume and path is not None and path.exists():
+        try:
+            result["rows"] = results.continued(path, result)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+        known = {bench_cases.Case.of(row) for row in result["rows"]}
+        todo = [case for case in todo if case not in known]
+    jobs = precompile.jobs() if args.jobs < 0 else args.jobs
+    if device.type != "cpu" and jobs and len(todo) > 1:
+        with _progress(f"compiling for {len(todo)} cases in {jobs} processes", len(todo), args.json) as tick:
+            precompile.run(todo, names, backends, jobs, tick, args.limit / 2 if args.limit else 0.0)
     for n, case in enumerate(todo):
+        if args.limit and time.monotonic() - started > args.limit:
+            result["unmeasured"] = [str(left) for left in todo[n:]]
+            print(f"--limit {args.limit:g}: {len(todo) - n} cases are not measured; --resume measures them", file=sys.stderr)
+            break
+        if device.type == "cuda":
+            # Who needs much memory is asked for by what is free.
+            torch.cuda.empty_cache()
         tensors = peers.inputs(case, device)
         everybody = peers.assemble(case, tensors, names, backends)
         turns = sum(isinstance(p, peers.Peer) for p in everybody) * (settings.rounds + 1)
         with _progress(f"[{n + 1}/{len(todo)}] {case}", turns, args.json) as tick:
-            found = measure.run_case(case, tensors, everybody, settings, tick, ceilings)
-        rows.extend(found)
+            found = measure.run_case(case, tensors, everybody, settings, tick, limits)
+        result["rows"].extend(found)
+        if limits:
+            result["environment"]["ceilings"] = limits.to_json()
+        if path is not None:
+            files.write_json(path, result)
         if not args.json:
             console.table(str(case), *pages.table(found), right=pages.NUMERIC)
+    if path is not None:
+        files.write_json(path, result)
     if preset.one_table and not args.json:
-        console.table("together", *pages.one_table(rows), right=pages.NUMERIC)
-    return rows
+        console.table("together", *pages.one_table(result["rows"], args.preset), right=pages.NUMERIC)
+    return result
+
+
+def _list(args: argparse.Namespace, todo: list[Any], names: tuple[str, ...], backends: Optional[tuple[str, ...]], settings: Any) -> dict[str, Any]:
+    """What would be measured: {cases, peers, backends, seconds (an estimate)}."""
+    from attnhub.bench import precompile
+
+    took = precompile.estimate(todo, names, backends, settings)
+    if not args.json:
+        for case in todo:
+            console.say(str(case))
+        who = ", ".join((*names, *(f"attnhub {name}" for name in backends or ("(all that accept)",))))
+        console.say(f"{len(todo)} cases, {who}; about {took:.0f} s with {settings.rounds} rounds of {settings.round_seconds:g} s and kernels compiled ahead")
+    return {"cases": [str(case) for case in todo], "peers": list(names), "backends": None if backends is None else list(backends), "seconds": took}
 
 
 def _overhead(args: argparse.Namespace, device: Any, settings: Any) -> list[dict[str, Any]]:
