@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from attnhub import cli
-from attnhub.bench import ceilings, measure, onnx_node, pages, parts, peers, precompile, processor, results, targets
+from attnhub.bench import ceilings, measure, onnx_node, pages, parts, peers, precompile, processor, results, targets, workers
 from attnhub.bench.cases import PRESETS, Case
 
 CPU = torch.device("cpu")
@@ -259,25 +259,31 @@ def test_compiling_ahead_survives_what_goes_wrong() -> None:
     cases = [Case(n, mode=mode) for n in (16, 32, 64) for mode in ("forward", "backward")]
     ticks: list[str] = []
 
-    def run(text: str, limit: float = 0.0) -> list[str]:
+    def run(text: str, limit: float = 0.0) -> dict[str, str]:
         return precompile.run(cases, ("flex", "sdpa"), None, 2, ticks.append, limit, (sys.executable, "-c", _ECHO.format(text)))
 
-    assert run("pass") == [] and len(ticks) == 6
+    assert run("pass") == {} and len(ticks) == 6
     # A process that dies (out of memory, say) takes one case with it.
-    assert len(run("sys.exit(1) if case['seqlen_q'] == 32 else 0")) == 2
+    assert run("sys.exit(1) if case['seqlen_q'] == 32 else 0") == {str(c): "no answer" for c in cases if c.seqlen_q == 32}
     started = time.monotonic()
-    assert len(run("import time; time.sleep(60)", 0.5)) <= 2 and time.monotonic() - started < 20
+    assert len(run("import time; time.sleep(60)", 0.5)) == 6 and time.monotonic() - started < 20
     # Graph or not, the kernels are the same.
     ticks.clear()
     precompile.run([Case(16), Case(16, graph=True)], (), (), 2, ticks.append, 0.0, (sys.executable, "-c", _ECHO.format("pass")))
     assert len(ticks) == 1
 
 
+def test_answers_come_in_the_order_of_the_questions() -> None:
+    command = (sys.executable, "-c", "import sys, json, time\nfor line in sys.stdin:\n    n = json.loads(line)\n    time.sleep(0.2 / n)\n    print(n * 2, flush=True)")
+    assert workers.ask(command, [1, 2, 3, 4], 3) == [2, 4, 6, 8]
+    assert workers.ask(command, [], 3) == [] and workers.jobs() >= 1
+
+
 def test_a_compiling_process_runs_its_peers() -> None:
     ticks: list[str] = []
-    assert precompile.run([Case(16), Case(16, mode="backward")], ("sdpa",), ("auto",), 1, ticks.append) == [] and len(ticks) == 2
-    failed = precompile._compile(Case(16, head_dim=8), ["v1", "naive"], [])
-    assert failed == {}
+    assert precompile.run([Case(16), Case(16, mode="backward")], ("sdpa",), ("auto",), 1, ticks.append) == {} and len(ticks) == 2
+    assert precompile._compile({"case": Case(16, head_dim=8).to_json(), "peers": ["v1", "naive"], "backends": []}) == {}
+    assert "KeyError" in precompile._compile({"case": Case(16).to_json(), "peers": ["nobody"], "backends": []})[""]
     assert precompile.estimate([Case(16)], ("flex",), None, measure.Settings()) > 0
 
 

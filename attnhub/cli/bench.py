@@ -104,7 +104,7 @@ def _cases(args: argparse.Namespace, device: Any, settings: Any) -> dict[str, An
     """Measure the cases of a preset. The result file is written after each of them, so that a stop loses nothing."""
     import torch
 
-    from attnhub.bench import ceilings, measure, pages, peers, precompile, results
+    from attnhub.bench import ceilings, measure, pages, peers, precompile, results, workers
 
     started = time.monotonic()
     try:
@@ -135,7 +135,7 @@ def _cases(args: argparse.Namespace, device: Any, settings: Any) -> dict[str, An
             raise CommandError(str(error)) from error
         known = {bench_cases.Case.of(row) for row in result["rows"]}
         todo = [case for case in todo if case not in known]
-    jobs = precompile.jobs() if args.jobs < 0 else args.jobs
+    jobs = workers.jobs() if args.jobs < 0 else args.jobs
     if device.type != "cpu" and jobs and len(todo) > 1:
         with _progress(f"compiling for {len(todo)} cases in {jobs} processes", len(todo), args.json) as tick:
             precompile.run(todo, names, backends, jobs, tick, args.limit / 2 if args.limit else 0.0)
