@@ -27,6 +27,8 @@ VARIABLES = (
     Variable("ATTNHUB_DISABLE", "", "comma-separated backend names", "Backends that are never chosen, not even by name."),
     Variable("ATTNHUB_DETERMINISTIC", "0", "0 or 1", "1 admits only backends that promise bitwise repeatable results (as torch.use_deterministic_algorithms(True) does)."),
     Variable("ATTNHUB_CACHE_DIR", "the platform's cache folder", "a folder", "Where compiled kernels are kept."),
+    Variable("ATTNHUB_TUNE", "", "a file that `attnhub tune` wrote, or `now`",
+             "Tile sizes of the triton backend: a table of your own before the shipped one. `now` measures what no table has for this device when a kernel is first needed (seconds to minutes) and keeps it under ATTNHUB_CACHE_DIR; for several hosts, tune once and give them the file. Unset: nothing is ever measured. Read when a plan is made, so set it before the first call."),
     Variable("ATTNHUB_LOG", "warning", "debug, info, warning, error", "Level of the logger `attnhub`; read when attnhub is first used."),
     Variable("ATTNHUB_CPU_ISA", "", "portable, avx2, avx512, avx512_bf16, amx_bf16, neon", "Forces one instruction-set path of the cpu backend, for tests; read when a plan is made, so set it before the first call. Asking for one that the CPU lacks is an error."),
     Variable("TRITON_INTERPRET", "0", "0 or 1", "Triton's own variable: 1 interprets kernels on CPU tensors. The triton backend then serves them, by name only."),
@@ -96,6 +98,11 @@ def log_level() -> str:
     if value not in ("debug", "info", "warning", "error"):
         raise ValueError(f"ATTNHUB_LOG={value!r}: allowed are debug, info, warning, error")
     return value.upper()
+
+
+def tune() -> str:
+    """The table of tile sizes that goes before the shipped one: a path, ``now`` to measure what is missing, or ""."""
+    return os.environ.get("ATTNHUB_TUNE", "").strip()
 
 
 def cpu_isa() -> str:

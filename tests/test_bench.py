@@ -182,10 +182,10 @@ def flex_differentiates_on_cpu(rows: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("case", FEATURES, ids=str)
 def test_a_slice_of_the_truth_is_the_truth_of_a_slice(case: Case) -> None:
     tensors = peers.inputs(dataclasses.replace(case, mode="backward"), CPU)
-    whole, part = (measure._Truth(dataclasses.replace(case, mode="backward"), tensors, w) for w in (True, False))
+    whole, part = (measure.Truth(dataclasses.replace(case, mode="backward"), tensors, w) for w in (True, False))
     heads = case.heads // case.kv_heads
-    assert part._out.shape[:2] == (1, heads) and torch.allclose(part._out, whole._out[:1, :heads], atol=1e-12)
-    for mine, right in zip(part._grads, whole._grads):
+    assert part.out.shape[:2] == (1, heads) and torch.allclose(part.out, whole.out[:1, :heads], atol=1e-12)
+    for mine, right in zip(part.grads, whole.grads):
         assert mine is not None and right is not None and torch.allclose(mine, right[:1, : mine.shape[1]], atol=1e-12)
 
 

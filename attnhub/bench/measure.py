@@ -176,14 +176,15 @@ def _step(case: Case, peer: Peer, ring: list[Inputs]) -> Callable[[], Any]:
         return forward
     leaves = tuple(t.detach().requires_grad_() for t in ring[0])
     out = peer.attend(*leaves)
-    grad = _grad_out(out)
+    grad = grad_out(out)
     if case.mode == "training":
         del out
         return lambda: torch.autograd.grad(peer.attend(*leaves), leaves, grad)
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
-def _grad_out(out: Tensor) -> Tensor:
+def grad_out(out: Tensor) -> Tensor:
+    """The gradient of out that every peer gets."""
     return torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device).to(out.dtype)
 
 
@@ -204,41 +205,41 @@ def captured(step: Callable[[], Any], device: torch.device) -> Callable[[], None
     return graph.replay
 
 
-class _Truth:
-    """The definition in fp64 of a case, or of its first K/V head where the whole is large."""
+class Truth:
+    """The definition in fp64 of a case, or of its first K/V head where the whole is large. ``out`` and ``grads`` (of q, k, v) hold it."""
 
     def __init__(self, case: Case, tensors: Inputs, whole: bool) -> None:
         call = slice_of(case, *tensors, parts(case, tensors[0].device), whole)
         rows = max(1, _BLOCK_SCORES // (call.q.shape[0] * call.q.shape[1] * call.k.shape[2]))
         out, lse = maths.forward(call, rows, torch.float64, False)
         assert lse is not None
-        self._out, self._dtype = out, tensors[0].dtype
-        self._grads: tuple[Optional[Tensor], ...] = ()
+        self.out = out
+        self.grads: tuple[Optional[Tensor], ...] = ()
         if case.mode != "forward":
-            grad = _grad_out(tensors[0])[: out.shape[0], : out.shape[1]].double()
-            self._grads = tuple(maths.backward(call, grad, None, out, lse, Needs(), rows, torch.float64)[:3])
+            grad = grad_out(tensors[0])[: out.shape[0], : out.shape[1]].double()
+            self.grads = tuple(maths.backward(call, grad, None, out, lse, Needs(), rows, torch.float64)[:3])
 
     def error(self, peer: Peer, tensors: Inputs) -> float:
         with torch.no_grad():
-            return _distance(peer.attend(*tensors), self._out)
+            return distance(peer.attend(*tensors), self.out)
 
     def grad_error(self, step: Callable[[], Any]) -> float:
-        return max(_distance(mine, right) for mine, right in zip(step(), self._grads) if right is not None)
+        return max(distance(mine, right) for mine, right in zip(step(), self.grads) if right is not None)
 
 
-def _distance(mine: Tensor, right: Tensor) -> float:
-    """The largest difference, over the part that right holds."""
+def distance(mine: Tensor, right: Tensor) -> float:
+    """The largest difference, over the part that right holds. ArithmeticError where it is not finite."""
     largest = float((mine[: right.shape[0], : right.shape[1]].double() - right).abs().max())
     if not math.isfinite(largest):
         raise ArithmeticError("its result is not finite")
     return largest
 
 
-def _truth(case: Case, tensors: Inputs) -> Optional[_Truth]:
+def _truth(case: Case, tensors: Inputs) -> Optional[Truth]:
     whole = case.scores() <= _CHECKED_SCORES
     if not whole and (tensors[0].device.type == "cpu" or case.seqlen_q > _CHECKED_LENGTH):
         return None
-    return _Truth(case, tensors, whole)
+    return Truth(case, tensors, whole)
 
 
 def _plan(step: Callable[[], Any], device: torch.device, settings: Settings) -> tuple[int, int]:

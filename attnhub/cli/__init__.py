@@ -18,6 +18,7 @@ COMMANDS = {
     "explain": ("explain", "which backend serves a problem, and every reason why the others do not"),
     "matrix": ("matrix", "the support matrix, generated from the backends' declarations"),
     "bench": ("bench", "time attnhub beside its peers: cpu, gpu, or the overhead of one call"),
+    "tune": ("tune", "measure tile sizes of the triton backend on this GPU and write them into a table"),
     "export": ("export", "export a model to ONNX with one attention node per layer"),
     "demo": ("demo", "a real model, patched, generated from and exported, every step checked"),
     "new-backend": ("new_backend", "write a new backend as a distribution that works and passes conformance"),

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
 from attnhub.bench import cases as bench_cases
-from attnhub.cli import CommandError, console, files
+from attnhub.cli import CommandError, console, files, progress
 
 _PEERS = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "v1", "onnxruntime")
 
@@ -137,8 +135,10 @@ def _cases(args: argparse.Namespace, device: Any, settings: Any) -> dict[str, An
         todo = [case for case in todo if case not in known]
     jobs = workers.jobs() if args.jobs < 0 else args.jobs
     if device.type != "cpu" and jobs and len(todo) > 1:
-        with _progress(f"compiling for {len(todo)} cases in {jobs} processes", len(todo), args.json) as tick:
-            precompile.run(todo, names, backends, jobs, tick, args.limit / 2 if args.limit else 0.0)
+        with progress.bar(f"compiling for {len(todo)} cases in {jobs} processes", len(todo), args.json) as tick:
+            failed = precompile.run(todo, names, backends, jobs, tick, args.limit / 2 if args.limit else 0.0)
+        for who, why in failed.items():
+            print(f"not compiled ahead: {who}: {why}", file=sys.stderr)
     for n, case in enumerate(todo):
         if args.limit and time.monotonic() - started > args.limit:
             result["unmeasured"] = [str(left) for left in todo[n:]]
@@ -150,7 +150,7 @@ def _cases(args: argparse.Namespace, device: Any, settings: Any) -> dict[str, An
         tensors = peers.inputs(case, device)
         everybody = peers.assemble(case, tensors, names, backends)
         turns = sum(isinstance(p, peers.Peer) for p in everybody) * (settings.rounds + 1)
-        with _progress(f"[{n + 1}/{len(todo)}] {case}", turns, args.json) as tick:
+        with progress.bar(f"[{n + 1}/{len(todo)}] {case}", turns, args.json) as tick:
             found = measure.run_case(case, tensors, everybody, settings, tick, limits)
         result["rows"].extend(found)
         if limits:
@@ -183,30 +183,12 @@ def _overhead(args: argparse.Namespace, device: Any, settings: Any) -> list[dict
     from attnhub.bench import overhead, pages
 
     names = args.backends or (("auto", "sdpa", "cpu") if device.type == "cpu" else ("auto", "sdpa", "triton", "cuda"))
-    with _progress(f"host time of a {list(overhead.SHAPE)} call on {device}", len(overhead.MODES) * (1 + len(names)) * settings.rounds, args.json) as tick:
+    with progress.bar(f"host time of a {list(overhead.SHAPE)} call on {device}", len(overhead.MODES) * (1 + len(names)) * settings.rounds, args.json) as tick:
         rows = overhead.run(device, tuple(names), settings, tick)
     if not args.json:
         console.table("", *pages.overhead_rows(rows), right=("us a call", "ratio", "budget"))
         console.say("ratio: to F.scaled_dot_product_attention in the same rounds; budget: what the design allows (docs/design.md)")
     return rows
-
-
-@contextlib.contextmanager
-def _progress(text: str, turns: int, quiet: bool) -> Iterator[Optional[Callable[[str], None]]]:
-    """A bar on standard error, where a person looks at it; nothing else otherwise."""
-    if quiet or not sys.stderr.isatty() or not importlib.util.find_spec("rich"):
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(text, total=turns)
-
-        def tick(who: str) -> None:
-            progress.update(task, advance=1, description=f"{text}: {who}")
-
-        yield tick
 
 
 def _plot(args: argparse.Namespace) -> int:

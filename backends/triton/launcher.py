@@ -15,6 +15,7 @@ from triton.runtime.errors import OutOfResources
 
 from attnhub import config
 from attnhub.backend import Call, Gradients, Needs, Plan, PrepareError
+from attnhub.backends.triton import table
 from attnhub.backends.triton import tiles as tiling
 from attnhub.backends.triton.kernels.backward import delta_kernel, grad_kv_kernel, grad_q_kernel
 from attnhub.backends.triton.kernels.combine import combine_kernel
@@ -46,6 +47,7 @@ class TritonPlan(Plan):
             item = 4 if problem.q_dtype == "float32" else 2
             limit = tiling.shared_memory(problem.device.vendor, problem.device.arch)
             self._tiles = {role: tiling.choices(role, problem.head_dim, problem.v_head_dim, item, limit) for role in tiling.ROLES}
+            self._tiles = table.preferred(self._tiles, problem, item)
 
     def describe(self) -> dict[str, Any]:
         return {"kernel": "triton", **{role: vars(choices[0]) for role, choices in self._tiles.items() if choices}}
