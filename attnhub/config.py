@@ -105,6 +105,14 @@ def tune() -> str:
     return os.environ.get("ATTNHUB_TUNE", "").strip()
 
 
+def child_environment(**changes: str) -> dict[str, str]:
+    """This process's environment, changed, for one that works for it: what is measured here is not measured there as well."""
+    found = {**os.environ, **changes}
+    if tune() == "now":
+        found.pop("ATTNHUB_TUNE", None)
+    return found
+
+
 def cpu_isa() -> str:
     """Forced instruction-set path of the cpu backend, or ""."""
     return os.environ.get("ATTNHUB_CPU_ISA", "").strip().lower()

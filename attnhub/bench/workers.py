@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Optional
 
+from attnhub import config
+
 #: Each process holds a CUDA context and the tensors of what it works at.
 _MOST_JOBS = 12
 
@@ -71,7 +73,8 @@ class _Process:
 
     def __init__(self, command: tuple[str, ...]) -> None:
         # Each has one processor: Inductor's own pool would start as many helpers in every one of them.
-        environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        path = os.pathsep.join(filter(None, sys.path))
+        environment = config.child_environment(TORCHINDUCTOR_COMPILE_THREADS="1", OMP_NUM_THREADS="1", PYTHONPATH=path)
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
         self._answers: queue.SimpleQueue[Optional[str]] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()

@@ -11,7 +11,6 @@ import dataclasses
 import datetime
 import logging
 import math
-import os
 import pathlib
 import statistics
 import sys
@@ -335,5 +334,4 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    os.environ.pop("ATTNHUB_TUNE", None)
     workers.answer(attempt)

@@ -59,6 +59,13 @@ def test_config_is_the_only_reader_of_the_environment() -> None:
     assert not readers
 
 
+def test_a_child_has_the_same_environment_but_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNHUB_TUNE", "now")
+    assert config.tune() == "now" and config.child_environment(A="1") == {**{k: v for k, v in os.environ.items() if k != "ATTNHUB_TUNE"}, "A": "1"}
+    monkeypatch.setenv("ATTNHUB_TUNE", "mine.json")
+    assert config.child_environment()["ATTNHUB_TUNE"] == "mine.json"
+
+
 # -- ATTNHUB_BACKEND ---------------------------------------------------------------------------------------------------------
 
 
