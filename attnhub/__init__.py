@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from attnhub.rotary import apply_rotary
     from attnhub.runtime import last_decision, use
     from attnhub.states import merge_states
+    from attnhub.warming import warmup
 
 _HOME = {
     name: module
@@ -48,6 +49,7 @@ _HOME = {
         "rotary": ("apply_rotary",),
         "runtime": ("last_decision", "use"),
         "states": ("merge_states",),
+        "warming": ("warmup",),
     }.items()
     for name in names
 }
@@ -100,6 +102,7 @@ __all__ = [
     "testing",
     "unpatch",
     "use",
+    "warmup",
 ]
 
 

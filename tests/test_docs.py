@@ -88,7 +88,7 @@ def test_the_quickstart_examples_run() -> None:
 
 def test_names_in_the_documents_exist() -> None:
     """`attnhub.x` in any page is a name that attnhub has (or says is planned)."""
-    planned = {"replay", "tune"}
+    planned = {"replay"}
     modules = {"backends", "integrations", "cli", "bench", "layouts", "mask", "config", "reasons", "problem", "spec", "philox", "api", "registry", "so"}
     for page in PAGES:
         for name in set(re.findall(r"\battnhub\.([A-Za-z_]\w*)", page.read_text(encoding="utf-8"))) - planned - modules:
@@ -110,7 +110,7 @@ def test_the_commands_in_the_documents_parse() -> None:
         text = page.read_text(encoding="utf-8")
         shell = "".join(re.findall(r"```\n(.*?)```", text, re.DOTALL))
         for command in re.findall(r"`attnhub ([a-z][a-z-]*)", text) + re.findall(r"^attnhub ([a-z][a-z-]*)", shell, re.MULTILINE):
-            assert command in COMMANDS or command in {"tune", "warmup"}, f"{page.name}: attnhub {command}"
+            assert command in COMMANDS, f"{page.name}: attnhub {command}"
 
 
 def test_blocks_are_filled_between_their_markers() -> None:

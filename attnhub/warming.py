@@ -1,0 +1,100 @@
+"""`warmup`: what a first call of a class of problems has to wait for, done before the first request."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from attnhub import runtime
+from attnhub.api import attention
+from attnhub.decision import Decision
+from attnhub.kv_cache import KVCache
+from attnhub.layouts import Varlen
+from attnhub.mask import Mask
+
+
+def warmup(
+    *,
+    q_heads: int,
+    head_dim: int,
+    seqlen_q: int,
+    seqlen_k: Optional[int] = None,
+    batch: int = 1,
+    kv_heads: Optional[int] = None,
+    v_head_dim: Optional[int] = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    mask: Optional[Mask] = None,
+    softmax_scale: Optional[float] = None,
+    softcap: float = 0.0,
+    sinks: bool = False,
+    dropout_p: float = 0.0,
+    packed: bool = False,
+    page_size: int = 0,
+    return_lse: bool = False,
+    layout: str = "bhsd",
+    need_backward: bool = False,
+    backend: Optional[str] = None,
+) -> Decision:
+    """Choose, compile and load what serves calls of these shapes, so that the first request waits for none of it.
+
+    Two calls of `attention` on tensors of zeros are made, with a backward pass if need_backward; they need the memory of such a call.
+    Plans are shared by classes of lengths and batches (powers of two; Sq 0, 1, 2 to 16): a server that decodes up to 8192 tokens
+    warms up 1 x 1024, 1 x 2048, 1 x 4096 and 1 x 8192. Compiled kernels also stay on disk, for processes that start later.
+
+    q_heads, head_dim, seqlen_q, ...: the shapes, seqlen_k, kv_heads and v_head_dim by default as those of q. mask: as for `attention`; its
+    tensors have to fit the shapes. sinks: whether there are any. packed: ``batch`` sequences of these lengths in a `Varlen`.
+    page_size: above 0, K/V in a paged `KVCache` with seqlen_k tokens. device: default cuda where there is one, else cpu.
+
+    Returns the decision that served the calls. Its ``plan`` holds, besides what the backend tells of its kernels, ``first_call_seconds`` (with
+    everything that is done once) and ``next_call_seconds``. Raises what `attention` raises: ValueError for shapes that do not fit,
+    `NoBackendError` if no backend serves them.
+    """
+    where = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name, value in (("q_heads", q_heads), ("head_dim", head_dim), ("seqlen_q", seqlen_q), ("batch", batch)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: a whole number above 0 is needed")
+    for name, optional in (("seqlen_k", seqlen_k), ("kv_heads", kv_heads), ("v_head_dim", v_head_dim)):
+        if optional is not None and (not isinstance(optional, int) or optional < 1):
+            raise ValueError(f"{name}={optional!r}: a whole number above 0 is needed, or None for that of q")
+    if page_size and (packed or need_backward):
+        raise ValueError(f"page_size={page_size}: a paged cache has no backward pass and no packed queries; leave out packed and need_backward")
+    length, heads, v_dim = seqlen_k or seqlen_q, kv_heads or q_heads, v_head_dim or head_dim
+    settings: dict[str, Any] = {"softmax_scale": softmax_scale, "softcap": softcap, "dropout_p": dropout_p, "return_lse": return_lse, "backend": backend}
+    settings["sinks"] = torch.zeros(q_heads, device=where) if sinks else None
+
+    def zeros(h: int, s: int, d: int) -> Tensor:
+        shape = (batch * s, h, d) if packed else (batch, s, h, d) if layout == "bshd" else (batch, h, s, d)
+        return torch.zeros(shape, dtype=dtype, device=where, requires_grad=need_backward)
+
+    q = zeros(q_heads, seqlen_q, head_dim)
+    inputs: tuple[Tensor, ...] = (q,)
+    if page_size:
+        cache = KVCache.empty(batch, heads, length, head_dim, v_head_dim=v_dim, page_size=page_size, dtype=dtype, device=where)
+        cache.cache_seqlens.fill_(length)
+        settings["kv_cache"] = cache
+    else:
+        inputs = (q, zeros(heads, length, head_dim), zeros(heads, length, v_dim))
+        if packed:
+            settings["varlen"] = Varlen.from_lengths(*(torch.full((batch,), n, dtype=torch.int32, device=where) for n in (seqlen_q, length)))
+
+    def call() -> float:
+        started = time.perf_counter()
+        with torch.set_grad_enabled(need_backward):
+            result = attention(*inputs, mask=mask, layout=layout, **settings)  # type: ignore[arg-type,misc]
+            out = result if isinstance(result, Tensor) else result[0]
+            if need_backward:
+                torch.autograd.grad(out, inputs, torch.ones_like(out))
+        if where.type in ("cuda", "xpu"):
+            getattr(torch, where.type).synchronize(where)
+        return time.perf_counter() - started
+
+    first, following = call(), call()
+    chosen = runtime._served.chosen
+    assert chosen is not None
+    told = {"backend": chosen.backend, **chosen.plan.describe(), "first_call_seconds": first, "next_call_seconds": following}
+    return dataclasses.replace(chosen.decision, plan=told)

@@ -1,0 +1,135 @@
+"""`attnhub.warmup` and ``attnhub warmup``: the plan of a class is made, and the next call of the class finds it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import attnhub
+from attnhub import cli, runtime
+from attnhub.backend import Backend, Call, Plan
+from attnhub.backends.sdpa import backend as sdpa
+
+QUICK: dict[str, Any] = {"q_heads": 4, "kv_heads": 2, "head_dim": 16, "seqlen_q": 8, "dtype": torch.float32, "device": "cpu"}
+
+
+class _Slow(Backend):
+    """sdpa under another name, that counts its plans and its calls."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        self.capability = sdpa.capability
+        self.plans: list[Any] = []
+        self.calls: list[Call] = []
+
+    def cost(self, problem: Any) -> float:
+        return 1e-3
+
+    def prepare(self, problem: Any) -> Plan:
+        outer, inner = self, sdpa.prepare(problem)
+        self.plans.append(problem)
+
+        class Counting(Plan):
+            differentiable = inner.differentiable
+
+            def forward(self, call: Call) -> Any:
+                outer.calls.append(call)
+                return inner.forward(call)
+
+            def describe(self) -> dict[str, Any]:
+                return {"compile_seconds": 1.5}
+
+        return Counting()
+
+
+def test_the_first_request_finds_its_plan(register: Callable[[Backend], Backend]) -> None:
+    slow = _Slow()
+    register(slow)
+    decision = attnhub.warmup(**QUICK, batch=2, seqlen_k=32, mask=attnhub.Causal(), softcap=5.0)
+    assert decision.chosen == "slow" and len(slow.plans) == 1 and len(slow.calls) == 2
+    assert decision.plan["backend"] == "slow" and decision.plan["compile_seconds"] == 1.5
+    assert decision.plan["first_call_seconds"] > 0 and decision.plan["next_call_seconds"] > 0
+    assert json.loads(json.dumps(decision.to_json()))["plan"]["first_call_seconds"] > 0
+    # Another length of the same class.
+    q, k = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 30, 16)
+    attnhub.attention(q, k, k, attnhub.Causal(), softcap=5.0)
+    assert len(slow.plans) == 1 and len(slow.calls) == 3
+    attnhub.attention(q, k, k, attnhub.Causal())
+    assert len(slow.plans) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "shapes", "features"),
+    [
+        ({}, ((1, 4, 8, 16), (1, 2, 8, 16)), {"gqa"}),
+        ({"layout": "bshd", "v_head_dim": 24, "batch": 3}, ((3, 4, 8, 16), (3, 2, 8, 16)), {"gqa", "dv_differs"}),
+        ({"packed": True, "batch": 3, "seqlen_k": 20}, ((1, 4, 24, 16), (1, 2, 60, 16)), {"gqa", "varlen"}),
+        ({"page_size": 4, "seqlen_k": 16, "batch": 2}, ((2, 4, 8, 16), (8, 2, 4, 16)), {"gqa", "paged", "seqlens"}),
+        ({"sinks": True, "return_lse": True}, ((1, 4, 8, 16), (1, 2, 8, 16)), {"gqa", "sinks", "lse"}),
+        ({"dropout_p": 0.5}, ((1, 4, 8, 16), (1, 2, 8, 16)), {"gqa", "dropout"}),
+    ],
+)  # fmt: skip
+def test_the_calls_are_of_the_shapes(more: dict[str, Any], shapes: Any, features: set[str], register: Callable[[Backend], Backend]) -> None:
+    slow = _Slow()
+    register(slow)
+    decision = attnhub.warmup(**QUICK, **more)
+    assert decision.chosen == "slow", decision
+    assert (slow.calls[0].q.shape, slow.calls[0].k.shape) == shapes and {f.value for f in decision.problem.features} == features
+    if more.get("layout") == "bshd":
+        assert slow.calls[0].q.stride(1) < slow.calls[0].q.stride(2)
+    if more.get("page_size"):
+        assert slow.calls[0].mask.seqused_k is not None and slow.calls[0].mask.seqused_k.tolist() == [16, 16]
+
+
+@pytest.mark.parametrize("name", ["cpu", "sdpa", "reference"])
+def test_a_backward_pass_is_warmed_up_too(name: str) -> None:
+    if not attnhub.backends()[name]["available"]:
+        pytest.skip(f"{name} cannot run here")
+    decision = attnhub.warmup(**QUICK, need_backward=True, mask=attnhub.Causal(), backend=name)
+    assert decision.chosen == name and decision.backward == name and decision.problem.need_backward
+    chosen = runtime._served.chosen
+    assert chosen is not None and (chosen.differentiable or chosen._backward is not None)
+
+
+def test_what_does_not_fit_is_an_error() -> None:
+    for wrong, said in (
+        ({"q_heads": 0}, "q_heads=0"), ({"kv_heads": -1}, "kv_heads=-1"), ({"kv_heads": 3}, "multiple"), ({"page_size": 4, "packed": True}, "page_size=4"),
+        ({"page_size": 4, "need_backward": True}, "no backward"), ({"layout": "sbhd"}, "allowed are"), ({"seqlen_k": 1.5}, "seqlen_k=1.5"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            attnhub.warmup(**{**QUICK, **wrong})
+    with pytest.raises(attnhub.NoBackendError):
+        attnhub.warmup(**QUICK, backend="triton" if not attnhub.backends()["triton"]["available"] else "cuda")
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["warmup", "--device", "cpu", "--dtype", "float32", "--heads", "4", "--head-dim", "16", "--seqlen-q", "1", "--seqlen-k", "16,64", "--batch", "1,2"]
+    assert cli.main([*command, "--json", "--causal", "--alibi", "--window", "8", "--backend", "reference"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(d["problem"]["batch"], d["problem"]["seqlen_k"], d["chosen"]) for d in told] == [(b, n, "reference") for b in (1, 2) for n in (16, 64)]
+    assert set(told[0]["problem"]["features"]) == {"causal_bottom_right", "alibi", "window"}
+    assert cli.main([*command, "--backward"]) == 0 and "first call" in capsys.readouterr().out
+    assert cli.main([*command, "--kv-heads", "3"]) == 2 and "multiple" in capsys.readouterr().err
+    assert cli.main([*command, "--backend", "nobody"]) == 1 and "nobody" in capsys.readouterr().out
+    assert cli.main([*command[:2], "cuda:99", *command[3:]]) == 2
+
+
+def test_triton_is_warmed_up_under_its_interpreter() -> None:
+    pytest.importorskip("triton")
+    code = (
+        "import attnhub, torch\n"
+        "d = attnhub.warmup(q_heads=2, head_dim=16, seqlen_q=20, dtype=torch.float32, device='cpu', need_backward=True, backend='triton')\n"
+        "assert d.chosen == d.backward == 'triton' and d.plan['kernel'] == 'triton' and d.plan['first_call_seconds'] > 0, d.plan"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=pathlib.Path(attnhub.__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

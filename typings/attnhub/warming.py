@@ -1,0 +1,1 @@
+../../attnhub/warming.py
