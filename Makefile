@@ -92,7 +92,7 @@ gpu-check: ## conformance of the GPU backends, from the bare checkout with $(PYT
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub.testing --backend cuda,triton --device cuda --level $(LEVEL) --jobs $(JOBS) \
 		--seconds $(SECONDS_A_BACKEND) --output $(RESULTS)/$(GPU)/conformance.json
 
-GPU_PRESETS ?= v1v2 memory decode features grid
+GPU_PRESETS ?= v1v2 memory fp8 decode features grid
 # What goes to every preset: `--limit 300` begins no case after so many seconds, `--resume` measures what a stopped run left.
 GPU_OPTIONS ?=
 

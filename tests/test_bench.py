@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import pathlib
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import attnhub
 from attnhub import cli
 from attnhub.bench import ceilings, measure, onnx_node, pages, parts, peers, precompile, processor, results, targets, workers
 from attnhub.bench.cases import PRESETS, Case
@@ -205,6 +207,23 @@ def test_pages_hold_the_same_keys() -> None:
     assert table is not None and sorted(table.flatten().tolist()) == list(range(12)) != table.flatten().tolist()
 
 
+def test_fp8_holds_the_same_values() -> None:
+    case = Case(40, batch=2, heads=4, kv_heads=2, head_dim=16, dtype="bfloat16", causal=True, fp8=True)
+    tensors = peers.inputs(case, CPU)
+    for x in tensors:
+        small, factor = parts.quantised(x, 2)
+        assert small.dtype == torch.float8_e4m3fn and factor.shape == (2, 2) and torch.equal(parts.dequantised(small, factor, x.dtype), x)
+    everybody = peers.assemble(case, tensors, ("sdpa",), ("reference",))
+    rows = {row["peer"]: row for row in measure.run_case(case, tensors, everybody, measure.Settings(1, 1e-4))}
+    assert list(rows) == ["F.sdpa", "attnhub reference", "attnhub reference bfloat16"]
+    if "q_descale" in inspect.signature(attnhub.attention).parameters:
+        assert all(row["max_error"] < 0.02 for row in rows.values())
+    else:
+        assert "descale" in rows["attnhub reference"]["skipped"] and rows["attnhub reference bfloat16"]["max_error"] < 0.02
+    with pytest.raises(ValueError, match="fp8 is timed"):
+        dataclasses.replace(case, mode="backward")
+
+
 def test_a_graph_needs_a_gpu() -> None:
     case = Case(16, graph=True)
     (row,) = measure.run_case(case, peers.inputs(case, CPU), [peers.Peer("x", lambda q, k, v: q)], measure.Settings(1, 1e-4))
@@ -290,6 +309,8 @@ def test_a_compiling_process_runs_its_peers() -> None:
 def test_results_are_kept_case_by_case(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "x.json"
     command = ["bench", "cpu", "--preset", "quick", "--peers", "sdpa", "--backends", "sdpa", "--rounds", "1", "--seconds", "0.0001", "--output", str(file)]
+    assert cli.main(["bench", "gpu", "--preset", "decode", "--only", "page 16 graph", "--list", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["cases"]) == 6
     fp32 = [*command, "--only", "forward fp32", "--only", "backward"]
     assert cli.main([*fp32, "--list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)

@@ -58,6 +58,7 @@ def test_every_backend_loads_and_native_libraries_are_there() -> None:
 
 def test_files_that_are_not_python_are_there() -> None:
     assert skeleton("mine")["pyproject.toml"]
+    assert importlib.resources.files("attnhub.backends.triton").joinpath("tune.json").is_file()
     kernels = importlib.resources.files("attnhub.backends.cuda") / "kernels"
     assert any(p.name.endswith((".cu", ".cuh")) for p in kernels.iterdir())
 

@@ -47,6 +47,8 @@ class Case:
     bias: bool = False
     #: attnhub reads K and V from pages of so many tokens in random order; who has no pages reads them contiguous.
     page_size: int = 0
+    #: attnhub reads q, k and v in float8_e4m3fn with a factor for each sequence and K/V head; the same values lie in dtype for the others.
+    fp8: bool = False
     #: Timed by replaying a CUDA graph of several calls, so that the host's part is left out.
     graph: bool = False
 
@@ -60,6 +62,8 @@ class Case:
             raise ValueError(f"{self}: a window, documents, a prefix and block-sparsity are timed with Sq == Sk")
         if self.documents and self.batch != 1:
             raise ValueError(f"{self}: packed documents are one batch of tokens; batch={self.batch} must be 1")
+        if self.fp8 and (self.mode != "forward" or self.page_size):
+            raise ValueError(f"{self}: fp8 is timed in forward passes without pages")
         if self.page_size and (self.seqlen_q != 1 or self.seqlen_k % self.page_size):
             raise ValueError(f"{self}: pages are timed in decode steps, with a whole number of them")
 
@@ -77,7 +81,7 @@ class Case:
         lengths = f"{self.seqlen_q}" if self.seqlen_q == self.seqlen_k else f"{self.seqlen_q}:{self.seqlen_k}"
         heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         words = [self.mode, _SHORT[self.dtype], f"B{self.batch}", f"H{heads}", f"S{lengths}", f"D{self.head_dim}", "causal" if self.causal else "full"]
-        words += [*self.features(), *([f"page {self.page_size}"] if self.page_size else []), *(["graph"] if self.graph else [])]
+        words += [*self.features(), *([f"page {self.page_size}"] if self.page_size else []), *(["fp8"] if self.fp8 else []), *(["graph"] if self.graph else [])]
         return " ".join(words)
 
     def flops(self) -> int:
@@ -123,7 +127,7 @@ class Case:
 
 #: Fields that are parts of a mask or of the scores.
 _FEATURES = ("window", "softcap", "alibi", "documents", "prefix", "density", "sinks", "bias")
-_OPTIONAL = (*_FEATURES, "page_size", "graph")
+_OPTIONAL = (*_FEATURES, "page_size", "fp8", "graph")
 
 
 @dataclass(frozen=True)
@@ -253,6 +257,12 @@ def _features(device: str) -> list[Case]:
     return cases
 
 
+def _fp8(device: str) -> list[Case]:
+    """A part of the grid's forward passes."""
+    lengths = (1024, 4096, 16384) if device != "cpu" else (512,)
+    return [dataclasses.replace(c, fp8=True) for c in _grid(device) if c.mode == "forward" and c.seqlen_q in lengths]
+
+
 def _memory(device: str) -> list[Case]:
     """One batch over lengths, forward and both passes: what is compared is the peak of memory."""
     lengths = [2**n for n in range(9, 17 if device != "cpu" else 12)]
@@ -289,6 +299,10 @@ PRESETS = {
     "decode": Preset(
         "one query token, grouped heads, long K/V, contiguous and paged", _decode,
         gpu_peers=("sdpa", "flash", "cudnn", "flex"), gpu_backends=_GPU_BACKENDS, turns=(5, 0.03),
+    ),
+    "fp8": Preset(
+        "forward in float8_e4m3fn beside the same values in two bytes", _fp8, peers=("sdpa",), gpu_peers=("sdpa", "flash", "cudnn", "flex"),
+        gpu_backends=("triton",), turns=(5, 0.04),
     ),
     "memory": Preset(
         "peak of memory of one call over lengths, beside naive maths", _memory, gpu_peers=("naive", "sdpa"), gpu_backends=("triton",),

@@ -76,6 +76,19 @@ def slice_of(case: Case, q: Tensor, k: Tensor, v: Tensor, found: Parts, whole: b
     return Call(q, k, v, mask, case.head_dim**-0.5, case.softcap, sinks, varlen=found.varlen, need_lse=True)
 
 
+def quantised(x: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """x [B, H, S, D] in float8_e4m3fn and its factors [B, kv_heads]: powers of two, so that values once quantised come back as they were."""
+    grouped = x.view(x.shape[0], kv_heads, -1).float()
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    factor = torch.exp2(torch.ceil(torch.log2(grouped.abs().amax(-1) / largest)))
+    return (grouped / factor[:, :, None]).to(torch.float8_e4m3fn).view(x.shape), factor
+
+
+def dequantised(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `quantised` stands for."""
+    return (x.float().view(x.shape[0], factor.shape[1], -1) * factor[:, :, None]).view(x.shape).to(dtype)
+
+
 def paged(k: Tensor, v: Tensor, page_size: int) -> KVCache:
     """A copy of k and v [B, Hk, S, D] in pages of random order, all of S in use."""
     batch, heads, length, _ = k.shape

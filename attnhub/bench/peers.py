@@ -15,7 +15,7 @@ from torch import Tensor
 import attnhub
 from attnhub.bench import processor
 from attnhub.bench.cases import ITEM, Case
-from attnhub.bench.parts import paged, parts, torch_dtype
+from attnhub.bench.parts import dequantised, paged, parts, quantised, torch_dtype
 from attnhub.decision import Decision
 from attnhub.reasons import Rejected
 from attnhub.registry import registry
@@ -63,13 +63,15 @@ def inputs(case: Case, device: torch.device) -> Inputs:
     dtype = getattr(torch, case.dtype)
     shapes = ((case.heads, case.seqlen_q), (case.kv_heads, case.seqlen_k), (case.kv_heads, case.seqlen_k))
     q, k, v = (torch.randn(case.batch, h, s, case.head_dim, generator=generator, device=device).to(dtype) for h, s in shapes)
+    if case.fp8:
+        q, k, v = (dequantised(*quantised(t, case.kv_heads), dtype) for t in (q, k, v))
     return q, k, v
 
 
 def assemble(case: Case, tensors: Inputs, peers: tuple[str, ...], backends: Optional[tuple[str, ...]]) -> list[Union[Peer, Absent]]:
     """Everybody for a case. backends: names of attnhub backends; None is every one that accepts the case, by name or not.
 
-    Who reads pages is timed on the same K and V without pages, too.
+    Who reads pages is timed on the same K and V without pages, too, and who reads fp8 on the same values in the case's dtype.
     """
     if case.page_size:
         # The others read no pages and are in the case without them; one stands for them, since only times of one run compare.
@@ -79,10 +81,10 @@ def assemble(case: Case, tensors: Inputs, peers: tuple[str, ...], backends: Opti
         found.append(_backend("", case, tensors))
     for name in registry.names() if backends is None else (b for b in backends if b != "auto"):
         found.append(_backend(name, case, tensors))
-    if case.page_size:
-        timed = [peer.name.removeprefix("attnhub ") for peer in found if isinstance(peer, Peer) and peer.name.startswith("attnhub ")]
-        plain = dataclasses.replace(case, page_size=0)
-        found.extend(_backend(name, plain, tensors, f"attnhub {name}{CONTIGUOUS}") for name in timed)
+    if case.page_size or case.fp8:
+        timed = [peer.name.removeprefix("attnhub ") for peer in found if peer.name.startswith("attnhub ") and (case.fp8 or isinstance(peer, Peer))]
+        plain, suffix = dataclasses.replace(case, page_size=0, fp8=False), CONTIGUOUS if case.page_size else f" {case.dtype}"
+        found.extend(_backend(name, plain, tensors, f"attnhub {name}{suffix}") for name in timed)
     return found
 
 
@@ -244,6 +246,14 @@ def _ours(case: Case, tensors: Inputs, backend: Optional[str]) -> tuple[Attend, 
             return cast(Tensor, attnhub.attention(q, mask=mask, kv_cache=cache, **settings))
 
         return step, lambda q, k, v: attnhub.explain(q, mask=mask, kv_cache=cache, **settings)
+    if case.fp8:
+        pairs = [quantised(t, case.kv_heads) for t in tensors]
+        settings.update({f"{name}_descale": factor for name, (_, factor) in zip("qkv", pairs)})
+        q8, k8, v8 = (small for small, _ in pairs)
+        return (
+            lambda q, k, v: cast(Tensor, attnhub.attention(q8, k8, v8, mask, **settings)),
+            lambda q, k, v: attnhub.explain(q8, k8, v8, mask, **settings),
+        )
     if found.varlen is not None:
 
         def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

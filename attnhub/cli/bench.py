@@ -93,6 +93,9 @@ def _device(args: argparse.Namespace) -> Any:
     import torch
 
     wanted = args.device or {"cpu": "cpu", "gpu": "cuda"}.get(args.suite) or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.list and wanted == "cuda":
+        # The cases of a GPU can be read anywhere.
+        return torch.device("cuda", 0)
     if wanted.split(":")[0] == "cuda" and not torch.cuda.is_available():
         raise CommandError("torch finds no CUDA device here; `attnhub bench cpu` needs none")
     return torch.device("cuda", torch.cuda.current_device()) if wanted == "cuda" else torch.device(wanted)
