@@ -60,7 +60,7 @@ def attention(
     Raises ValueError or TypeError for arguments that do not fit, `attnhub.NoBackendError` if no admitted backend can serve
     the call, with every reason.
     """
-    plain = varlen is None and kv_cache is None and sinks is None and not dropout_p and layout == "bhsd" and (mask is None or (type(mask) is Mask and mask.structural))
+    plain = varlen is None and kv_cache is None and sinks is None and not dropout_p and layout == "bhsd" and (mask is None or _is_usual_mask(mask))
     if plain and not torch.compiler.is_compiling() and _no_modes() and _is_usual_tensor(q) and _is_usual_tensor(k) and _is_usual_tensor(v):
         return _repeated(q, k, v, FULL if mask is None else mask, softmax_scale, softcap, return_lse, backend or "")  # type: ignore[arg-type]
     call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout)
@@ -167,12 +167,13 @@ _SEEN_LIMIT = 1024
 def _repeated(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, softmax_scale: Optional[float], softcap: float, return_lse: bool, backend: str
 ) -> Union[Tensor, tuple[Tensor, Tensor]]:
-    """An eager call of plain tensors without data in its mask: the shortest way to the plan, since host time counts here."""
+    """An eager call of plain tensors alone: the shortest way to the plan, since host time counts here."""
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     strides = None if q.is_contiguous() and k.is_contiguous() and v.is_contiguous() else (q.stride(), k.stride(), v.stride())
     devices = None if q.is_cpu and k.is_cpu and v.is_cpu else (q.device, k.device, v.device)
     key = (
-        q.shape, k.shape, v.shape, strides, devices, (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, q.dtype, k.dtype, v.dtype, None if mask is FULL else mask.features(),
+        q.shape, k.shape, v.shape, strides, devices, (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, q.dtype, k.dtype, v.dtype,
+        None if mask is FULL else mask.structure if mask.structural else (mask.structure, *[(t.shape, t.dtype, t.device) for t in mask.held]),
         softmax_scale, softcap, return_lse, grad, backend, runtime._context.get(), config.snapshot(), registry.generation,
         torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
@@ -185,19 +186,26 @@ def _repeated(
                 _seen.clear()
             bits = runtime._LSE_GRAD if grad and return_lse else 0
             call.need_lse = return_lse
-            _seen[key] = runtime.prepared(call, backend, grad, bits), call.softmax_scale
+            chosen = runtime.prepared(call, backend, grad, bits)
+            call.need_lse = return_lse or grad
+            repeatable = mask.structural and not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
+            _seen[key] = chosen, call.softmax_scale, chosen.plan.repeat(call) if repeatable else None
         return (out, lse) if lse is not None else out
-    chosen, scale = seen
+    chosen, scale, repeat = seen
     runtime._served.chosen = chosen
+    if repeat is not None and not grad:
+        again = repeat(q, k, v)
+        if again is not None:
+            return again if return_lse else again[0]  # type: ignore[return-value]
     call = Call(q, k, v, mask, scale, softcap, need_lse=return_lse)
     try:
         if grad and (return_lse or not chosen.differentiable):
             call.need_lse = True
-            result: Union[Tensor, tuple[Tensor, Tensor]] = ops.EagerAttention.apply(q, k, v, None, None, call, chosen, return_lse)
+            result: Union[Tensor, tuple[Tensor, Tensor]] = ops.EagerAttention.apply(q, k, v, mask.bias, None, call, chosen, return_lse, repeat)
             return result
         out, lse = chosen.forward(call)
     except PrepareError as error:
-        # The sizes of a window, say, are not in the key, and another kernel had to be compiled for them.
+        # Strides of a mask, say, are not in the key, and another kernel had to be compiled for them.
         runtime.launch_failed(chosen, error)
         call.need_lse = return_lse
         out, lse = _run(call, backend, return_lse)
@@ -206,6 +214,13 @@ def _repeated(
 
 def _is_usual_tensor(t: Any) -> bool:
     return type(t) in _PLAIN and (t.is_cpu or t.is_cuda)
+
+
+def _is_usual_mask(mask: Any) -> bool:
+    """Whether all tensors of a mask are usual ones that need no gradient."""
+    if type(mask) is not Mask:
+        return False
+    return mask.structural or (all(type(t) in _PLAIN for t in mask.held) and (mask.bias is None or not mask.bias.requires_grad))
 
 
 def _no_modes() -> bool:
@@ -238,7 +253,7 @@ def _run_with_grad(call: Call, backend: str, return_lse: bool) -> tuple[Tensor, 
             if chosen.differentiable and not return_lse:
                 return chosen.forward(call)[0], None
             call.need_lse = True
-            result = ops.EagerAttention.apply(call.q, call.k, call.v, call.mask.bias, call.sinks, call, chosen, return_lse)
+            result = ops.EagerAttention.apply(call.q, call.k, call.v, call.mask.bias, call.sinks, call, chosen, return_lse, None)
             return result if return_lse else (result, None)
         except PrepareError as error:
             runtime.launch_failed(chosen, error)

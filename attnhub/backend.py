@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from attnhub.capability import Capability
@@ -83,6 +84,10 @@ class Gradients(NamedTuple):
     sinks: Optional[Tensor] = None
 
 
+#: (q, k, v) -> what `Plan.forward` returns, or None if it has to be asked this time.
+Repeat = Callable[["Tensor", "Tensor", "Tensor"], Optional[tuple["Tensor", Optional["Tensor"]]]]
+
+
 class Plan:
     """A prepared way to serve every call of one problem class. Shape-polymorphic: grids and splits are chosen per call."""
 
@@ -95,6 +100,14 @@ class Plan:
         A row without keys gives out 0 and lse -inf (with a sink: lse = sink). Padding is never read into the result.
         """
         raise NotImplementedError
+
+    def repeat(self, call: Call) -> Optional[Repeat]:
+        """After a forward of a call without tensors but q, k and v: a shorter way to the same for other q, k and v, or None.
+
+        It is taken where they agree in shapes, strides, dtypes and device with the call's, all addresses are multiples of 16, and all
+        else is as it was.
+        """
+        return None
 
     def backward(self, call: Call, grad_out: Tensor, grad_lse: Optional[Tensor], out: Tensor, lse: Tensor, needs: Needs) -> Gradients:
         """Gradients from any backend's (out, lse). ``grad_out`` may have any strides; ``grad_lse`` may be None."""

@@ -101,9 +101,23 @@ class Mask:
     @property
     def structural(self) -> bool:
         """Whether the mask holds no tensor."""
-        found: bool | None = self.__dict__.get("_structural")
+        return not self.held
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """All tensors that the mask holds."""
+        found: tuple[Tensor, ...] | None = self.__dict__.get("_held")
         if found is None:
-            found = self.__dict__["_structural"] = next(self.tensors(), None) is None
+            found = self.__dict__["_held"] = tuple(self.tensors())
+        return found
+
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        """All that the mask is but its tensors: the numbers, and which tensors there are."""
+        found: tuple[Any, ...] | None = self.__dict__.get("_structure")
+        if found is None:
+            names = tuple(name for name in _TENSOR_FIELDS if getattr(self, name) is not None)
+            found = self.__dict__["_structure"] = (self.causal, self.align, self.window, self.chunk, self.block_size, names)
         return found
 
     def features(self) -> frozenset[Feature]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attnhub import config, device
-from attnhub.backend import Call, Gradients, Needs, Plan, PrepareError
+from attnhub.backend import Call, Gradients, Needs, Plan, PrepareError, Repeat
 from attnhub.decision import Decision, NoBackendError, Policy
 from attnhub.mask import FULL
 from attnhub.problem import Feature, Problem, seqlen_class, size_bucket
@@ -84,8 +84,8 @@ def policy(backend: str = "") -> Policy:
     return Policy(("auto",), "default", disabled)
 
 
-#: Calls by exact metadata, with their plan and scale; see `attnhub.api._repeated`.
-seen: dict[tuple[Any, ...], tuple[Prepared, float]] = {}
+#: Calls by exact metadata, with their plan, its shorter way (`Plan.repeat`) and scale; see `attnhub.api._repeated`.
+seen: dict[tuple[Any, ...], tuple[Prepared, float, Optional[Repeat]]] = {}
 
 
 class Prepared:
@@ -141,7 +141,13 @@ _served = _Served()
 
 def last_decision() -> Optional[Decision]:
     """The decision behind the last attention call that ran in this thread, or None. Calls of zero size decide nothing."""
-    return None if _served.chosen is None else _served.chosen.decision
+    chosen = _served.chosen
+    return None if chosen is None else _with_plan(chosen.decision, chosen.plan)
+
+
+def _with_plan(decision: Decision, plan: Plan) -> Decision:
+    """The decision with its plan as that is now: a plan may know more after its first call."""
+    return dataclasses.replace(decision, plan={"backend": decision.chosen, **plan.describe()})
 
 
 def _facts(call: Call, need_backward: bool, grads: int) -> tuple[int, int, int, int, int]:
@@ -224,9 +230,11 @@ def _problem(call: Call, facts: tuple[int, int, int, int, int], align: int) -> P
 
 
 def explain(call: Call, backend: str, need_backward: bool, grads: int) -> Decision:
-    """The decision for a call, without running or preparing it."""
+    """The decision for a call, without running or preparing it; with its plan if the call's class has been prepared before."""
     problem = _problem(call, _facts(call, need_backward, grads), alignment(call.q, call.k, call.v))
-    return decide(problem, policy(backend))
+    decision = decide(problem, policy(backend))
+    plan = None if decision.chosen is None else _plans.get((decision.chosen, registry.generation, problem))
+    return decision if plan is None else _with_plan(decision, plan)
 
 
 def decide(problem: Problem, chosen_by: Policy) -> Decision:
@@ -250,7 +258,7 @@ def prepare(problem: Problem, chosen_by: Policy) -> Prepared:
                 why = f"{name} could not prepare ({error.reason.code.value}), {decision.chosen} is next"
                 _say_once(name, decision.chosen, error)
             continue
-        return Prepared(dataclasses.replace(decision, why=why, plan={"backend": name, **plan.describe()}), plan)
+        return Prepared(_with_plan(dataclasses.replace(decision, why=why), plan), plan)
     raise NoBackendError(dataclasses.replace(decision, why=why))
 
 

@@ -1,4 +1,8 @@
-"""From a call to kernel launches: arguments, tiles, grids, and smaller tiles where the first choice does not fit."""
+"""From a call to kernel launches: arguments, tiles, grids, and smaller tiles where the first choice does not fit.
+
+A call is worked out once and recorded; calls that differ from it only in where their tensors lie replay the recording. So whatever a
+launch depends on must be in `_key`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -14,15 +18,16 @@ from triton.compiler import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from attnhub import config
-from attnhub.backend import Call, Gradients, Needs, Plan, PrepareError
+from attnhub.backend import Call, Gradients, Needs, Plan, PrepareError, Repeat
 from attnhub.backends.triton import table
 from attnhub.backends.triton import tiles as tiling
 from attnhub.backends.triton.kernels.backward import delta_kernel, grad_kv_kernel, grad_q_kernel
 from attnhub.backends.triton.kernels.combine import combine_kernel
 from attnhub.backends.triton.kernels.forward import forward_kernel
-from attnhub.backends.triton.launch import launch
+from attnhub.backends.triton.launch import Recorder, Recording, hooked
 from attnhub.backends.triton.tiles import Tiles
 from attnhub.layouts import empty_out
+from attnhub.mask import FULL
 from attnhub.problem import Problem
 from attnhub.reasons import Code, Reason
 
@@ -30,10 +35,23 @@ from attnhub.reasons import Code, Reason
 _PACKED_SEQLEN_Q = 16
 _COMBINE_ROWS = 4
 _DELTA_ROWS = 16
+#: Query rows (tokens, or tokens times the heads of a group) up to which keys are divided among programs.
+_DECODE_ROWS = 64
+#: Recordings that a plan keeps.
+_MOST_RECORDINGS = 512
 _LARGEST = 2**30
 _Arguments = dict[str, Any]
 #: For kernels that work row by row: only the warps and stages count.
 _ROW_TILES = Tiles(0, 0, 4, 3)
+_HERE = contextlib.nullcontext()
+
+
+class Variant(NamedTuple):
+    """A kernel that can play a part: its role in `tiles`, whether it serves the arguments, and how it is launched with some tiles."""
+
+    role: str
+    serves: Callable[[_Arguments], bool]
+    launch: Callable[[Recorder, _Arguments, Tiles], None]
 
 
 class TritonPlan(Plan):
@@ -48,88 +66,125 @@ class TritonPlan(Plan):
             limit = tiling.shared_memory(problem.device.vendor, problem.device.arch)
             self._tiles = {role: tiling.choices(role, problem.head_dim, problem.v_head_dim, item, limit) for role in tiling.ROLES}
             self._tiles = table.preferred(self._tiles, problem, item)
+        #: `_key` of a call -> how to repeat it.
+        self._recordings: dict[tuple[Any, ...], Recording] = {}
+        #: Role -> seconds that its first launch took, and whether Triton had the kernel on disk.
+        self._compiled: dict[str, tuple[float, Optional[bool]]] = {}
 
     def describe(self) -> dict[str, Any]:
-        return {"kernel": "triton", **{role: vars(choices[0]) for role, choices in self._tiles.items() if choices}}
+        described: dict[str, Any] = {"kernel": "triton"}
+        for role, choices in self._tiles.items():
+            if choices:
+                seconds, from_disk = self._compiled.get(role, (None, None))
+                described[role] = {**vars(choices[0]), "compile_seconds": seconds, "from_disk_cache": from_disk}
+        return described
 
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
-        q = call.q
-        with _on_device(q):
-            out = empty_out(q, call.v.shape[-1])
-            lse = q.new_empty(q.shape[:3], dtype=torch.float32) if call.need_lse else None
-            arguments = _arguments(call, self._interpreted)
-            del arguments["negated"]
-            group = arguments["GROUP"]
-            pack = group > 1 and arguments["max_q"] <= _PACKED_SEQLEN_Q
-            rows = arguments["max_q"] * (group if pack else 1)
-            role = "decode" if rows <= 64 else "forward"
-            self._try(role, lambda tiles: self._forward(call, arguments, tiles, pack, rows, out, lse))
-        return out, lse
+        if call.softmax_scale < 0:
+            call = _negated(call)
+        inputs = _inputs(call)
+        key, addresses = _key(call, inputs)
+        with _on_device(call.q):
+            buffers = self._replay(key, call.q, addresses) or self._forward(key, call, inputs)
+        return buffers["out"], buffers.get("lse")
 
-    def _forward(self, call: Call, arguments: _Arguments, tiles: Tiles, pack: bool, rows: int, out: Tensor, lse: Optional[Tensor]) -> None:
-        block_m = tiles.block_m
-        if rows <= 64 and not self._interpreted:
-            block_m = max(block_m, tiling.padded(rows))
-        heads = arguments["Q_HEADS"] // (arguments["GROUP"] if pack else 1)
-        programs = _cdiv(rows, block_m) * heads * (arguments["sequences"] + (arguments["cu_q"] is not None))
-        splits = 1
-        if rows <= 64:
-            splits = tiling.split_count(programs, _cdiv(arguments["max_k"], tiles.block_n), _processors(call.q.device, self._interpreted))
-        target, target_lse = out, lse
-        if splits > 1:
-            target = out.new_empty((splits, *out.shape), dtype=torch.float32)
-            target_lse = out.new_empty((splits, *out.shape[:3]), dtype=torch.float32)
-        block_table = call.block_table
-        launch(
-            forward_kernel, programs * splits, tiles,
-            **arguments,
-            out=target, lse=target_lse, sinks=call.sinks, **_strides("out", target[0] if splits > 1 else target),
-            block_table=block_table, table_stride=0 if block_table is None else block_table.stride(0),
-            splits=splits, PAGE_SIZE=0 if block_table is None else call.k.shape[2], PACK=pack, SPLIT=splits > 1,
-            BLOCK_M=block_m, BLOCK_N=tiles.block_n,
-        )  # fmt: skip
-        if splits > 1:
-            count = math.prod(out.shape[:3])
-            launch(
-                combine_kernel, _cdiv(count, _COMBINE_ROWS), _ROW_TILES,
-                partial_out=target, partial_lse=target_lse, out=out, lse=lse, sinks=call.sinks, **_strides("out", out),
-                rows=count, splits=splits, tokens_q=arguments["tokens_q"],
-                Q_HEADS=arguments["Q_HEADS"], V_HEAD_DIM=arguments["V_HEAD_DIM"], BLOCK_DV=arguments["BLOCK_DV"], BLOCK_R=_COMBINE_ROWS,
-            )  # fmt: skip
+    def repeat(self, call: Call) -> Optional[Repeat]:
+        recording = self._recordings.get(_key(call, _inputs(call))[0])
+        # Whether fp32 products may use tf32 can change between calls.
+        if recording is None or call.softmax_scale < 0 or call.q.dtype == torch.float32:
+            return None
+
+        def again(q: Tensor, k: Tensor, v: Tensor) -> Optional[tuple[Tensor, Optional[Tensor]]]:
+            if hooked():
+                return None
+            with _on_device(q):
+                buffers = recording.replay(q, [q.data_ptr(), k.data_ptr(), v.data_ptr()])
+            return buffers["out"], buffers.get("lse")
+
+        return again
 
     def backward(self, call: Call, grad_out: Tensor, grad_lse: Optional[Tensor], out: Tensor, lse: Tensor, needs: Needs) -> Gradients:
-        q, k, v = call.q, call.k, call.v
-        with _on_device(q):
-            grad_out, out, lse = _last_dense(grad_out), _last_dense(out), lse.contiguous()
-            if grad_lse is not None:
-                grad_lse = grad_lse.to(torch.float32).contiguous()
-            arguments = _arguments(call, self._interpreted)
-            negated = arguments.pop("negated")
-            delta = torch.empty_like(lse)
-            count = lse.numel()
-            launch(
-                delta_kernel, _cdiv(count, _DELTA_ROWS), _ROW_TILES,
-                out=out, grad_out=grad_out, grad_lse=grad_lse, delta=delta, **_strides("out", out), **_strides("grad", grad_out),
-                rows=count, tokens_q=arguments["tokens_q"],
-                Q_HEADS=arguments["Q_HEADS"], V_HEAD_DIM=arguments["V_HEAD_DIM"], BLOCK_DV=arguments["BLOCK_DV"], BLOCK_R=_DELTA_ROWS,
-            )  # fmt: skip
-            arguments.update(grad_out=grad_out, lse=lse, delta=delta, softmax_scale=abs(float(call.softmax_scale)), **_strides("grad_out", grad_out))
-            grad_q = grad_k = grad_v = grad_sinks = None
-            if needs.k or needs.v:
-                grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
-                outputs = {"grad_k": grad_k, "grad_v": grad_v, **_strides("grad_k", grad_k), **_strides("grad_v", grad_v)}
-                self._try("grad_kv", functools.partial(_grad_kv, {**arguments, **outputs}))
-            if needs.q:
-                grad_q = torch.empty_like(q)
-                outputs = {"grad_q": grad_q, **_strides("grad_q", grad_q)}
-                self._try("grad_q", functools.partial(_grad_q, {**arguments, **outputs}))
-                if negated:
-                    grad_q.neg_()
+        scale = call.softmax_scale
+        if scale < 0:
+            call = _negated(call)
+        inputs = _inputs(call)
+        lse = inputs["lse"] = lse.contiguous()
+        inputs["out"], inputs["grad_out"] = _last_dense(out), _last_dense(grad_out)
+        if grad_lse is not None:
+            inputs["grad_lse"] = grad_lse.to(torch.float32).contiguous()
+        key, addresses = _key(call, inputs)
+        key = (needs, *key)
+        with _on_device(call.q):
+            buffers = self._replay(key, call.q, addresses) or self._backward(key, call, inputs, needs)
+            grad_sinks = None
             if needs.sinks and call.sinks is not None:
                 # The sink is a key with value 0: dS = P * (0 - delta). Tokens outside of all sequences have lse -inf.
                 share = torch.exp(call.sinks[None, :, None] - lse)
-                grad_sinks = -torch.where(lse == -math.inf, 0.0, share * delta).sum((0, 2)).to(call.sinks.dtype)
-        return Gradients(grad_q, grad_k if needs.k else None, grad_v if needs.v else None, None, grad_sinks)
+                grad_sinks = -torch.where(lse == -math.inf, 0.0, share * buffers["delta"]).sum((0, 2)).to(call.sinks.dtype)
+            if scale < 0 and needs.q:
+                buffers["grad_q"].neg_()
+        get = buffers.get
+        return Gradients(get("grad_q"), get("grad_k") if needs.k else None, get("grad_v") if needs.v else None, None, grad_sinks)
+
+    def _replay(self, key: tuple[Any, ...], q: Tensor, addresses: list[int]) -> Optional[dict[str, Tensor]]:
+        recording = self._recordings.get(key)
+        return None if recording is None or hooked() else recording.replay(q, addresses)
+
+    def _forward(self, key: tuple[Any, ...], call: Call, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        recorder = Recorder(inputs)
+        out = recorder.buffer("out", empty_out(call.q, call.v.shape[3]))
+        lse = recorder.buffer("lse", call.q.new_empty(call.q.shape[:3], dtype=torch.float32)) if call.need_lse else None
+        arguments = _arguments(call, self._interpreted)
+        group, max_q, table = arguments["GROUP"], arguments["max_q"], call.block_table
+        pack = group > 1 and max_q <= _PACKED_SEQLEN_Q
+        arguments.update(
+            out=out, lse=lse, **_strides("out", out), PACK=pack, table_stride=0 if table is None else table.stride(0),
+            PAGE_SIZE=0 if table is None else call.k.shape[2], **dict.fromkeys(("sinks", "block_table")),
+        )  # fmt: skip
+        arguments.update(recorder.inputs)
+        self._run(_DECODE if max_q * (group if pack else 1) <= _DECODE_ROWS else _FORWARD, recorder, arguments)
+        self._record(key, recorder)
+        return recorder.buffers
+
+    def _backward(self, key: tuple[Any, ...], call: Call, inputs: dict[str, Tensor], needs: Needs) -> dict[str, Tensor]:
+        recorder = Recorder(inputs)
+        grad_out, out, lse = (inputs[name] for name in ("grad_out", "out", "lse"))
+        arguments = _arguments(call, self._interpreted)
+        delta = recorder.buffer("delta", torch.empty_like(lse))
+        arguments.update(
+            delta=delta, grad_lse=None, softmax_scale=float(call.softmax_scale), rows=lse.numel(),
+            **_strides("grad_out", grad_out), **_strides("out", out),
+        )  # fmt: skip
+        arguments.update(recorder.inputs)
+        recorder.launch(delta_kernel, _cdiv(lse.numel(), _DELTA_ROWS), _ROW_TILES, **arguments, **_strides("grad", grad_out), BLOCK_R=_DELTA_ROWS)
+        for name, x, needed in (("grad_k", call.k, needs.k or needs.v), ("grad_v", call.v, needs.k or needs.v), ("grad_q", call.q, needs.q)):
+            if needed:
+                grad = arguments[name] = recorder.buffer(name, torch.empty_like(x))
+                arguments.update(_strides(name, grad))
+        if needs.k or needs.v:
+            self._run(_GRAD_KV, recorder, arguments)
+        if needs.q:
+            self._run(_GRAD_Q, recorder, arguments)
+        self._record(key, recorder)
+        return recorder.buffers
+
+    def _run(self, variants: tuple[Variant, ...], recorder: Recorder, arguments: _Arguments) -> None:
+        """Launch the first variant that serves the arguments; the next one if it cannot be compiled or does not fit; the last serves everything."""
+        able = [v for v in variants[:-1] if self._tiles.get(v.role) and v.serves(arguments)]
+        before = len(recorder.launched)
+        for variant in (*able, variants[-1]):
+            try:
+                self._try(variant.role, functools.partial(variant.launch, recorder, arguments))
+            except PrepareError as error:
+                if variant is variants[-1] or error.reason.code not in (Code.OUT_OF_RESOURCES, Code.COMPILE_FAILED):
+                    raise
+                self._tiles[variant.role] = []
+                continue
+            if variant.role not in self._compiled and recorder.launched[before:]:
+                launched = recorder.launched[before:]
+                found = [x.from_disk for x in launched if x.from_disk is not None]
+                self._compiled[variant.role] = sum(x.seconds for x in launched), all(found) if found else None
+            return
 
     def _try(self, role: str, launch: Callable[[Tiles], None]) -> None:
         """Launch with the role's tiles. Triton compiles, and finds out what does not fit, before anything runs."""
@@ -148,28 +203,130 @@ class TritonPlan(Plan):
                 raise PrepareError(Reason(Code.COMPILE_FAILED, f"{role} kernel: {error}")) from error
         raise PrepareError(Reason(Code.OUT_OF_RESOURCES, f"{role} kernel: even the smallest tiles pass this device's shared memory"))
 
+    def _record(self, key: tuple[Any, ...], recorder: Recorder) -> None:
+        recording = recorder.recording()
+        if recording is None:
+            return
+        if len(self._recordings) >= _MOST_RECORDINGS:
+            # Lengths that grew past: they may come again, in the next sequence.
+            self._recordings.clear()
+        self._recordings[key] = recording
 
-def _grad_kv(arguments: _Arguments, tiles: Tiles) -> None:
-    sequences = arguments["sequences"] + (arguments["cu_q"] is not None)
-    programs = _cdiv(arguments["max_k"], tiles.block_n) * (arguments["Q_HEADS"] // arguments["GROUP"]) * sequences
-    launch(grad_kv_kernel, programs, tiles, **arguments, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n)
+
+def _everything(arguments: _Arguments) -> bool:
+    return True
 
 
-def _grad_q(arguments: _Arguments, tiles: Tiles) -> None:
-    sequences = arguments["sequences"] + (arguments["cu_q"] is not None)
-    programs = _cdiv(arguments["max_q"], tiles.block_m) * arguments["Q_HEADS"] * sequences
-    launch(grad_q_kernel, programs, tiles, **arguments, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n)
+def _forward(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
+    """`forward_kernel`; few query rows are divided among programs by keys, and combined."""
+    group = arguments["GROUP"] if arguments["PACK"] else 1
+    rows = arguments["max_q"] * group
+    interpreted = config.triton_interpret()
+    block_m = tiles.block_m
+    if rows <= _DECODE_ROWS and not interpreted:
+        block_m = max(block_m, tiling.padded(rows))
+    programs = _cdiv(rows, block_m) * (arguments["Q_HEADS"] // group) * _sequences(arguments)
+    splits = 1
+    if rows <= _DECODE_ROWS:
+        splits = tiling.split_count(programs, _cdiv(arguments["max_k"], tiles.block_n), _processors(arguments["q"].device, interpreted))
+    blocks = {"splits": splits, "SPLIT": splits > 1, "BLOCK_M": block_m, "BLOCK_N": tiles.block_n}
+    if splits == 1:
+        recorder.launch(forward_kernel, programs, tiles, **arguments, **blocks)
+        return
+    out = arguments["out"]
+    partial_out = recorder.buffer("partial_out", out.new_empty((splits, *out.shape), dtype=torch.float32))
+    partial_lse = recorder.buffer("partial_lse", out.new_empty((splits, *out.shape[:3]), dtype=torch.float32))
+    partial = {"out": partial_out, "lse": partial_lse, **_strides("out", partial_out[0])}
+    recorder.launch(forward_kernel, programs * splits, tiles, **{**arguments, **partial}, **blocks)
+    rows = math.prod(out.shape[:3])
+    recorder.launch(
+        combine_kernel, _cdiv(rows, _COMBINE_ROWS), _ROW_TILES,
+        **arguments, partial_out=partial_out, partial_lse=partial_lse, rows=rows, splits=splits, BLOCK_R=_COMBINE_ROWS,
+    )  # fmt: skip
+
+
+def _grad_kv(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
+    programs = _cdiv(arguments["max_k"], tiles.block_n) * (arguments["Q_HEADS"] // arguments["GROUP"]) * _sequences(arguments)
+    recorder.launch(grad_kv_kernel, programs, tiles, **arguments, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n)
+
+
+def _grad_q(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
+    programs = _cdiv(arguments["max_q"], tiles.block_m) * arguments["Q_HEADS"] * _sequences(arguments)
+    recorder.launch(grad_q_kernel, programs, tiles, **arguments, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n)
+
+
+#: In order of preference; the last of each serves everything.
+_FORWARD = (Variant("forward", _everything, _forward),)
+_DECODE = (Variant("decode", _everything, _forward),)
+_GRAD_KV = (Variant("grad_kv", _everything, _grad_kv),)
+_GRAD_Q = (Variant("grad_q", _everything, _grad_q),)
+
+
+def _sequences(arguments: _Arguments) -> int:
+    """Sequences that programs are for. In a packed batch, what lies behind the last one is one more."""
+    return int(arguments["sequences"]) + (arguments["cu_q"] is not None)
+
+
+def _negated(call: Call) -> Call:
+    """The same call with a scale that is positive: the kernels take the largest score before scaling it."""
+    return Call(
+        -call.q, call.k, call.v, call.mask, -call.softmax_scale, call.softcap, call.sinks, call.dropout_p, call.rng, call.varlen, call.block_table,
+        call.need_lse,
+    )  # fmt: skip
+
+
+def _inputs(call: Call) -> dict[str, Tensor]:
+    """The call's tensors as kernels take them, by the names that kernels give them."""
+    inputs = {"q": call.q, "k": call.k, "v": call.v}
+    mask, varlen = call.mask, call.varlen
+    if mask.held:
+        for name in ("seqused_k", "leftpad", "bias", "alibi", *(("prefix",) if mask.causal else ())):
+            x = getattr(mask, name)
+            if x is not None:
+                inputs[name] = x
+        for name in ("segments", *(("blocks",) if mask.causal else ())):
+            ids = getattr(mask, name)
+            if ids is not None:
+                inputs[name + "_q"], inputs[name + "_k"] = ids[0].contiguous(), ids[1].contiguous()
+        if mask.bool_mask is not None:
+            inputs["bool_mask"] = mask.bool_mask.view(torch.uint8)
+        if mask.block_sparse is not None:
+            inputs["block_sparse"] = mask.block_sparse.contiguous().view(torch.uint8)
+    if call.sinks is not None:
+        inputs["sinks"] = call.sinks
+    if call.rng is not None:
+        inputs["rng"] = call.rng
+    if varlen is not None:
+        inputs["cu_q"] = varlen.cu_seqlens_q
+        if call.block_table is None:
+            inputs["cu_k"] = varlen.cu_seqlens_k
+    if call.block_table is not None:
+        inputs["block_table"] = call.block_table
+    return inputs
+
+
+def _key(call: Call, inputs: dict[str, Tensor]) -> tuple[tuple[Any, ...], list[int]]:
+    """(all that the launches of a call depend on, but for the addresses of its tensors; those addresses)."""
+    q, mask, varlen = call.q, call.mask, call.varlen
+    key: list[Any] = [
+        q.get_device(), _precision(q), call.need_lse, call.softmax_scale, call.softcap, call.dropout_p,
+        None if mask is FULL else mask.structure,
+        None if varlen is None else (varlen.max_seqlen_q, varlen.max_seqlen_k),
+    ]  # fmt: skip
+    addresses = []
+    for name, x in inputs.items():
+        address = x.data_ptr()
+        addresses.append(address)
+        # Of a contiguous tensor, the shape says the strides (of dimensions above size 1; others are read nowhere).
+        key += (name, x.dtype, x.shape, x.is_contiguous() or x.stride(), address % 16 == 0)
+    return tuple(key), addresses
 
 
 def _arguments(call: Call, interpreted: bool) -> _Arguments:
-    """What all kernels take: tensors, strides, lengths, the mask in the form that `kernels.mask` reads."""
+    """What all kernels take: tensors, strides, lengths, the mask in the form that `kernels.mask` reads. softmax_scale is not negative."""
     q, k, v, mask, varlen = call.q, call.k, call.v, call.mask, call.varlen
     heads, head_dim = q.shape[1], q.shape[3]
     scale = float(call.softmax_scale)
-    negated = scale < 0
-    if negated:
-        # The kernels take the largest score before scaling it.
-        q, scale = -q, -scale
     if varlen is None:
         sequences, max_q, max_k = q.shape[0], q.shape[2], k.shape[2]
     else:
@@ -191,7 +348,7 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
     strides = {**_strides("q", q), **_strides("k", k), **_strides("v", v)}
     width = tiling.padded(head_dim, v.shape[3])
     return {
-        "negated": negated, "q": q, "k": k, "v": v, **strides,
+        "q": q, "k": k, "v": v, **strides,
         "scale": scale if call.softcap or mask.bias is not None else scale * math.log2(math.e), "softcap": float(call.softcap),
         "cu_q": None if varlen is None else varlen.cu_seqlens_q,
         "cu_k": None if varlen is None or call.block_table is not None else varlen.cu_seqlens_k,
@@ -256,8 +413,8 @@ def _processors(device: torch.device, interpreted: bool) -> int:
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensors' own."""
-    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
+    if x.is_cuda and x.get_device() != torch._C._cuda_getDevice():
         return torch.cuda.device(x.device)
-    if x.device.type == "xpu":
+    if x.is_xpu:
         return torch.xpu.device(x.device)
-    return contextlib.nullcontext()
+    return _HERE

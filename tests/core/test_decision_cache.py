@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
 from typing import Any, Optional
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import attnhub
 from attnhub import Backend, Call, Gradients, KVCache, Needs, Plan, Problem, runtime
+from attnhub.backend import Repeat
 from attnhub.backends.reference import EVERYTHING, FLOATS, ReferencePlan
 from attnhub.capability import Capability, DeviceRange
 from attnhub.registry import registry
@@ -61,6 +63,117 @@ def counting(register: Register) -> Counting:
 
 def _call(sq: int, sk: int, batch: int = 1, dtype: torch.dtype = torch.float32, **kwargs: Any) -> None:
     attnhub.attention(torch.zeros(batch, 4, sq, 8, dtype=dtype), torch.zeros(batch, 2, sk, 8, dtype=dtype), torch.zeros(batch, 2, sk, 8, dtype=dtype), **kwargs)
+
+
+class Shortened(Counting):
+    """Its plans offer a shorter way, which counts the calls that take it and refuses them on demand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short, self.refuses = 0, False
+
+    def prepare(self, problem: Problem) -> Plan:
+        plan, shortened = super().prepare(problem), self
+
+        def repeat(call: Call) -> Repeat:
+            def again(q: Tensor, k: Tensor, v: Tensor) -> Optional[tuple[Tensor, Optional[Tensor]]]:
+                if shortened.refuses:
+                    return None
+                assert [(x.shape, x.stride(), x.dtype) for x in (q, k, v)] == [(x.shape, x.stride(), x.dtype) for x in (call.q, call.k, call.v)]
+                assert all(x.data_ptr() % 16 == 0 for x in (q, k, v))
+                shortened.short += 1
+                same = Call(q, k, v, call.mask, call.softmax_scale, call.softcap, need_lse=call.need_lse)
+                return ReferencePlan().forward(same)
+
+            return again
+
+        plan.repeat = repeat  # type: ignore[method-assign]
+        return plan
+
+
+def _some_calls() -> dict[str, tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]]:
+    """Calls of one class that differ in one thing each."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 12, 8, generator=generator) for heads in (4, 2, 2))
+    off = torch.randn(q.numel() + 1, generator=generator)[1:].view(q.shape)
+    bshd = q.transpose(1, 2).contiguous().transpose(1, 2)
+    causal = attnhub.Causal()
+    lengths = torch.tensor([3, 9])
+    return {
+        "plain": ((q, k, v), {}), "lse": ((q, k, v), {"return_lse": True}), "scale": ((q, k, v), {"softmax_scale": 0.1}),
+        "softcap": ((q, k, v), {"softcap": 2.0}), "causal": ((q, k, v), {"mask": causal}), "top left": ((q, k, v), {"mask": attnhub.Causal("top_left")}),
+        "window": ((q, k, v), {"mask": attnhub.Window(2, 3)}), "another window": ((q, k, v), {"mask": attnhub.Window(2, 4)}),
+        "chunk": ((q, k, v), {"mask": attnhub.Chunk(5)}), "another chunk": ((q, k, v), {"mask": attnhub.Chunk(4)}),
+        "off": ((off, k, v), {}), "bshd": ((bshd, k, v), {}), "fewer keys": ((q, k[:, :, :9], v[:, :, :9]), {}), "fewer queries": ((q[:, :, :11], k, v), {}),
+        "lengths": ((q, k, v), {"mask": attnhub.SeqLens(lengths)}), "other lengths": ((q, k, v), {"mask": attnhub.SeqLens(lengths.flip(0))}),
+        "both": ((q, k, v), {"mask": attnhub.SeqLens(lengths) & causal}), "padding": ((q, k, v), {"mask": attnhub.LeftPad(lengths)}),
+        "bias": ((q, k, v), {"mask": attnhub.Bias(torch.randn(12, 12, generator=generator))}),
+        "bias of a row": ((q, k, v), {"mask": attnhub.Bias(torch.randn(1, 12, generator=generator))}),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_plans_shorter_way_serves_only_its_own_call(register: Register, refuses: bool, grad: bool) -> None:
+    backend = Shortened()
+    register(backend)
+    backend.refuses = refuses
+    calls = _some_calls()
+    order = [*calls] * 4
+    random.Random(0).shuffle(order)
+    for name in order:
+        tensors, kwargs = calls[name]
+        # The same values elsewhere, in the same layout. Allocations are aligned, and so is what lies one element behind them not.
+        tensors = tuple(_elsewhere(x).requires_grad_(grad) for x in tensors)  # type: ignore[assignment]
+        got = attnhub.attention(*tensors, **kwargs)
+        want = attnhub.attention(*(x.detach() for x in tensors), backend="reference", **kwargs)
+        for a, b in zip(got if isinstance(got, tuple) else (got,), want if isinstance(want, tuple) else (want,)):
+            torch.testing.assert_close(a.detach(), b)
+            if grad and a is got:
+                for mine, theirs in zip(torch.autograd.grad(a.sum(), tensors), _reference_grads(tensors, kwargs)):
+                    torch.testing.assert_close(mine, theirs)
+    structural = [name for name in calls if name not in ("off", "lengths", "other lengths", "both", "padding", "bias", "bias of a row")]
+    # The first call of each is not short.
+    assert backend.short == (0 if refuses else 3 * len(structural))
+
+
+def _elsewhere(x: Tensor) -> Tensor:
+    offset = x.data_ptr() % 16 // x.element_size()
+    room = torch.empty(sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1 + offset)
+    return room[offset:].as_strided(x.shape, x.stride()).copy_(x)
+
+
+def _reference_grads(tensors: Any, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    out = attnhub.attention(*tensors, backend="reference", **kwargs)
+    assert isinstance(out, Tensor)
+    return torch.autograd.grad(out.sum(), tensors)
+
+
+def test_a_mask_whose_bias_needs_a_gradient_gets_one(counting: Counting) -> None:
+    """Though the same mask was served without one before, from what was seen."""
+    q = torch.randn(1, 2, 6, 8)
+    bias = torch.randn(6, 6)
+    mask = attnhub.Bias(bias)
+    for _ in range(3):
+        attnhub.attention(q, q, q, mask)
+    bias.requires_grad_()
+    mask = attnhub.Bias(bias)
+    for _ in range(2):
+        out = attnhub.attention(q, q, q, mask)
+        assert isinstance(out, Tensor)
+        (grad,) = torch.autograd.grad(out.square().sum(), bias)
+        assert grad.abs().sum() > 0
+
+
+def test_a_mask_that_does_not_fit_is_refused_after_one_that_did(counting: Counting) -> None:
+    q = torch.randn(2, 2, 6, 8)
+    for _ in range(2):
+        attnhub.attention(q, q, q, attnhub.SeqLens(torch.tensor([3, 4])))
+    with pytest.raises(ValueError, match="seqused_k has 3 entries"):
+        attnhub.attention(q, q, q, attnhub.SeqLens(torch.tensor([3, 4, 5])))
+    with pytest.raises(ValueError, match="move it to"):
+        attnhub.attention(q, q, q, attnhub.SeqLens(torch.empty(2, dtype=torch.int32, device="meta")))
 
 
 def test_a_decode_loop_prepares_only_at_a_new_bucket(counting: Counting) -> None:

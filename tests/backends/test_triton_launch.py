@@ -1,0 +1,676 @@
+"""The triton backend's short ways to a launch against Triton's own, without a GPU: the driver and the compiler are stand-ins.
+
+What is compared of a launch is all that decides its result: what the kernel was specialised on, the grid, the stream, and every
+argument that is not compiled in, with addresses replaced by the names of what lies there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import os
+import pathlib
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Optional
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the extra attnhub[triton] is not installed")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompilationError
+from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import attnhub
+from attnhub import config, runtime
+from attnhub.backend import Call, Needs
+from attnhub.backends.triton import TritonBackend, launch, launcher
+from attnhub.backends.triton.kernels import backward, combine, forward
+from attnhub.backends.triton.tiles import Tiles
+from attnhub.layouts import Varlen
+from attnhub.mask import FULL, ALiBi, Bias, BoolMask, Causal, Chunk, LeftPad, Mask, Prefix, Segments, SeqLens, Window
+from attnhub.problem import DeviceInfo, Problem
+
+pytestmark = [
+    pytest.mark.skipif(config.triton_interpret() or not launch._DIRECT, reason="Triton's own way is the only one here"),
+    pytest.mark.usefixtures("one_thread"),
+]
+H100 = DeviceInfo("cuda", "nvidia", (9, 0))
+
+
+@triton.jit
+def copy_kernel(x, out):
+    pass
+
+
+KERNELS = (
+    forward.forward_kernel, combine.combine_kernel, backward.delta_kernel, backward.grad_kv_kernel, backward.grad_q_kernel, copy_kernel,
+)  # fmt: skip
+
+
+class Run:
+    """A stand-in for Triton's launcher of one kernel: it writes down what it was asked to launch."""
+
+    global_scratch_size = profile_scratch_size = 0
+    launch_cooperative_grid = launch_pdl = False
+
+    def __init__(self, gpu: Gpu, kernel: Kernel) -> None:
+        self.gpu, self.kernel = gpu, kernel
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: int, metadata: Any, launch_metadata: Any, enter: Any, leave: Any, *args: Any) -> None:
+        assert (y, z, function, metadata) == (1, 1, self.kernel.function, self.kernel.packed_metadata)
+        if enter is not None:
+            enter(launch_metadata)
+        self.gpu.launched.append((self.kernel, x, stream, args, threading.get_ident()))
+
+    def launch(self, x: int, y: int, z: int, stream: int, function: int, cooperative: bool, pdl: bool, scratch: Any, profile: Any, metadata: Any, *rest: Any) -> None:
+        assert cooperative is pdl is False and scratch is profile is None
+        self(x, y, z, stream, function, metadata, *rest)
+
+
+class Kernel:
+    """A stand-in for Triton's CompiledKernel."""
+
+    def __init__(self, gpu: Gpu, src: Any, options: dict[str, Any]) -> None:
+        self.src, self.function, self.packed_metadata = src, next(gpu.functions), (object(),)
+        self.metadata_group: dict[str, str] = {}
+        self.types = list(src.signature.values())
+        self.specialised = (src.fn.fn.__name__, src.signature, src.constants, src.attrs, options["num_warps"], options["num_stages"])
+        self.run = Run(gpu, self)
+
+    def launch_metadata(self, *args: Any) -> None:
+        return None
+
+
+class Gpu:
+    """A stand-in for Triton's driver, with its compiler."""
+
+    def __init__(self) -> None:
+        self.functions = itertools.count(1)
+        self.launched: list[tuple[Kernel, int, int, tuple[Any, ...], int]] = []
+        self.device, self.streams, self.refuse = 0, {-1: 7, 0: 7, 1: 8}, lambda src: None
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return self.streams[device]
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def compile(self, src: Any, target: Any = None, options: Any = None, **_: Any) -> Kernel:
+        self.refuse(src)
+        return Kernel(self, src, options)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    found = Gpu()
+    monkeypatch.setattr(driver, "_active", found)
+    monkeypatch.setattr(triton.compiler, "compile", found.compile)
+    monkeypatch.setattr(launcher, "_processors", lambda device, interpreted: 132)
+    monkeypatch.setattr(launch, "_compiled", {})
+    for kernel in KERNELS:
+        kernel.device_caches.clear()
+    yield found
+    for kernel in KERNELS:
+        kernel.device_caches.clear()
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[launch.Recording]:
+    """Every recording that is replayed, in order."""
+    found: list[launch.Recording] = []
+    original = launch.Recording.replay
+
+    def replay(self: launch.Recording, like: Tensor, pointers: list[int]) -> dict[str, Tensor]:
+        found.append(self)
+        return original(self, like, pointers)
+
+    monkeypatch.setattr(launch.Recording, "replay", replay)
+    return found
+
+
+def plan(dtype: str = "bfloat16") -> launcher.TritonPlan:
+    return launcher.TritonPlan(Problem(H100, dtype, dtype, 64, 64, 4, 2, 2, 64, 64))
+
+
+def seen(gpu: Gpu, inputs: dict[str, Tensor]) -> list[Any]:
+    """What was launched since the last look."""
+    names: dict[int, Any] = {0: None}
+    for name, x in inputs.items():
+        names.setdefault(x.data_ptr(), name)
+    found = []
+    for kernel, programs, stream, args, _ in gpu.launched:
+        values: list[Any] = []
+        for kind, value in zip(kernel.types, args):
+            if kind.startswith("*"):
+                address = value if isinstance(value, int) else value.data_ptr()
+                values.append(names.setdefault(address, f"buffer {len(names)}"))
+            elif kind != "constexpr":
+                values.append((kind, value))
+        found.append((kernel.specialised, programs, stream, values))
+    gpu.launched.clear()
+    return found
+
+
+def by_triton(monkeypatch: pytest.MonkeyPatch, run: Callable[[launcher.TritonPlan], Any], dtype: str) -> Any:
+    """The same call by a new plan, launched as Triton launches."""
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "_DIRECT", False)
+        return run(plan(dtype))
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The same values and strides at an address that is no multiple of 16."""
+    size = sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1
+    return torch.empty(size + 1, dtype=x.dtype)[1:].as_strided(x.shape, x.stride()).copy_(x)
+
+
+def bshd(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def pitched(x: Tensor, pitch: int) -> Tensor:
+    """The same values with another distance between tokens."""
+    return torch.empty(*x.shape[:3], pitch, dtype=x.dtype)[..., : x.shape[3]].copy_(x)
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def calls(dtype: torch.dtype = torch.bfloat16) -> dict[str, Call]:
+    """Calls of one plan. Many differ from the first in one thing alone."""
+    q, k, v = randn(2, 4, 80, 64, dtype=dtype), randn(2, 2, 96, 64, dtype=dtype), randn(2, 2, 96, 64, dtype=dtype)
+
+    def call(q: Tensor = q, k: Tensor = k, v: Tensor = v, mask: Mask = FULL, scale: float = 0.125, **extra: Any) -> Call:
+        return Call(q, k, v, mask, scale, **extra)
+
+    token = randn(2, 4, 1, 64, dtype=dtype)
+    long_k, long_v = randn(2, 2, 4000, 64, dtype=dtype), randn(2, 2, 4000, 64, dtype=dtype)
+    far = torch.empty(2, 1, 2**24, dtype=torch.uint8).view(dtype)[..., : 96 * 64].view(2, 1, 96, 64).expand(2, 2, 96, 64)
+    documents = (torch.arange(96) // 9).int()[None].repeat(2, 1)
+    bias, keep = randn(2, 4, 80, 96, dtype=torch.float32), torch.rand(2, 4, 80, 96) > 0.5
+    packed_q, packed_k, packed_v = randn(1, 4, 50, 64, dtype=dtype), randn(1, 2, 80, 64, dtype=dtype), randn(1, 2, 80, 64, dtype=dtype)
+    cu_q, cu_k = ints(0, 20, 20, 45), ints(0, 13, 33, 70)
+    pages_k, pages_v = randn(9, 2, 16, 64, dtype=dtype), randn(9, 2, 16, 64, dtype=dtype)
+    table = torch.arange(8, dtype=torch.int32).view(2, 4)
+    found = {
+        "plain": call(),
+        "lse": call(need_lse=True),
+        "scale": call(scale=0.25),
+        "negative scale": call(scale=-0.125),
+        "softcap": call(softcap=2.0),
+        "another softcap": call(softcap=3.0),
+        "q shifted": call(q=shifted(q)),
+        "k shifted": call(k=shifted(k)),
+        "v shifted": call(v=shifted(v)),
+        "q and k shifted": call(q=shifted(q), k=shifted(k)),
+        "q bshd": call(q=bshd(q)),
+        "k bshd": call(k=bshd(k)),
+        "v bshd": call(v=bshd(v)),
+        "all bshd": call(q=bshd(q), k=bshd(k), v=bshd(v)),
+        "k pitched": call(k=pitched(k, 80)),
+        "k pitched oddly": call(k=pitched(k, 65)),
+        "v pitched oddly": call(v=pitched(v, 65)),
+        "k and v expanded": call(k=k[:1].expand_as(k), v=v[:1].expand_as(v)),
+        "k far apart": call(k=far),
+        "k is v": call(k=v),
+        "one sequence": call(q[:1], k[:1], v[:1]),
+        "fewer queries": call(q=q[:, :, :79]),
+        "fewer keys": call(k=k[:, :, :95], v=v[:, :, :95]),
+        "fewer keys, dense": call(k=k[:, :, :95].contiguous(), v=v[:, :, :95].contiguous()),
+        "few queries": call(q=q[:, :, :33]),
+        "very few queries": call(q=q[:, :, :7]),
+        "causal": call(mask=Causal()),
+        "causal top left": call(mask=Causal("top_left")),
+        "window": call(mask=Window(5, 3)),
+        "another window": call(mask=Window(5, 4)),
+        "left window": call(mask=Window(5)),
+        "chunk": call(mask=Causal() & Chunk(7)),
+        "another chunk": call(mask=Causal() & Chunk(8)),
+        "lengths": call(mask=SeqLens(ints(40, 7))),
+        "lengths shifted": call(mask=SeqLens(shifted(ints(40, 7)))),
+        "left padding": call(mask=LeftPad(ints(40, 7))),
+        "lengths and left padding": call(mask=SeqLens(ints(40, 7)) & LeftPad(ints(0, 1))),
+        "prefix": call(mask=Causal() & Prefix(ints(9, 0))),
+        "prefix without causal": call(mask=Prefix(ints(9, 0))),
+        "segments": call(mask=Segments(documents[:, :80].contiguous(), documents)),
+        "segments, sliced": call(mask=Segments(documents[:, :80], documents)),
+        "blocks": call(mask=Causal() & Segments(documents[:, :80].contiguous(), documents, widen_causal=True)),
+        "bool mask": call(mask=BoolMask(keep)),
+        "bool mask of heads": call(mask=BoolMask(keep[:1])),
+        "bool mask transposed": call(mask=BoolMask(keep.transpose(2, 3).contiguous().transpose(2, 3))),
+        "bias": call(mask=Bias(bias)),
+        "bias shifted": call(mask=Bias(shifted(bias))),
+        "bias of rows": call(mask=Bias(bias[:, :, :, :1])),
+        "bias in fp16": call(mask=Bias(bias.half())),
+        "alibi": call(mask=ALiBi(torch.rand(4))),
+        "alibi of sequences": call(mask=ALiBi(torch.rand(2, 4))),
+        "sinks": call(sinks=torch.rand(4)),
+        "sinks shifted": call(sinks=shifted(torch.rand(4))),
+        "token": call(q=token),
+        "token, lse": call(q=token, need_lse=True),
+        "token, many keys": call(token, long_k, long_v),
+        "token, many keys, lse": call(token, long_k, long_v, need_lse=True),
+        "token, many keys, sinks": call(token, long_k, long_v, sinks=torch.rand(4)),
+        "packed": call(packed_q, packed_k, packed_v, varlen=Varlen(cu_q, cu_k, 25, 37)),
+        "packed, longer": call(packed_q, packed_k, packed_v, varlen=Varlen(cu_q, cu_k, 26, 37)),
+        "packed, longer keys": call(packed_q, packed_k, packed_v, varlen=Varlen(cu_q, cu_k, 25, 38)),
+        "packed, fewer": call(packed_q, packed_k, packed_v, varlen=Varlen(cu_q[:3], cu_k[:3], 25, 37)),
+        "not packed": call(packed_q, packed_k, packed_v),
+        "paged": call(q=token, k=pages_k, v=pages_v, mask=Causal() & SeqLens(ints(33, 2)), block_table=table),
+        "paged, wider table": call(q=token, k=pages_k, v=pages_v, mask=Causal() & SeqLens(ints(33, 2)), block_table=table.repeat(1, 2)),
+        "paged, sliced table": call(q=token, k=pages_k, v=pages_v, mask=Causal() & SeqLens(ints(33, 2)), block_table=table.repeat(1, 2)[:, :4]),
+    }  # fmt: skip
+    return found
+
+
+def again(call: Call) -> Call:
+    """The same call with other tensors of the same metadata (nothing reads their values)."""
+
+    def other(x: Optional[Tensor]) -> Any:
+        if x is None:
+            return None
+        size = sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1
+        return torch.empty(size + 8, dtype=x.dtype)[x.data_ptr() % 16 // x.element_size() :].as_strided(x.shape, x.stride())
+
+    mask, varlen = call.mask, call.varlen
+    changes = {}
+    for field in dataclasses.fields(mask):
+        value = getattr(mask, field.name)
+        if isinstance(value, Tensor):
+            changes[field.name] = other(value)
+        elif isinstance(value, tuple) and isinstance(value[0], Tensor):
+            changes[field.name] = tuple(map(other, value))
+    if varlen is not None:
+        varlen = Varlen(other(varlen.cu_seqlens_q), other(varlen.cu_seqlens_k), varlen.max_seqlen_q, varlen.max_seqlen_k)
+    return Call(
+        other(call.q), other(call.k), other(call.v), mask if mask is FULL else dataclasses.replace(mask, **changes), call.softmax_scale, call.softcap, other(call.sinks),
+        call.dropout_p, call.rng, varlen, other(call.block_table), call.need_lse,
+    )  # fmt: skip
+
+
+def tensors_of(call: Call) -> dict[str, Tensor]:
+    """The call's own tensors by the kernels' names, without those that are copied first."""
+    own = {x.data_ptr() for x in (call.q, call.k, call.v, *call.mask.held, call.sinks, call.block_table) if x is not None}
+    if call.varlen is not None:
+        own |= {call.varlen.cu_seqlens_q.data_ptr(), call.varlen.cu_seqlens_k.data_ptr()}
+    found = launcher._inputs(call)
+    if call.softmax_scale < 0:
+        del found["q"]
+    return {name: x for name, x in found.items() if x.data_ptr() in own}
+
+
+def forward_of(gpu: Gpu, call: Call) -> Callable[[launcher.TritonPlan], Any]:
+    def run(chosen: launcher.TritonPlan) -> Any:
+        out, lse = chosen.forward(call)
+        return seen(gpu, tensors_of(call)), out.shape, out.stride(), out.dtype, None if lse is None else (lse.shape, lse.stride(), lse.dtype)
+
+    return run
+
+
+@pytest.mark.parametrize("way", ["replay", "compiled"])
+def test_forward_launches_what_triton_would(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, replays: list[Any], way: str) -> None:
+    """In any order, each call of one plan is launched as by a plan of its own that takes Triton's way."""
+    found, shared = calls(), plan()
+    order = [*found] * 3
+    random.Random(0).shuffle(order)
+    for name in order:
+        run = forward_of(gpu, again(found[name]))
+        assert run(shared if way == "replay" else plan()) == by_triton(monkeypatch, run, "bfloat16"), name
+    assert len(replays) == (len(order) - len(shared._recordings) if way == "replay" else 0)
+
+
+def test_one_tensor_in_two_places_is_two_arguments(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, replays: list[Any]) -> None:
+    q = randn(2, 2, 33, 64)
+    shared = plan()
+    for k, v in ((q, q), (randn(2, 2, 33, 64), q), (q, randn(2, 2, 33, 64))):
+        run = forward_of(gpu, Call(q, k, v, FULL, 0.125))
+        assert run(shared) == by_triton(monkeypatch, run, "bfloat16")
+    assert len(replays) == 2
+
+
+def backward_of(gpu: Gpu, call: Call, grad_out: Tensor, grad_lse: Optional[Tensor], needs: Needs, out: Tensor, lse: Tensor) -> Callable[[launcher.TritonPlan], Any]:
+    def run(chosen: launcher.TritonPlan) -> Any:
+        grads = chosen.backward(call, grad_out, grad_lse, out, lse, needs)
+        inputs = {**tensors_of(call), "out": out, "lse": lse, "grad_out": grad_out, **({} if grad_lse is None else {"grad_lse": grad_lse})}
+        if not (grad_out.stride(-1) == 1 and lse.is_contiguous()):
+            del inputs["grad_out"], inputs["lse"]
+        return seen(gpu, inputs), [None if g is None else (g.shape, g.stride(), g.dtype) for g in grads]
+
+    return run
+
+
+def backward_variants(call: Call) -> dict[str, tuple[Any, ...]]:
+    shape = (*call.q.shape[:3], call.v.shape[3])
+    grad_out, out, lse = randn(*shape), randn(*shape), randn(*shape[:3], dtype=torch.float32)
+    all_three = Needs()
+    found = {
+        "plain": (grad_out, None, all_three, out, lse),
+        "grad_lse": (grad_out, randn(*shape[:3], dtype=torch.float32), all_three, out, lse),
+        "grad_lse in bf16": (grad_out, randn(*shape[:3]), all_three, out, lse),
+        "grad_out bshd": (bshd(grad_out), None, all_three, out, lse),
+        "grad_out shifted": (shifted(grad_out), None, all_three, out, lse),
+        "grad_out expanded": (grad_out[..., :1].expand(shape), None, all_three, out, lse),
+        "out bshd": (grad_out, None, all_three, bshd(out), lse),
+        "lse strided": (grad_out, None, all_three, out, lse.transpose(1, 2).contiguous().transpose(1, 2)),
+        "only q": (grad_out, None, Needs(True, False, False), out, lse),
+        "only v": (grad_out, None, Needs(False, False, True), out, lse),
+        "only k": (grad_out, None, Needs(False, True, False), out, lse),
+    }  # fmt: skip
+    if call.sinks is not None:
+        found["sinks"] = (grad_out, None, Needs(sinks=True), out, lse)
+    return found
+
+
+def test_backward_launches_what_triton_would(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, replays: list[Any]) -> None:
+    shared = plan()
+    order = [(name, call, kind) for name, call in calls().items() if "paged" not in name for kind in backward_variants(call) if kind == "plain" or name in ("plain", "sinks")] * 2
+    random.Random(1).shuffle(order)
+    for name, call, kind in order:
+        same = again(call)
+        run = backward_of(gpu, same, *backward_variants(same)[kind])
+        assert run(shared) == by_triton(monkeypatch, run, "bfloat16"), (name, kind)
+    assert len(replays) == len(order) - len(shared._recordings) >= len(order) // 2
+
+
+def test_every_part_of_a_call_is_in_the_key() -> None:
+    """A new field of Call or Mask must be put into `_key` or `_inputs`, and here."""
+    assert set(Call.__slots__) == {
+        "q", "k", "v", "mask", "softmax_scale", "softcap", "sinks", "dropout_p", "rng", "varlen", "block_table", "need_lse",
+    }  # fmt: skip
+    assert {field.name for field in dataclasses.fields(Mask)} == {
+        "causal", "align", "window", "chunk", "prefix", "segments", "blocks", "seqused_k", "leftpad", "bool_mask", "bias", "alibi",
+        "block_sparse", "block_size",
+    }  # fmt: skip
+    q = randn(2, 4, 80, 64)
+    sparse = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    keys = {}
+    for name, call in {
+        # Ids are made contiguous first; and which of the tensors are the same one is no matter.
+        **{name: call for name, call in calls().items() if name not in ("segments, sliced", "k is v")},
+        "dropout": Call(q, q, q, FULL, 0.125, dropout_p=0.1, rng=torch.zeros(2, dtype=torch.int64)),
+        "more dropout": Call(q, q, q, FULL, 0.125, dropout_p=0.2, rng=torch.zeros(2, dtype=torch.int64)),
+        "block sparse": Call(q, q, q, Mask(block_sparse=sparse, block_size=(16, 16)), 0.125),
+        "block sparse, other blocks": Call(q, q, q, Mask(block_sparse=sparse, block_size=(12, 16)), 0.125),
+    }.items():
+        key = launcher._key(call, launcher._inputs(call))[0]
+        assert key not in keys, f"{name} has the key of {keys.get(key)}"
+        keys[key] = name
+
+
+class OnSecondDevice(Tensor):
+    def get_device(self) -> int:
+        return 1
+
+
+def test_devices_and_streams(gpu: Gpu, replays: list[Any]) -> None:
+    """A kernel is loaded on one device; the stream is the current one of the tensors' device at each launch."""
+    shared = plan()
+    call = calls()["plain"]
+    for _ in range(2):
+        shared.forward(call)
+    gpu.streams[-1] = 9
+    shared.forward(call)
+    assert [stream for _, _, stream, *_ in gpu.launched] == [7, 7, 9]
+    functions = {kernel.function for kernel, *_ in gpu.launched}
+    gpu.launched.clear()
+    gpu.device = 1
+    second = Call(*(x.as_subclass(OnSecondDevice) for x in (call.q, call.k, call.v)), FULL, 0.125)  # type: ignore[arg-type]
+    for _ in range(2):
+        shared.forward(second)
+    assert [stream for _, _, stream, *_ in gpu.launched] == [8, 8]
+    assert functions.isdisjoint(kernel.function for kernel, *_ in gpu.launched) and len(replays) == 3
+
+
+def test_tf32_is_followed(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared, call = plan("float32"), calls(torch.float32)["plain"]
+    specialised = []
+    for precision in ("ieee", "tf32", "ieee", "tf32"):
+        monkeypatch.setattr(launcher, "_precision", lambda q, precision=precision: precision)
+        shared.forward(call)
+        specialised.append(gpu.launched[-1][0].specialised)
+    assert specialised[0] == specialised[2] != specialised[1] == specialised[3]
+    assert shared.repeat(call) is None
+
+
+def test_a_profilers_hook_sees_every_launch(gpu: Gpu, replays: list[Any]) -> None:
+    shared, call, calls_of_hook = plan(), calls()["token, many keys"], []
+    for _ in range(2):
+        shared.forward(call)
+    assert len(replays) == 1 and shared.repeat(call) is not None
+
+    def hook(metadata: Any) -> None:
+        calls_of_hook.append(metadata)
+
+    hooks: Any = launch._hooks
+    chain = hasattr(hooks.launch_enter_hook, "add")
+    hooks.launch_enter_hook.add(hook) if chain else setattr(hooks, "launch_enter_hook", hook)
+    try:
+        repeat = shared.repeat(call)
+        assert repeat is not None and repeat(call.q, call.k, call.v) is None
+        shared.forward(call)
+        assert len(calls_of_hook) == 2 and len(replays) == 1
+    finally:
+        hooks.launch_enter_hook.remove(hook) if chain else setattr(hooks, "launch_enter_hook", None)
+    shared.forward(call)
+    assert len(calls_of_hook) == 2 and len(replays) == 2
+
+
+def test_no_tensor_is_kept(gpu: Gpu, replays: list[Any]) -> None:
+    """Neither by recordings nor by what finds compiled kernels."""
+    shared = plan()
+    call = calls()["lengths and left padding"]
+    held = [weakref.ref(x) for x in (call.q, call.k, call.v, *call.mask.held)]
+    out, lse = shared.forward(call)
+    call.need_lse = True
+    out, lse = shared.forward(call)
+    assert lse is not None
+    held += [weakref.ref(out), weakref.ref(lse)]
+    shared.backward(call, torch.empty_like(out), None, out, lse, Needs())
+    gpu.launched.clear()
+    del call, out, lse
+    gc.collect()
+    assert [ref for ref in held if ref() is not None] == []
+
+
+def test_threads_do_not_mix_their_tensors(gpu: Gpu) -> None:
+    shared = plan()
+    mine: dict[int, list[tuple[int, ...]]] = {}
+    start = threading.Barrier(4)
+
+    def work() -> None:
+        own = mine.setdefault(threading.get_ident(), [])
+        start.wait()
+        for _ in range(100):
+            q, k, v = (randn(1, 4, 20, 64) for _ in range(3))
+            own.append((q.data_ptr(), k.data_ptr(), v.data_ptr(), shared.forward(Call(q, k, v, FULL, 0.125))[0].data_ptr()))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    launched: dict[int, list[tuple[int, ...]]] = {}
+    for _, _, _, args, thread_id in gpu.launched:
+        launched.setdefault(thread_id, []).append(tuple(x if isinstance(x, int) else x.data_ptr() for x in args[:4]))
+    assert forward.forward_kernel.arg_names[:4] == ["q", "k", "v", "out"]
+    assert launched == mine
+
+
+def test_what_cannot_be_repeated_is_not_recorded(gpu: Gpu) -> None:
+    """A tensor that neither came with the call nor was announced as a buffer."""
+    x = torch.randn(32)
+    recorder = launch.Recorder({"x": x})
+    recorder.launch(copy_kernel, 1, Tiles(0, 0, 4, 1), x=recorder.inputs["x"], out=recorder.buffer("out", torch.empty(32)))
+    assert recorder.recording() is not None
+    recorder.launch(copy_kernel, 1, Tiles(0, 0, 4, 1), x=recorder.inputs["x"], out=torch.empty(32))
+    assert recorder.recording() is None
+    recorder = launch.Recorder({"x": x})
+    # A view of an input may lie anywhere.
+    recorder.launch(copy_kernel, 1, Tiles(0, 0, 4, 1), x=recorder.inputs["x"][4:], out=recorder.buffer("out", torch.empty(32)))
+    assert recorder.recording() is None
+
+
+def test_tensor_descriptors_describe_the_new_tensor(gpu: Gpu) -> None:
+    def recorded(shape: tuple[int, int], block: list[int]) -> Optional[launch.Recording]:
+        recorder = launch.Recorder({"x": torch.randn(shape)})
+        described = TensorDescriptor.from_tensor(recorder.inputs["x"], block)
+        recorder.launch(copy_kernel, 1, Tiles(0, 0, 4, 1), x=described, out=recorder.buffer("out", torch.empty(shape)))
+        return recorder.recording()
+
+    recording = recorded((32, 64), [16, 32])
+    assert recording is not None
+    x = torch.randn(32, 64)
+    gpu.launched.clear()
+    buffers = recording.replay(x, [x.data_ptr()])
+    ((kernel, _, _, (described, out), _),) = gpu.launched
+    assert described.base.data_ptr() == x.data_ptr() and (tuple(described.shape), tuple(described.strides)) == ((32, 64), (64, 1))
+    assert described.block_shape == [16, 32] and out == buffers["out"].data_ptr()
+    recorded((48, 64), [16, 32])
+    assert gpu.launched[-1][0] is kernel
+    recorded((48, 64), [16, 64])
+    assert gpu.launched[-1][0] is not kernel
+    assert not [x for x in gc.get_referrers(x) if isinstance(x, (dict, TensorDescriptor))]
+
+
+def test_an_unknown_triton_launches_its_own_way(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, replays: list[Any]) -> None:
+    monkeypatch.setattr(launch, "_DIRECT", False)
+    shared, call = plan(), calls()["plain"]
+    for _ in range(3):
+        shared.forward(call)
+    assert len(gpu.launched) == 3 and not replays and not launch._compiled and shared.repeat(call) is None
+
+
+def test_the_next_kernel_serves_where_the_first_cannot(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def special(recorder: launch.Recorder, arguments: dict[str, Any], tiles: Tiles) -> None:
+        tried.append(tiles)
+        raise OutOfResources(2, 1, "shared memory")
+
+    first = launcher.Variant("special", lambda arguments: not arguments["RIGHT"], special)
+    monkeypatch.setattr(launcher, "_FORWARD", (first, *launcher._FORWARD))
+    shared, found = plan(), calls()
+    shared._tiles["special"] = [Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 2)]
+    shared.forward(found["causal"])
+    assert tried == []
+    shared.forward(found["plain"])
+    assert tried == [Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 2)]
+    shared.forward(found["lse"])
+    assert len(tried) == 2 and len(gpu.launched) == 3
+
+
+def test_a_kernel_that_does_not_compile_is_passed_over(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def special(recorder: launch.Recorder, arguments: dict[str, Any], tiles: Tiles) -> None:
+        raise CompilationError("source", None, "no")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(launcher, "_FORWARD", (launcher.Variant("special", lambda arguments: True, special), *launcher._FORWARD))
+    shared = plan()
+    shared._tiles["special"] = [Tiles(128, 128, 8, 2)]
+    shared.forward(calls()["plain"])
+    assert len(gpu.launched) == 1 and shared._tiles["special"] == []
+
+
+def test_first_launch_is_described(gpu: Gpu, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared, found = plan(), calls()
+    described = shared.describe()
+    assert {described[role]["compile_seconds"] for role in ("forward", "decode", "grad_kv", "grad_q")} == {None}
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(b"")
+    compile_one = gpu.compile
+
+    def compiled(*args: Any, **named: Any) -> Kernel:
+        kernel = compile_one(*args, **named)
+        kernel.metadata_group = {"kernel.cubin": str(file)}
+        return kernel
+
+    monkeypatch.setattr(triton.compiler, "compile", compiled)
+    os.utime(file, (time.time() + 60,) * 2)
+    shared.forward(found["plain"])
+    described = shared.describe()
+    first = described["forward"]["compile_seconds"]
+    assert first > 0 and described["forward"]["from_disk_cache"] is False and described["decode"]["compile_seconds"] is None
+    os.utime(file, (1, 1))
+    shared.forward(found["lse"])
+    assert shared.describe()["forward"] == described["forward"]
+    shared.forward(found["token"])
+    assert shared.describe()["decode"]["from_disk_cache"] is True
+    # Another plan finds the kernel in memory.
+    other = plan()
+    other.forward(found["token"])
+    assert (other.describe()["decode"]["compile_seconds"], other.describe()["decode"]["from_disk_cache"]) == (0.0, None)
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """CPU tensors are served as if they were on an H100."""
+    runtime.clear()
+    monkeypatch.setattr(runtime.device, "describe", lambda device: H100)
+    monkeypatch.setattr(TritonBackend, "probe", lambda self: ())
+    yield
+    runtime.clear()
+
+
+def attention_of(gpu: Gpu, call: Call, grad: bool) -> Any:
+    """What `attnhub.attention` launches for such a call, and then its backward."""
+    call = again(call)
+    q, k, v = call.q, call.k, call.v
+    if grad:
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    found = attnhub.attention(
+        q, k, v, call.mask, softmax_scale=call.softmax_scale, softcap=call.softcap, sinks=call.sinks, return_lse=call.need_lse, backend="triton",
+    )  # fmt: skip
+    out = found[0] if call.need_lse else found
+    assert isinstance(out, Tensor)
+    launched = [seen(gpu, tensors_of(call))]
+    if grad:
+        grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        launched += [seen(gpu, {**tensors_of(call), "out": out}), *((g.shape, g.stride()) for g in grads)]
+    return launched, out.shape, out.stride()
+
+
+def test_attention_launches_what_triton_would(gpu: Gpu, chosen: None, monkeypatch: pytest.MonkeyPatch, replays: list[Any]) -> None:
+    """Through the public call, which asks the plan for its shorter way."""
+    found = {name: call for name, call in calls().items() if call.varlen is None and call.block_table is None}
+    names = [(name, grad) for name, call in found.items() for grad in (False, True) if not (grad and call.need_lse)]
+    expected = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "_DIRECT", False)
+        for name, grad in names:
+            runtime.clear()
+            expected[name, grad] = attention_of(gpu, found[name], grad)
+    assert not replays
+    runtime.clear()
+    order = names * 3
+    random.Random(2).shuffle(order)
+    for name, grad in order:
+        assert attention_of(gpu, found[name], grad) == expected[name, grad], (name, grad)
+    assert len(replays) > len(order)
+
+
+def test_last_decision_tells_what_compiling_took(gpu: Gpu, chosen: None) -> None:
+    q = randn(2, 4, 80, 64)
+    before = attnhub.explain(q, q, q, backend="triton")
+    attnhub.attention(q, q, q, backend="triton")
+    for decision in (attnhub.last_decision(), attnhub.explain(q, q, q, backend="triton")):
+        assert decision is not None and decision.plan["backend"] == "triton"
+        assert decision.plan["forward"]["compile_seconds"] >= 0 and decision.plan["grad_q"]["compile_seconds"] is None
+    assert before.plan == {}
