@@ -200,6 +200,7 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
         **_dense("bool", "bool_mask", None if mask.bool_mask is None else mask.bool_mask.view(torch.uint8)),
         **_dense("bias", "bias", mask.bias),
         "alibi": mask.alibi, "alibi_stride_b": 0 if mask.alibi is None or mask.alibi.ndim == 1 or mask.alibi.shape[0] == 1 else mask.alibi.stride(0),
+        **_dropout(call),
         "Q_HEADS": heads, "GROUP": heads // k.shape[1], "HEAD_DIM": head_dim, "V_HEAD_DIM": v.shape[3],
         "BLOCK_D": width, "BLOCK_DV": width,
         "LEFT": left >= 0, "RIGHT": right >= 0, "CHUNK": mask.chunk > 0, "CAUSAL": widened, "TOP_LEFT": mask.align == "top_left",
@@ -225,6 +226,14 @@ def _dense(name: str, argument: str, x: Optional[Tensor]) -> _Arguments:
     """A tensor that broadcasts to [B, Hq, Sq, Sk], with stride 0 where it does."""
     strides = {f"{name}_stride_{axis}": 0 if x is None or x.shape[dim] == 1 else x.stride(dim) for dim, axis in enumerate("bhqk")}
     return {argument: x, **strides}
+
+
+def _dropout(call: Call) -> _Arguments:
+    """What `kernels.dropout` takes. The threshold, 32 bits unsigned, goes as the int32 of the same bits: one type whatever p is."""
+    if not call.dropout_p:
+        return {"rng": None, "drop_below": 0, "keep_scale": 1.0}
+    below = int(call.dropout_p * 2**32)
+    return {"rng": call.rng, "drop_below": below if below < 2**31 else below - 2**32, "keep_scale": 1.0 / (1.0 - call.dropout_p)}
 
 
 def _last_dense(x: Tensor) -> Tensor:

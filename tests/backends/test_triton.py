@@ -78,8 +78,8 @@ def tensors(batch: int, heads: tuple[int, int], lengths: tuple[int, int], dims: 
 def variant(call: Call, dtype: torch.dtype) -> Call:
     sinks = None if call.sinks is None else call.sinks.to(dtype)
     return Call(
-        call.q.to(dtype), call.k.to(dtype), call.v.to(dtype), call.mask, call.softmax_scale, call.softcap, sinks, 0.0, None, call.varlen,
-        call.block_table, True,
+        call.q.to(dtype), call.k.to(dtype), call.v.to(dtype), call.mask, call.softmax_scale, call.softcap, sinks, call.dropout_p, call.rng,
+        call.varlen, call.block_table, True,
     )  # fmt: skip
 
 
@@ -143,6 +143,8 @@ def some_bias() -> torch.Tensor:
 
 PACKED = Varlen(ints(0, 20, 20, 45), ints(0, 13, 33, 70), 25, 37)
 SINKS = torch.tensor([0.5, -1.0])
+#: Large seeds and offsets: every word of the counter and the key counts.
+DROPOUT: dict[str, Any] = {"dropout_p": 0.4, "rng": torch.tensor([2**61 + 12345, 2**60 + 2**31 + 7])}
 #: name -> (lengths of q and k, mask, further arguments of Call).
 CASES: dict[str, tuple[tuple[int, int], Mask, dict[str, Any]]] = {
     "full": ((20, 37), FULL, {}),
@@ -174,6 +176,12 @@ CASES: dict[str, tuple[tuple[int, int], Mask, dict[str, Any]]] = {
     "packed": ((50, 80), Causal(), {"varlen": PACKED}),
     "packed_sinks": ((50, 80), FULL, {"varlen": PACKED, "sinks": SINKS}),
     "packed_seqlens": ((50, 80), Causal() & SeqLens(ints(5, 3, 30)), {"varlen": PACKED}),
+    "dropout": ((20, 37), FULL, DROPOUT),
+    "dropout_most": ((20, 37), Causal(), {**DROPOUT, "dropout_p": 0.9}),
+    "dropout_window_sinks_softcap": ((50, 60), Causal() & Window(17), {**DROPOUT, "sinks": SINKS, "softcap": 2.0}),
+    "dropout_bias": ((20, 37), Bias(some_bias()), DROPOUT),
+    "dropout_decode_split": ((3, 300), Causal() & SeqLens(ints(277, 2)), {**DROPOUT, "sinks": SINKS}),
+    "dropout_packed": ((50, 80), Causal(), {**DROPOUT, "varlen": PACKED}),
     "packed_decode": ((5, 80), Causal(), {"varlen": Varlen(ints(0, 1, 1, 3), ints(0, 13, 33, 70), 2, 37)}),
 }
 

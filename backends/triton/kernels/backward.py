@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnhub.backends.triton.kernels.dropout import kept_by_dropout
 from attnhub.backends.triton.kernels.forward import key_block, query_block
 from attnhub.backends.triton.kernels.mask import align_range, keep_pairs, key_range, query_range
 from attnhub.backends.triton.kernels.tile import (
@@ -27,7 +28,9 @@ from attnhub.backends.triton.kernels.tile import (
     tanh,
 )
 
-RUNTIME = ["scale", "softmax_scale", "softcap", "sequences", "max_q", "max_k", "tokens_q", "tokens_k", "left", "right", "chunk"]
+RUNTIME = [
+    "scale", "softmax_scale", "softcap", "sequences", "max_q", "max_k", "tokens_q", "tokens_k", "left", "right", "chunk", "drop_below", "keep_scale",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "tokens_q"])
@@ -61,6 +64,7 @@ def grad_kv_kernel(
     segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b,
+    rng, drop_below, keep_scale,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
@@ -190,19 +194,24 @@ def grad_kv_kernel(
                         do_tile = load_tile(do_pointers, row_ok, v_dims < V_HEAD_DIM, phase != 1, BLOCK_DV != V_HEAD_DIM)
                         dp = dot(v_tile, tl.trans(do_tile), tl.zeros((BLOCK_N, CAREFUL if attempt == 1 else BLOCK_M), tl.float32), PRECISION, UPCAST)
                         row_delta = tl.load(delta + row_base + i, mask=row_ok, other=0.0)
+                        used = weights
+                        if rng is not None:
+                            kept = kept_by_dropout(rng, drop_below, b, h, i[None, :], key_first, Q_HEADS, BLOCK_N, True)
+                            used = tl.where(kept, weights, 0.0)
+                            dp = tl.where(kept, dp * keep_scale, 0.0)
                         ds = weights * (dp - row_delta[None, :]) * slope
                         if phase != 1:
                             ds = tl.where(keep, ds, 0.0)
                         if attempt == 1:
-                            dv = dot_kept(weights.to(do_tile.dtype), keep, do_tile, dv, PRECISION, UPCAST)
+                            dv = dot_kept(used.to(do_tile.dtype), keep, do_tile, dv, PRECISION, UPCAST)
                             dk = dot_kept(ds.to(q_tile.dtype), keep, q_tile, dk, PRECISION, UPCAST)
                         else:
-                            dv = dot(weights.to(do_tile.dtype), do_tile, dv, PRECISION, UPCAST)
+                            dv = dot(used.to(do_tile.dtype), do_tile, dv, PRECISION, UPCAST)
                             dk = dot(ds.to(q_tile.dtype), q_tile, dk, PRECISION, UPCAST)
 
     stored = (j < room)[:, None]
     dk = tl.where(column_ok[:, None], dk * softmax_scale, 0.0)
-    dv = tl.where(column_ok[:, None], dv, 0.0)
+    dv = tl.where(column_ok[:, None], dv if rng is None else dv * keep_scale, 0.0)
     grad_k_rows = (first_k + j).to(tl.int64) * grad_k_stride_s
     grad_v_rows = (first_k + j).to(tl.int64) * grad_v_stride_s
     grad_k_base = head_pointer(grad_k, memory_bk, kv_head, 0, grad_k_stride_b, grad_k_stride_h, grad_k_stride_s)
@@ -220,6 +229,7 @@ def grad_q_kernel(
     segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b,
+    rng, drop_below, keep_scale,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
@@ -328,6 +338,9 @@ def grad_q_kernel(
                 )  # fmt: skip
                 weights = power(s - row_lse[:, None], NATURAL)
                 dp = dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK_M, CAREFUL if phase == 3 else BLOCK_N), tl.float32), PRECISION, UPCAST)
+                if rng is not None:
+                    kept = kept_by_dropout(rng, drop_below, b, h, i[:, None], n, Q_HEADS, CAREFUL if phase == 3 else BLOCK_N, False)
+                    dp = tl.where(kept, dp * keep_scale, 0.0)
                 ds = weights * (dp - row_delta[:, None]) * slope
                 if phase != 1:
                     keep = keep_pairs(

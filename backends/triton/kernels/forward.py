@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnhub.backends.triton.kernels.dropout import kept_by_dropout
 from attnhub.backends.triton.kernels.mask import align_range, keep_pairs, key_range
 from attnhub.backends.triton.kernels.tile import (
     CAREFUL,
@@ -29,7 +30,10 @@ from attnhub.backends.triton.kernels.tile import (
 )
 
 #: Lengths and limits change from call to call and take no part in the choice of instructions.
-RUNTIME = ["scale", "softcap", "sequences", "max_q", "max_k", "tokens_q", "tokens_k", "left", "right", "chunk", "splits", "table_stride"]
+RUNTIME = [
+    "scale", "softcap", "sequences", "max_q", "max_k", "tokens_q", "tokens_k", "left", "right", "chunk", "splits", "table_stride",
+    "drop_below", "keep_scale",
+]  # fmt: skip
 
 
 @triton.jit
@@ -76,6 +80,7 @@ def forward_kernel(
     segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b,
+    rng, drop_below, keep_scale,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
@@ -86,6 +91,7 @@ def forward_kernel(
 
     The grid is one-dimensional: (sequences (+ 1 if packed) * heads * splits * row blocks); heads are K/V heads with PACK.
     scale is softmax_scale * log2(e), or softmax_scale alone with SOFTCAP or NATURAL; it is never negative.
+    rng (int64 [2] or None), drop_below: see `kernels.dropout`; keep_scale is 1 / (1 - p).
     """
     PACKED_HEADS: tl.constexpr = GROUP if PACK else 1
     PROGRAM_HEADS: tl.constexpr = Q_HEADS // PACKED_HEADS
@@ -253,6 +259,10 @@ def forward_kernel(
                 total = total * shrink + tl.sum(weights, 1)
                 acc = acc * shrink[:, None]
                 m = m_new
+                if rng is not None:
+                    # The denominator, and lse, are without dropout.
+                    kept = kept_by_dropout(rng, drop_below, b, h[:, None], i[:, None], n, Q_HEADS, CAREFUL if phase == 3 else BLOCK_N, False)
+                    weights = tl.where(kept, weights, 0.0)
                 v_tile = load_tile(v_tile_pointers, column_ok, v_dims < V_HEAD_DIM, phase != 1, BLOCK_DV != V_HEAD_DIM)
                 if phase == 3:
                     acc = dot_kept(weights.to(v_tile.dtype), keep, v_tile, acc, PRECISION, UPCAST)
@@ -269,6 +279,8 @@ def forward_kernel(
         m = m_new
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
+    if rng is not None:
+        acc = acc * keep_scale
     out_rows = tl.cast(memory_b, tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h + (first_q + i).to(tl.int64) * out_stride_s
     tl.store(out + out_rows[:, None] + v_dims[None, :], acc.to(out.dtype.element_ty), mask=row_ok[:, None] & (v_dims[None, :] < V_HEAD_DIM))
     if lse is not None:
