@@ -1,7 +1,7 @@
 """Dropout's mask inside a tile: the definition of `attnhub.philox`, four neighbouring keys from one counter."""
 
 # Triton compiles this Python: constants are upper case, and an `if` over constants must stay a statement.
-# ruff: noqa: N803
+# ruff: noqa: N803, SIM108
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from __future__ import annotations
 
