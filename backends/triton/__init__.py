@@ -21,7 +21,7 @@ _INTERPRETER = DeviceRange("cpu", "", (), None, _ALL)
 _BOTH_WAYS = frozenset({
     Feature.GQA, Feature.DV_DIFFERS, Feature.CAUSAL_BOTTOM_RIGHT, Feature.CAUSAL_TOP_LEFT, Feature.WINDOW, Feature.CHUNK,
     Feature.PREFIX, Feature.SEGMENTS, Feature.SEQLENS, Feature.LEFTPAD, Feature.BOOL_MASK, Feature.BIAS, Feature.ALIBI,
-    Feature.SOFTCAP, Feature.SINKS, Feature.VARLEN, Feature.DETERMINISTIC, Feature.DROPOUT,
+    Feature.SOFTCAP, Feature.SINKS, Feature.VARLEN, Feature.DETERMINISTIC, Feature.DROPOUT, Feature.BLOCK_SPARSE,
 })  # fmt: skip
 
 

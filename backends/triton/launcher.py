@@ -16,12 +16,14 @@ from triton.runtime.errors import OutOfResources
 from attnhub import config
 from attnhub.backend import Call, Gradients, Needs, Plan, PrepareError
 from attnhub.backends.triton import tiles as tiling
+from attnhub.backends.triton.block_sparse import block_sparse
 from attnhub.backends.triton.kernels.backward import delta_kernel, grad_kv_kernel, grad_q_kernel
 from attnhub.backends.triton.kernels.combine import combine_kernel
 from attnhub.backends.triton.kernels.forward import forward_kernel
 from attnhub.backends.triton.launch import launch
 from attnhub.backends.triton.tiles import Tiles
 from attnhub.layouts import empty_out
+from attnhub.mask import Mask
 from attnhub.problem import Problem
 from attnhub.reasons import Code, Reason
 
@@ -78,6 +80,7 @@ class TritonPlan(Plan):
             target = out.new_empty((splits, *out.shape), dtype=torch.float32)
             target_lse = out.new_empty((splits, *out.shape[:3]), dtype=torch.float32)
         block_table = call.block_table
+        arguments = {**arguments, **block_sparse(call.mask, arguments, block_m, tiles.block_n, group=arguments["GROUP"] if pack else 1)}
         launch(
             forward_kernel, programs * splits, tiles,
             **arguments,
@@ -116,11 +119,11 @@ class TritonPlan(Plan):
             if needs.k or needs.v:
                 grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
                 outputs = {"grad_k": grad_k, "grad_v": grad_v, **_strides("grad_k", grad_k), **_strides("grad_v", grad_v)}
-                self._try("grad_kv", functools.partial(_grad_kv, {**arguments, **outputs}))
+                self._try("grad_kv", functools.partial(_grad_kv, call.mask, {**arguments, **outputs}))
             if needs.q:
                 grad_q = torch.empty_like(q)
                 outputs = {"grad_q": grad_q, **_strides("grad_q", grad_q)}
-                self._try("grad_q", functools.partial(_grad_q, {**arguments, **outputs}))
+                self._try("grad_q", functools.partial(_grad_q, call.mask, {**arguments, **outputs}))
                 if negated:
                     grad_q.neg_()
             if needs.sinks and call.sinks is not None:
@@ -147,15 +150,17 @@ class TritonPlan(Plan):
         raise PrepareError(Reason(Code.OUT_OF_RESOURCES, f"{role} kernel: even the smallest tiles pass this device's shared memory"))
 
 
-def _grad_kv(arguments: _Arguments, tiles: Tiles) -> None:
+def _grad_kv(mask: Mask, arguments: _Arguments, tiles: Tiles) -> None:
     sequences = arguments["sequences"] + (arguments["cu_q"] is not None)
     programs = _cdiv(arguments["max_k"], tiles.block_n) * (arguments["Q_HEADS"] // arguments["GROUP"]) * sequences
+    arguments = {**arguments, **block_sparse(mask, arguments, tiles.block_m, tiles.block_n, by_keys=True)}
     launch(grad_kv_kernel, programs, tiles, **arguments, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n)
 
 
-def _grad_q(arguments: _Arguments, tiles: Tiles) -> None:
+def _grad_q(mask: Mask, arguments: _Arguments, tiles: Tiles) -> None:
     sequences = arguments["sequences"] + (arguments["cu_q"] is not None)
     programs = _cdiv(arguments["max_q"], tiles.block_m) * arguments["Q_HEADS"] * sequences
+    arguments = {**arguments, **block_sparse(mask, arguments, tiles.block_m, tiles.block_n)}
     launch(grad_q_kernel, programs, tiles, **arguments, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n)
 
 

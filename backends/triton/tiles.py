@@ -92,8 +92,9 @@ def choices(role: str, head_dim: int, v_head_dim: int, item: int, limit: int) ->
 
 
 def interpreted() -> dict[str, list[Tiles]]:
-    """Tiles for Triton's interpreter: small, so that tiny tensors still have several of them."""
-    return {role: [Tiles(16, 32, 1, 1) if role == "grad_q" else Tiles(16, 16, 1, 1)] for role in ROLES}
+    """Tiles for Triton's interpreter: small, so that tiny tensors still have several of them, and not all square."""
+    sizes = {"forward": (16, 16), "decode": (16, 32), "grad_kv": (32, 16), "grad_q": (16, 32)}
+    return {role: [Tiles(*sizes[role], 1, 1)] for role in ROLES}
 
 
 #: Programs of a decode kernel (4 warps, 72 KB of shared memory at head_dim 128) that one multiprocessor runs at a time.

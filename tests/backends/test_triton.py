@@ -23,7 +23,7 @@ from attnhub.backends.reference import maths
 from attnhub.backends.triton import TritonBackend, tiles
 from attnhub.device import describe
 from attnhub.layouts import Varlen
-from attnhub.mask import FULL, ALiBi, Bias, BoolMask, Causal, Chunk, LeftPad, Mask, Prefix, Segments, SeqLens, Window
+from attnhub.mask import FULL, ALiBi, Bias, BlockSparse, BoolMask, Causal, Chunk, LeftPad, Mask, Prefix, Segments, SeqLens, Window
 from attnhub.problem import DeviceInfo, Problem
 from attnhub.reasons import Code
 
@@ -141,6 +141,14 @@ def some_bias() -> torch.Tensor:
     return bias
 
 
+def some_blocks(lengths: tuple[int, int], size: tuple[int, int], batch: int = 1, heads: int = 1) -> Mask:
+    """About half of the blocks, and one row of blocks without any."""
+    shape = (batch, heads, -(-lengths[0] // size[0]), -(-lengths[1] // size[1]))
+    kept = torch.rand(shape, generator=torch.Generator().manual_seed(sum(size))) < 0.5
+    kept[:, :, 0] = False
+    return BlockSparse(kept, size)
+
+
 PACKED = Varlen(ints(0, 20, 20, 45), ints(0, 13, 33, 70), 25, 37)
 SINKS = torch.tensor([0.5, -1.0])
 #: Large seeds and offsets: every word of the counter and the key counts.
@@ -182,6 +190,18 @@ CASES: dict[str, tuple[tuple[int, int], Mask, dict[str, Any]]] = {
     "dropout_bias": ((20, 37), Bias(some_bias()), DROPOUT),
     "dropout_decode_split": ((3, 300), Causal() & SeqLens(ints(277, 2)), {**DROPOUT, "sinks": SINKS}),
     "dropout_packed": ((50, 80), Causal(), {**DROPOUT, "varlen": PACKED}),
+    # Tiles of the interpreter have sides of 16 and 32: blocks of 32 are made of whole tiles, others are not.
+    "block_sparse": ((80, 100), some_blocks((80, 100), (32, 32)), {}),
+    "block_sparse_by_head": ((80, 100), some_blocks((80, 100), (16, 64), 2, 2) & Causal(), {}),
+    "block_sparse_small": ((40, 60), some_blocks((40, 60), (5, 7), 2, 1), {}),
+    "block_sparse_window_dropout": ((80, 100), some_blocks((80, 100), (32, 32), 2, 2) & Window(40, 10), DROPOUT),
+    "block_sparse_left_padded": ((80, 100), some_blocks((80, 100), (32, 64)) & Causal() & LeftPad(ints(37, 0)), {}),
+    "block_sparse_bias": ((20, 37), some_blocks((20, 37), (8, 16)) & Bias(some_bias()), {}),
+    "block_sparse_chunk_seqlens": ((70, 90), some_blocks((70, 90), (16, 32)) & Causal() & Chunk(29) & SeqLens(ints(81, 0)), {}),
+    "block_sparse_more_queries": ((100, 40), some_blocks((100, 40), (32, 32)) & Causal("top_left") & Window(20, -1, "top_left"), {}),
+    "block_sparse_decode_split": ((1, 300), BlockSparse(torch.rand(2, 1, 1, 5, generator=torch.Generator().manual_seed(1)) < 0.5, (16, 64)), {}),
+    "block_sparse_decode_by_head": ((5, 300), BlockSparse(torch.rand(1, 2, 3, 5, generator=torch.Generator().manual_seed(1)) < 0.5, (2, 64)) & Causal(), {}),
+    "block_sparse_packed": ((50, 80), some_blocks((25, 37), (16, 32), 3, 2) & Causal(), {"varlen": PACKED}),
     "packed_decode": ((5, 80), Causal(), {"varlen": Varlen(ints(0, 1, 1, 3), ints(0, 13, 33, 70), 2, 37)}),
 }
 
@@ -294,6 +314,89 @@ def test_padding_is_never_read(fill: float) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("size", [(32, 32), (16, 48), (5, 7), (1000, 1000)])
+@pytest.mark.parametrize(("by_keys", "group"), [(False, 1), (False, 2), (True, 1)])
+def test_tile_map(size: tuple[int, int], by_keys: bool, group: int) -> None:
+    """The list of a row of tiles holds exactly those that touch a kept block, and the ranks count them."""
+    from attnhub.backends.triton.block_sparse import block_sparse
+
+    lengths, tile = (40, 150), (16, 32)
+    mask = some_blocks(lengths, size, 2, 4)
+    assert mask.block_sparse is not None
+    found = block_sparse(mask, {"max_q": lengths[0], "max_k": lengths[1]}, *tile, by_keys=by_keys, group=group)
+    pairs = mask.block_sparse.repeat_interleave(size[0], 2).repeat_interleave(size[1], 3)[:, :, : lengths[0], : lengths[1]]
+    pairs = pairs.unflatten(1, (4 // group, group)).any(2)
+    if group > 1:
+        tile = (lengths[0], tile[1])
+    if by_keys:
+        pairs, tile = pairs.transpose(2, 3), (tile[1], tile[0])
+    for b in range(2):
+        for h in range(4 // group):
+            rows = pairs[b, h].split(tile[0])
+            assert found["tile_map"].shape[2] == len(rows)
+            for r, row in enumerate(rows):
+                want = [t for t, columns in enumerate(row.split(tile[1], 1)) if columns.any()]
+                listed, ranks = found["tile_map"][b, h, r]
+                assert listed[: len(want)].tolist() == want
+                assert ranks.tolist() == [sum(w < t for w in want) for t in range(found["tile_count"] + 1)]
+    whole = all(s % t == 0 or s > 100 for s, t in zip(size, (16, 32))) and group == 1
+    assert (found["sparse"] is None) == whole
+
+
+@interpreted
+def test_dropped_tiles_are_never_read() -> None:
+    """NaN in keys and values of dropped blocks reaches nothing although no pair is tested; in both directions."""
+    q, k, v = tensors(1, (2, 1), (64, 128), (16, 16), torch.float32)
+    kept = torch.tensor([[True, False, True, False], [False, False, True, False]])
+    k[:, :, 32:64], v[:, :, 96:] = float("nan"), float("nan")
+    call = Call(q, k, v, BlockSparse(kept, (32, 32)), 0.25, need_lse=True)
+    plan = plan_for(call)
+    out, lse = plan.forward(call)
+    assert lse is not None and torch.isfinite(out).all() and torch.isfinite(lse).all()
+    grads = plan.backward(call, torch.ones_like(out), None, out, lse, Needs())
+    for grad in (grads.q, grads.k, grads.v):
+        assert grad is not None and torch.isfinite(grad).all()
+    # Inside of a kept block, a row that does not attend to it computes once more, over the same list.
+    q, k, v = tensors(1, (2, 1), (64, 128), (16, 16), torch.float32)
+    v[:, :, 77] = float("inf")
+    call = Call(q, k, v, BlockSparse(kept, (32, 32)) & Causal(), 0.25, need_lse=True)
+    check(call, backward=False)
+    found = []
+    v[:, :, 77] = 0.0
+    for value in (0.0, float("nan")):
+        k[:, :, 78] = value
+        out, lse = plan.forward(call)
+        assert lse is not None
+        found.append(plan.backward(call, torch.ones_like(out), None, out, lse, Needs()))
+    clean, poisoned = (grads.q for grads in found)
+    assert clean is not None and poisoned is not None
+    torch.testing.assert_close(poisoned[:, :, :14], clean[:, :, :14])
+    assert not torch.isfinite(poisoned[:, :, 14:]).any()
+
+    k[:, :, 78] = 0.0
+    out, lse = plan.forward(call)
+    assert lse is not None
+    grad_out = torch.ones_like(out)
+    grad_out[:, :, 5] = float("nan")
+    grads = plan.backward(call, grad_out, None, out, lse, Needs())
+    for wrong, right in ((grads.k, found[0].k), (grads.v, found[0].v)):
+        assert wrong is not None and right is not None
+        torch.testing.assert_close(wrong[:, :, 70:], right[:, :, 70:])
+        assert not torch.isfinite(wrong[:, :, 64:70]).any()
+
+
+@interpreted
+def test_block_sparse_paged() -> None:
+    generator = torch.Generator().manual_seed(3)
+    k, v = (torch.randn(17, 2, 16, 16, generator=generator) for _ in range(2))
+    table = torch.randperm(16, generator=generator).reshape(2, 8).int() + 1
+    for length in (1, 20):
+        q = torch.randn(2, 4, length, 16, generator=generator)
+        mask = some_blocks((length, 128), (8, 32), 2, 4) if length > 1 else BlockSparse(torch.tensor([[True, False, True, True]]), (1, 32))
+        check(Call(q, k, v, mask & SeqLens(ints(101, 37)), 0.3, need_lse=True, block_table=table), backward=False)
+
+
+@interpreted
 def test_only_asked_gradients() -> None:
     q, k, v = tensors(1, (2, 2), (17, 17), (16, 16), torch.float32)
     call = Call(q, k, v, FULL, 0.25, need_lse=True)
@@ -370,7 +473,7 @@ def test_split_count() -> None:
         assert 1 < splits <= max(1, key_tiles // 2)
 
 
-_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 
 
 def shared_memory_of(kernel: Any, arguments: dict[str, Any], choice: tiles.Tiles, arch: tuple[int, int]) -> int:
@@ -401,20 +504,23 @@ def shared_memory_of(kernel: Any, arguments: dict[str, Any], choice: tiles.Tiles
 
 @compiled
 @pytest.mark.parametrize(
-    ("arch", "dtype", "dim", "mask"),
+    ("arch", "dtype", "dim", "mask", "extra"),
     [
-        ((9, 0), torch.bfloat16, 64, Causal() & SeqLens(ints(64, 64))),
-        ((8, 0), torch.float16, 64, BoolMask(torch.ones(1, 1, 256, 256, dtype=torch.bool))),
+        ((9, 0), torch.bfloat16, 64, Causal() & SeqLens(ints(64, 64)), {}),
+        ((9, 0), torch.bfloat16, 64, some_blocks((256, 256), (100, 100)), DROPOUT),
+        ((8, 0), torch.float16, 64, BoolMask(torch.ones(1, 1, 256, 256, dtype=torch.bool)), {}),
     ],
 )
-def test_compiles_for_gpus_that_are_not_here(arch: tuple[int, int], dtype: torch.dtype, dim: int, mask: Mask) -> None:
+def test_compiles_for_gpus_that_are_not_here(
+    arch: tuple[int, int], dtype: torch.dtype, dim: int, mask: Mask, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All kernels compile for the architecture, and the first tiles offered fit its shared memory."""
-    from attnhub.backends.triton import launcher
+    from attnhub.backends.triton import block_sparse, launcher
     from attnhub.backends.triton.kernels.backward import grad_kv_kernel, grad_q_kernel
     from attnhub.backends.triton.kernels.forward import forward_kernel
 
     q, k, v = (torch.empty(2, heads, 256, dim, dtype=dtype) for heads in (4, 2, 2))
-    arguments = launcher._arguments(Call(q, k, v, mask, 0.1), False)
+    arguments = launcher._arguments(Call(q, k, v, mask, 0.1, **extra), False)
     row = torch.empty(2, 4, 256)
     forward = {
         **arguments, **launcher._strides("out", q), "out": q, "lse": row, "sinks": row, "block_table": None, "table_stride": 0,
@@ -425,8 +531,15 @@ def test_compiles_for_gpus_that_are_not_here(arch: tuple[int, int], dtype: torch
         backward.update(launcher._strides(name, x))
     limit = tiles.shared_memory("nvidia", arch)
     kernels = {"forward": forward_kernel, "decode": forward_kernel, "grad_kv": grad_kv_kernel, "grad_q": grad_q_kernel}
+    maps: list[Any] = []
+    monkeypatch.setattr(block_sparse, "launch", lambda *a, **k: maps.append((a, k)))
     for role, kernel in kernels.items():
         choice = tiles.choices(role, dim, dim, 2, limit)[0]
-        extra = {"PACK": True, "SPLIT": True, "out": row} if role == "decode" else {}
-        used = shared_memory_of(kernel, {**(backward if role.startswith("grad") else forward), **extra}, choice, arch)
+        decode = role == "decode"
+        changes = {"PACK": True, "SPLIT": True, "out": row} if decode else {}
+        sparse = block_sparse.block_sparse(mask, arguments, choice.block_m, choice.block_n, by_keys=role == "grad_kv", group=2 if decode else 1)
+        used = shared_memory_of(kernel, {**(backward if role.startswith("grad") else forward), **changes, **sparse}, choice, arch)
         assert 0 < used <= limit, f"{role}: {used} bytes with {choice}"
+    if maps:
+        (kernel, _, choice), passed = maps[0]
+        assert shared_memory_of(kernel, passed, choice, arch) <= limit
