@@ -37,7 +37,7 @@ class TritonBackend(Backend):
             devices=(*_GPUS, _INTERPRETER) if config.triton_interpret() else _GPUS,
             features=_BOTH_WAYS | {Feature.LSE, Feature.PAGED},
             head_dims=(1, 256, 1),
-            backward_features=_BOTH_WAYS | {Feature.LSE_GRAD, Feature.SINKS_GRAD},
+            backward_features=_BOTH_WAYS | {Feature.LSE_GRAD, Feature.SINKS_GRAD, Feature.BIAS_GRAD},
         )
 
     def probe(self) -> tuple[Reason, ...]:

@@ -20,6 +20,7 @@ from attnhub.backends.triton.block_sparse import block_sparse
 from attnhub.backends.triton.kernels.backward import delta_kernel, grad_kv_kernel, grad_q_kernel
 from attnhub.backends.triton.kernels.combine import combine_kernel
 from attnhub.backends.triton.kernels.forward import forward_kernel
+from attnhub.backends.triton.kernels.grad_bias import grad_bias_kernel
 from attnhub.backends.triton.launch import launch
 from attnhub.backends.triton.tiles import Tiles
 from attnhub.layouts import empty_out
@@ -115,7 +116,7 @@ class TritonPlan(Plan):
                 Q_HEADS=arguments["Q_HEADS"], V_HEAD_DIM=arguments["V_HEAD_DIM"], BLOCK_DV=arguments["BLOCK_DV"], BLOCK_R=_DELTA_ROWS,
             )  # fmt: skip
             arguments.update(grad_out=grad_out, lse=lse, delta=delta, softmax_scale=abs(float(call.softmax_scale)), **_strides("grad_out", grad_out))
-            grad_q = grad_k = grad_v = grad_sinks = None
+            grad_q = grad_k = grad_v = grad_bias = grad_sinks = None
             if needs.k or needs.v:
                 grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
                 outputs = {"grad_k": grad_k, "grad_v": grad_v, **_strides("grad_k", grad_k), **_strides("grad_v", grad_v)}
@@ -126,11 +127,14 @@ class TritonPlan(Plan):
                 self._try("grad_q", functools.partial(_grad_q, call.mask, {**arguments, **outputs}))
                 if negated:
                     grad_q.neg_()
+            if needs.bias and call.mask.bias is not None:
+                grad_bias = torch.empty(call.mask.bias.shape, dtype=call.mask.bias.dtype, device=q.device)
+                self._try("grad_bias", functools.partial(_grad_bias, call.mask, {**arguments, **_dense("grad_bias", "grad_bias", grad_bias)}))
             if needs.sinks and call.sinks is not None:
                 # The sink is a key with value 0: dS = P * (0 - delta). Tokens outside of all sequences have lse -inf.
                 share = torch.exp(call.sinks[None, :, None] - lse)
                 grad_sinks = -torch.where(lse == -math.inf, 0.0, share * delta).sum((0, 2)).to(call.sinks.dtype)
-        return Gradients(grad_q, grad_k if needs.k else None, grad_v if needs.v else None, None, grad_sinks)
+        return Gradients(grad_q, grad_k if needs.k else None, grad_v if needs.v else None, grad_bias, grad_sinks)
 
     def _try(self, role: str, launch: Callable[[Tiles], None]) -> None:
         """Launch with the role's tiles. Triton compiles, and finds out what does not fit, before anything runs."""
@@ -162,6 +166,14 @@ def _grad_q(mask: Mask, arguments: _Arguments, tiles: Tiles) -> None:
     programs = _cdiv(arguments["max_q"], tiles.block_m) * arguments["Q_HEADS"] * sequences
     arguments = {**arguments, **block_sparse(mask, arguments, tiles.block_m, tiles.block_n)}
     launch(grad_q_kernel, programs, tiles, **arguments, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n)
+
+
+def _grad_bias(mask: Mask, arguments: _Arguments, tiles: Tiles) -> None:
+    batch, heads, rows, keys = arguments["grad_bias"].shape
+    one = {"ONE_B": batch == 1, "ONE_H": heads == 1, "ONE_Q": rows == 1, "ONE_K": keys == 1}
+    programs = batch * heads * _cdiv(rows, tiles.block_m) * _cdiv(keys, tiles.block_n)
+    arguments = {**arguments, **block_sparse(mask, arguments, tiles.block_m, tiles.block_n)}
+    launch(grad_bias_kernel, programs, tiles, **arguments, **one, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n)
 
 
 def _arguments(call: Call, interpreted: bool) -> _Arguments:

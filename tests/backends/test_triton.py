@@ -6,6 +6,7 @@ Triton decides at import whether kernels are interpreted. The process that pytes
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -77,8 +78,12 @@ def tensors(batch: int, heads: tuple[int, int], lengths: tuple[int, int], dims: 
 
 def variant(call: Call, dtype: torch.dtype) -> Call:
     sinks = None if call.sinks is None else call.sinks.to(dtype)
+    mask = call.mask
+    if mask.bias is not None and dtype == torch.float64:
+        # Its gradient comes in its own dtype.
+        mask = dataclasses.replace(mask, bias=mask.bias.double())
     return Call(
-        call.q.to(dtype), call.k.to(dtype), call.v.to(dtype), call.mask, call.softmax_scale, call.softcap, sinks, call.dropout_p, call.rng,
+        call.q.to(dtype), call.k.to(dtype), call.v.to(dtype), mask, call.softmax_scale, call.softcap, sinks, call.dropout_p, call.rng,
         call.varlen, call.block_table, True,
     )  # fmt: skip
 
@@ -113,16 +118,17 @@ def check(call: Call, backward: bool = True) -> None:
     # Strides that are not the output's.
     grad_out = torch.randn(out.transpose(1, 2).shape, generator=generator).to(dtype).transpose(1, 2)
     grad_lse = torch.randn(lse.shape, generator=generator)
-    needs = Needs(True, True, True, False, call.sinks is not None)
+    needs = Needs(True, True, True, call.mask.bias is not None, call.sinks is not None)
     grads = plan.backward(call, grad_out, grad_lse, out, lse, needs)
     exact_grads = maths.backward(exact, grad_out.double(), grad_lse.double(), want, want_lse, needs, None, torch.float64)
     # P and dS are multiplied in the inputs' dtype by any implementation: the yardstick rounds them too.
     plain_grads = maths.backward(same, grad_out, grad_lse, plain, plain_lse, needs, None, torch.float32)
-    for name in ("q", "k", "v", "sinks"):
+    for name in ("q", "k", "v", "bias", "sinks"):
         got, wanted, yardstick = getattr(grads, name), getattr(exact_grads, name), getattr(plain_grads, name)
         if wanted is None:
             assert got is None
             continue
+        assert got.shape == wanted.shape
         # A sink's gradient is a sum over all rows: with two of them, the yardstick's error may vanish by chance.
         slack = 1.0 if dtype != torch.float32 or name == "sinks" else 0.0
         yardstick = yardstick.double() + slack * torch.finfo(dtype).eps * wanted.abs().max()
@@ -149,6 +155,10 @@ def some_blocks(lengths: tuple[int, int], size: tuple[int, int], batch: int = 1,
     return BlockSparse(kept, size)
 
 
+def bias_of(*shape: int) -> Mask:
+    return Bias(torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))))
+
+
 PACKED = Varlen(ints(0, 20, 20, 45), ints(0, 13, 33, 70), 25, 37)
 SINKS = torch.tensor([0.5, -1.0])
 #: Large seeds and offsets: every word of the counter and the key counts.
@@ -173,6 +183,18 @@ CASES: dict[str, tuple[tuple[int, int], Mask, dict[str, Any]]] = {
     "leftpad": ((20, 50), LeftPad(ints(19, 3)) & Causal(), {}),
     "bool_mask": ((20, 37), BoolMask(torch.rand(2, 1, 20, 37, generator=torch.Generator().manual_seed(2)) > 0.4), {}),
     "bias": ((20, 37), Bias(some_bias()), {}),
+    "bias_whole": ((20, 37), bias_of(2, 2, 20, 37), {"softcap": 2.0}),
+    "bias_of_batch": ((20, 37), bias_of(2, 1, 20, 37) & Causal(), DROPOUT),
+    "bias_one": ((20, 37), bias_of(1, 1, 20, 37) & Window(9, 3), {"sinks": SINKS}),
+    "bias_of_keys": ((40, 37), bias_of(1, 2, 1, 37) & Causal(), {"softmax_scale": -0.3}),
+    "bias_of_queries": ((20, 70), bias_of(2, 1, 20, 1) & SeqLens(ints(61, 0)), {}),
+    "bias_scalar": ((40, 50), bias_of(1, 1, 1, 1) & ALiBi(torch.tensor([0.5, 0.25])) & Causal(), {}),
+    "bias_packed": ((50, 80), bias_of(3, 2, 25, 37) & Causal(), {"varlen": PACKED}),
+    "bias_packed_one": ((50, 80), bias_of(1, 1, 25, 37), {"varlen": PACKED, "sinks": SINKS}),
+    "bias_packed_of_keys": ((50, 80), bias_of(1, 2, 1, 37) & Causal(), {"varlen": PACKED}),
+    "bias_of_heads_block_sparse": ((50, 100), bias_of(1, 2, 50, 100) & some_blocks((50, 100), (16, 32), 2, 2), {}),
+    "bias_of_queries_block_sparse": ((50, 100), bias_of(1, 2, 50, 1) & some_blocks((50, 100), (16, 32), 2, 1), {}),
+    "bias_of_keys_block_sparse": ((50, 100), bias_of(1, 2, 1, 100) & some_blocks((50, 100), (8, 5), 2, 1), {}),
     "alibi": ((20, 37), ALiBi(torch.tensor([0.5, 0.25])) & Causal(), {}),
     "softcap": ((20, 37), Causal(), {"softcap": 2.0}),
     "sinks": ((20, 37), Causal() & Window(4), {"sinks": SINKS}),
@@ -508,7 +530,7 @@ def shared_memory_of(kernel: Any, arguments: dict[str, Any], choice: tiles.Tiles
     [
         ((9, 0), torch.bfloat16, 64, Causal() & SeqLens(ints(64, 64)), {}),
         ((9, 0), torch.bfloat16, 64, some_blocks((256, 256), (100, 100)), DROPOUT),
-        ((8, 0), torch.float16, 64, BoolMask(torch.ones(1, 1, 256, 256, dtype=torch.bool)), {}),
+        ((8, 0), torch.float16, 64, BoolMask(torch.ones(1, 1, 256, 256, dtype=torch.bool)) & bias_of(1, 4, 256, 256), {}),
     ],
 )
 def test_compiles_for_gpus_that_are_not_here(
@@ -518,6 +540,7 @@ def test_compiles_for_gpus_that_are_not_here(
     from attnhub.backends.triton import block_sparse, launcher
     from attnhub.backends.triton.kernels.backward import grad_kv_kernel, grad_q_kernel
     from attnhub.backends.triton.kernels.forward import forward_kernel
+    from attnhub.backends.triton.kernels.grad_bias import grad_bias_kernel
 
     q, k, v = (torch.empty(2, heads, 256, dim, dtype=dtype) for heads in (4, 2, 2))
     arguments = launcher._arguments(Call(q, k, v, mask, 0.1, **extra), False)
@@ -531,6 +554,9 @@ def test_compiles_for_gpus_that_are_not_here(
         backward.update(launcher._strides(name, x))
     limit = tiles.shared_memory("nvidia", arch)
     kernels = {"forward": forward_kernel, "decode": forward_kernel, "grad_kv": grad_kv_kernel, "grad_q": grad_q_kernel}
+    if mask.bias is not None:
+        kernels["grad_bias"] = grad_bias_kernel
+        backward.update(launcher._dense("grad_bias", "grad_bias", mask.bias), ONE_B=True, ONE_H=False, ONE_Q=False, ONE_K=False)
     maps: list[Any] = []
     monkeypatch.setattr(block_sparse, "launch", lambda *a, **k: maps.append((a, k)))
     for role, kernel in kernels.items():

@@ -119,11 +119,11 @@ def keep_pairs(
         ids_k = tl.load(segments_k + b * segments_k_stride + j, mask=j < len_k, other=0)
         keep = keep & (ids_q == ids_k)
     if bool_mask is not None:
-        base = bool_mask + b * bool_stride_b + h.to(tl.int64) * bool_stride_h
+        base = bool_mask + tl.cast(b, tl.int64) * bool_stride_b + tl.cast(h, tl.int64) * bool_stride_h
         value = tl.load(base + i.to(tl.int64) * bool_stride_q + j.to(tl.int64) * bool_stride_k, mask=(i < len_q) & (j < len_k), other=0)
         keep = keep & (value != 0)
     if sparse is not None:
-        base = sparse + tl.cast(b, tl.int64) * sparse_stride_b + h.to(tl.int64) * sparse_stride_h
+        base = sparse + tl.cast(b, tl.int64) * sparse_stride_b + tl.cast(h, tl.int64) * sparse_stride_h
         value = tl.load(base + (i // SPARSE_Q).to(tl.int64) * sparse_stride_q + j // SPARSE_K, mask=(i < len_q) & (j < len_k), other=0)
         keep = keep & (value != 0)
     return keep
