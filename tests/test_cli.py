@@ -93,11 +93,11 @@ def test_explain_knows_devices_that_are_not_here(device: str, capsys: pytest.Cap
 
 
 def test_explain_gives_every_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    code, decision = run_json(capsys, "explain", "--device", "t4", "--dtype", "fp64", "--head-dim", "1000", "--features", "dropout", "--backend", "triton")
+    code, decision = run_json(capsys, "explain", "--device", "t4", "--dtype", "fp64", "--head-dim", "1000", "--features", "dropout", "--backend", "onnx")
     assert code == 1 and decision["chosen"] is None
-    codes = {r["code"] for r in decision["verdicts"]["triton"]["reasons"]}
-    assert {"arch", "head_dim", "no_dropout"} <= codes
-    code, out = run(capsys, "explain", "--device", "t4", "--dtype", "fp64", "--features", "dropout", "--backend", "triton")
+    codes = {r["code"] for r in decision["verdicts"]["onnx"]["reasons"]}
+    assert {"device_type", "head_dim", "no_dropout"} <= codes
+    code, out = run(capsys, "explain", "--device", "t4", "--dtype", "fp64", "--features", "dropout", "--backend", "onnx")
     assert "no_dropout" in out and "chosen: none" in out
 
 

@@ -21,7 +21,7 @@ _INTERPRETER = DeviceRange("cpu", "", (), None, _ALL)
 _BOTH_WAYS = frozenset({
     Feature.GQA, Feature.DV_DIFFERS, Feature.CAUSAL_BOTTOM_RIGHT, Feature.CAUSAL_TOP_LEFT, Feature.WINDOW, Feature.CHUNK,
     Feature.PREFIX, Feature.SEGMENTS, Feature.SEQLENS, Feature.LEFTPAD, Feature.BOOL_MASK, Feature.BIAS, Feature.ALIBI,
-    Feature.SOFTCAP, Feature.SINKS, Feature.VARLEN, Feature.DETERMINISTIC,
+    Feature.SOFTCAP, Feature.SINKS, Feature.VARLEN, Feature.DETERMINISTIC, Feature.DROPOUT, Feature.BLOCK_SPARSE,
 })  # fmt: skip
 
 
@@ -37,7 +37,7 @@ class TritonBackend(Backend):
             devices=(*_GPUS, _INTERPRETER) if config.triton_interpret() else _GPUS,
             features=_BOTH_WAYS | {Feature.LSE, Feature.PAGED},
             head_dims=(1, 256, 1),
-            backward_features=_BOTH_WAYS | {Feature.LSE_GRAD, Feature.SINKS_GRAD},
+            backward_features=_BOTH_WAYS | {Feature.LSE_GRAD, Feature.SINKS_GRAD, Feature.BIAS_GRAD},
         )
 
     def probe(self) -> tuple[Reason, ...]:

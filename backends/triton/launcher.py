@@ -21,9 +21,11 @@ from attnhub import config
 from attnhub.backend import Call, Gradients, Needs, Plan, PrepareError, Repeat
 from attnhub.backends.triton import table
 from attnhub.backends.triton import tiles as tiling
+from attnhub.backends.triton.block_sparse import block_sparse
 from attnhub.backends.triton.kernels.backward import delta_kernel, grad_kv_kernel, grad_q_kernel
 from attnhub.backends.triton.kernels.combine import combine_kernel
 from attnhub.backends.triton.kernels.forward import forward_kernel
+from attnhub.backends.triton.kernels.grad_bias import grad_bias_kernel
 from attnhub.backends.triton.launch import Recorder, Recording, hooked
 from attnhub.backends.triton.tiles import Tiles
 from attnhub.layouts import empty_out
@@ -124,7 +126,7 @@ class TritonPlan(Plan):
             if scale < 0 and needs.q:
                 buffers["grad_q"].neg_()
         get = buffers.get
-        return Gradients(get("grad_q"), get("grad_k") if needs.k else None, get("grad_v") if needs.v else None, None, grad_sinks)
+        return Gradients(get("grad_q"), get("grad_k") if needs.k else None, get("grad_v") if needs.v else None, get("grad_bias"), grad_sinks)
 
     def _replay(self, key: tuple[Any, ...], q: Tensor, addresses: list[int]) -> Optional[dict[str, Tensor]]:
         recording = self._recordings.get(key)
@@ -157,6 +159,10 @@ class TritonPlan(Plan):
         )  # fmt: skip
         arguments.update(recorder.inputs)
         recorder.launch(delta_kernel, _cdiv(lse.numel(), _DELTA_ROWS), _ROW_TILES, **arguments, **_strides("grad", grad_out), BLOCK_R=_DELTA_ROWS)
+        bias = call.mask.bias
+        if needs.bias and bias is not None:
+            grad_bias = recorder.buffer("grad_bias", torch.empty(bias.shape, dtype=bias.dtype, device=bias.device))
+            self._run(_GRAD_BIAS, recorder, {**arguments, **_dense("grad_bias", "grad_bias", grad_bias)})
         for name, x, needed in (("grad_k", call.k, needs.k or needs.v), ("grad_v", call.v, needs.k or needs.v), ("grad_q", call.q, needs.q)):
             if needed:
                 grad = arguments[name] = recorder.buffer(name, torch.empty_like(x))
@@ -229,6 +235,7 @@ def _forward(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
     splits = 1
     if rows <= _DECODE_ROWS:
         splits = tiling.split_count(programs, _cdiv(arguments["max_k"], tiles.block_n), _processors(arguments["q"].device, interpreted))
+    arguments = {**arguments, **block_sparse(recorder, arguments, block_m, tiles.block_n, group=group)}
     blocks = {"splits": splits, "SPLIT": splits > 1, "BLOCK_M": block_m, "BLOCK_N": tiles.block_n}
     if splits == 1:
         recorder.launch(forward_kernel, programs, tiles, **arguments, **blocks)
@@ -247,12 +254,22 @@ def _forward(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
 
 def _grad_kv(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
     programs = _cdiv(arguments["max_k"], tiles.block_n) * (arguments["Q_HEADS"] // arguments["GROUP"]) * _sequences(arguments)
-    recorder.launch(grad_kv_kernel, programs, tiles, **arguments, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n)
+    sparse = block_sparse(recorder, arguments, tiles.block_m, tiles.block_n, by_keys=True)
+    recorder.launch(grad_kv_kernel, programs, tiles, **{**arguments, **sparse}, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n)
 
 
 def _grad_q(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
     programs = _cdiv(arguments["max_q"], tiles.block_m) * arguments["Q_HEADS"] * _sequences(arguments)
-    recorder.launch(grad_q_kernel, programs, tiles, **arguments, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n)
+    sparse = block_sparse(recorder, arguments, tiles.block_m, tiles.block_n)
+    recorder.launch(grad_q_kernel, programs, tiles, **{**arguments, **sparse}, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n)
+
+
+def _grad_bias(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
+    batch, heads, rows, keys = arguments["grad_bias"].shape
+    one = {"ONE_B": batch == 1, "ONE_H": heads == 1, "ONE_Q": rows == 1, "ONE_K": keys == 1}
+    programs = batch * heads * _cdiv(rows, tiles.block_m) * _cdiv(keys, tiles.block_n)
+    sparse = block_sparse(recorder, arguments, tiles.block_m, tiles.block_n)
+    recorder.launch(grad_bias_kernel, programs, tiles, **{**arguments, **sparse}, **one, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n)
 
 
 #: In order of preference; the last of each serves everything.
@@ -260,6 +277,7 @@ _FORWARD = (Variant("forward", _everything, _forward),)
 _DECODE = (Variant("decode", _everything, _forward),)
 _GRAD_KV = (Variant("grad_kv", _everything, _grad_kv),)
 _GRAD_Q = (Variant("grad_q", _everything, _grad_q),)
+_GRAD_BIAS = (Variant("grad_bias", _everything, _grad_bias),)
 
 
 def _sequences(arguments: _Arguments) -> int:
@@ -359,6 +377,8 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
         **_dense("bool", "bool_mask", None if mask.bool_mask is None else mask.bool_mask.view(torch.uint8)),
         **_dense("bias", "bias", mask.bias),
         "alibi": mask.alibi, "alibi_stride_b": 0 if mask.alibi is None or mask.alibi.ndim == 1 or mask.alibi.shape[0] == 1 else mask.alibi.stride(0),
+        "block_sparse": None, "block_size": mask.block_size,
+        **_dropout(call),
         "Q_HEADS": heads, "GROUP": heads // k.shape[1], "HEAD_DIM": head_dim, "V_HEAD_DIM": v.shape[3],
         "BLOCK_D": width, "BLOCK_DV": width,
         "LEFT": left >= 0, "RIGHT": right >= 0, "CHUNK": mask.chunk > 0, "CAUSAL": widened, "TOP_LEFT": mask.align == "top_left",
@@ -384,6 +404,14 @@ def _dense(name: str, argument: str, x: Optional[Tensor]) -> _Arguments:
     """A tensor that broadcasts to [B, Hq, Sq, Sk], with stride 0 where it does."""
     strides = {f"{name}_stride_{axis}": 0 if x is None or x.shape[dim] == 1 else x.stride(dim) for dim, axis in enumerate("bhqk")}
     return {argument: x, **strides}
+
+
+def _dropout(call: Call) -> _Arguments:
+    """What `kernels.dropout` takes. The threshold, 32 bits unsigned, goes as the int32 of the same bits: one type whatever p is."""
+    if not call.dropout_p:
+        return {"rng": None, "drop_below": 0, "keep_scale": 1.0}
+    below = int(call.dropout_p * 2**32)
+    return {"rng": call.rng, "drop_below": below if below < 2**31 else below - 2**32, "keep_scale": 1.0 / (1.0 - call.dropout_p)}
 
 
 def _last_dense(x: Tensor) -> Tensor:

@@ -54,6 +54,11 @@ _TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
         2: {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(128, 32, 8, 1)},
         4: {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 4, 1)},
     },
+    # Not measured: chosen by what the compiler reports.
+    "grad_bias": {
+        2: {64: Tiles(64, 64, 4, 1), 128: Tiles(64, 64, 4, 1), 256: Tiles(64, 64, 8, 1)},
+        4: {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 4, 1)},
+    },
 }
 ROLES = tuple(_TABLE)
 
@@ -92,8 +97,9 @@ def choices(role: str, head_dim: int, v_head_dim: int, item: int, limit: int) ->
 
 
 def interpreted() -> dict[str, list[Tiles]]:
-    """Tiles for Triton's interpreter: small, so that tiny tensors still have several of them."""
-    return {role: [Tiles(16, 32, 1, 1) if role == "grad_q" else Tiles(16, 16, 1, 1)] for role in ROLES}
+    """Tiles for Triton's interpreter: small, so that tiny tensors still have several of them, and not all square."""
+    sizes = {"forward": (16, 16), "decode": (16, 32), "grad_kv": (32, 16), "grad_q": (16, 32), "grad_bias": (16, 32)}
+    return {role: [Tiles(*sizes[role], 1, 1)] for role in ROLES}
 
 
 #: Programs of a decode kernel (4 warps, 72 KB of shared memory at head_dim 128) that one multiprocessor runs at a time.

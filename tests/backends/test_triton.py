@@ -6,6 +6,7 @@ Triton decides at import whether kernels are interpreted. The process that pytes
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -23,7 +24,7 @@ from attnhub.backends.reference import maths
 from attnhub.backends.triton import TritonBackend, tiles
 from attnhub.device import describe
 from attnhub.layouts import Varlen
-from attnhub.mask import FULL, ALiBi, Bias, BoolMask, Causal, Chunk, LeftPad, Mask, Prefix, Segments, SeqLens, Window
+from attnhub.mask import FULL, ALiBi, Bias, BlockSparse, BoolMask, Causal, Chunk, LeftPad, Mask, Prefix, Segments, SeqLens, Window
 from attnhub.problem import DeviceInfo, Problem
 from attnhub.reasons import Code
 
@@ -77,9 +78,13 @@ def tensors(batch: int, heads: tuple[int, int], lengths: tuple[int, int], dims: 
 
 def variant(call: Call, dtype: torch.dtype) -> Call:
     sinks = None if call.sinks is None else call.sinks.to(dtype)
+    mask = call.mask
+    if mask.bias is not None and dtype == torch.float64:
+        # Its gradient comes in its own dtype.
+        mask = dataclasses.replace(mask, bias=mask.bias.double())
     return Call(
-        call.q.to(dtype), call.k.to(dtype), call.v.to(dtype), call.mask, call.softmax_scale, call.softcap, sinks, 0.0, None, call.varlen,
-        call.block_table, True,
+        call.q.to(dtype), call.k.to(dtype), call.v.to(dtype), mask, call.softmax_scale, call.softcap, sinks, call.dropout_p, call.rng,
+        call.varlen, call.block_table, True,
     )  # fmt: skip
 
 
@@ -113,16 +118,17 @@ def check(call: Call, backward: bool = True) -> None:
     # Strides that are not the output's.
     grad_out = torch.randn(out.transpose(1, 2).shape, generator=generator).to(dtype).transpose(1, 2)
     grad_lse = torch.randn(lse.shape, generator=generator)
-    needs = Needs(True, True, True, False, call.sinks is not None)
+    needs = Needs(True, True, True, call.mask.bias is not None, call.sinks is not None)
     grads = plan.backward(call, grad_out, grad_lse, out, lse, needs)
     exact_grads = maths.backward(exact, grad_out.double(), grad_lse.double(), want, want_lse, needs, None, torch.float64)
     # P and dS are multiplied in the inputs' dtype by any implementation: the yardstick rounds them too.
     plain_grads = maths.backward(same, grad_out, grad_lse, plain, plain_lse, needs, None, torch.float32)
-    for name in ("q", "k", "v", "sinks"):
+    for name in ("q", "k", "v", "bias", "sinks"):
         got, wanted, yardstick = getattr(grads, name), getattr(exact_grads, name), getattr(plain_grads, name)
         if wanted is None:
             assert got is None
             continue
+        assert got.shape == wanted.shape
         # A sink's gradient is a sum over all rows: with two of them, the yardstick's error may vanish by chance.
         slack = 1.0 if dtype != torch.float32 or name == "sinks" else 0.0
         yardstick = yardstick.double() + slack * torch.finfo(dtype).eps * wanted.abs().max()
@@ -141,8 +147,22 @@ def some_bias() -> torch.Tensor:
     return bias
 
 
+def some_blocks(lengths: tuple[int, int], size: tuple[int, int], batch: int = 1, heads: int = 1) -> Mask:
+    """About half of the blocks, and one row of blocks without any."""
+    shape = (batch, heads, -(-lengths[0] // size[0]), -(-lengths[1] // size[1]))
+    kept = torch.rand(shape, generator=torch.Generator().manual_seed(sum(size))) < 0.5
+    kept[:, :, 0] = False
+    return BlockSparse(kept, size)
+
+
+def bias_of(*shape: int) -> Mask:
+    return Bias(torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))))
+
+
 PACKED = Varlen(ints(0, 20, 20, 45), ints(0, 13, 33, 70), 25, 37)
 SINKS = torch.tensor([0.5, -1.0])
+#: Large seeds and offsets: every word of the counter and the key counts.
+DROPOUT: dict[str, Any] = {"dropout_p": 0.4, "rng": torch.tensor([2**61 + 12345, 2**60 + 2**31 + 7])}
 #: name -> (lengths of q and k, mask, further arguments of Call).
 CASES: dict[str, tuple[tuple[int, int], Mask, dict[str, Any]]] = {
     "full": ((20, 37), FULL, {}),
@@ -163,6 +183,18 @@ CASES: dict[str, tuple[tuple[int, int], Mask, dict[str, Any]]] = {
     "leftpad": ((20, 50), LeftPad(ints(19, 3)) & Causal(), {}),
     "bool_mask": ((20, 37), BoolMask(torch.rand(2, 1, 20, 37, generator=torch.Generator().manual_seed(2)) > 0.4), {}),
     "bias": ((20, 37), Bias(some_bias()), {}),
+    "bias_whole": ((20, 37), bias_of(2, 2, 20, 37), {"softcap": 2.0}),
+    "bias_of_batch": ((20, 37), bias_of(2, 1, 20, 37) & Causal(), DROPOUT),
+    "bias_one": ((20, 37), bias_of(1, 1, 20, 37) & Window(9, 3), {"sinks": SINKS}),
+    "bias_of_keys": ((40, 37), bias_of(1, 2, 1, 37) & Causal(), {"softmax_scale": -0.3}),
+    "bias_of_queries": ((20, 70), bias_of(2, 1, 20, 1) & SeqLens(ints(61, 0)), {}),
+    "bias_scalar": ((40, 50), bias_of(1, 1, 1, 1) & ALiBi(torch.tensor([0.5, 0.25])) & Causal(), {}),
+    "bias_packed": ((50, 80), bias_of(3, 2, 25, 37) & Causal(), {"varlen": PACKED}),
+    "bias_packed_one": ((50, 80), bias_of(1, 1, 25, 37), {"varlen": PACKED, "sinks": SINKS}),
+    "bias_packed_of_keys": ((50, 80), bias_of(1, 2, 1, 37) & Causal(), {"varlen": PACKED}),
+    "bias_of_heads_block_sparse": ((50, 100), bias_of(1, 2, 50, 100) & some_blocks((50, 100), (16, 32), 2, 2), {}),
+    "bias_of_queries_block_sparse": ((50, 100), bias_of(1, 2, 50, 1) & some_blocks((50, 100), (16, 32), 2, 1), {}),
+    "bias_of_keys_block_sparse": ((50, 100), bias_of(1, 2, 1, 100) & some_blocks((50, 100), (8, 5), 2, 1), {}),
     "alibi": ((20, 37), ALiBi(torch.tensor([0.5, 0.25])) & Causal(), {}),
     "softcap": ((20, 37), Causal(), {"softcap": 2.0}),
     "sinks": ((20, 37), Causal() & Window(4), {"sinks": SINKS}),
@@ -174,6 +206,24 @@ CASES: dict[str, tuple[tuple[int, int], Mask, dict[str, Any]]] = {
     "packed": ((50, 80), Causal(), {"varlen": PACKED}),
     "packed_sinks": ((50, 80), FULL, {"varlen": PACKED, "sinks": SINKS}),
     "packed_seqlens": ((50, 80), Causal() & SeqLens(ints(5, 3, 30)), {"varlen": PACKED}),
+    "dropout": ((20, 37), FULL, DROPOUT),
+    "dropout_most": ((20, 37), Causal(), {**DROPOUT, "dropout_p": 0.9}),
+    "dropout_window_sinks_softcap": ((50, 60), Causal() & Window(17), {**DROPOUT, "sinks": SINKS, "softcap": 2.0}),
+    "dropout_bias": ((20, 37), Bias(some_bias()), DROPOUT),
+    "dropout_decode_split": ((3, 300), Causal() & SeqLens(ints(277, 2)), {**DROPOUT, "sinks": SINKS}),
+    "dropout_packed": ((50, 80), Causal(), {**DROPOUT, "varlen": PACKED}),
+    # Tiles of the interpreter have sides of 16 and 32: blocks of 32 are made of whole tiles, others are not.
+    "block_sparse": ((80, 100), some_blocks((80, 100), (32, 32)), {}),
+    "block_sparse_by_head": ((80, 100), some_blocks((80, 100), (16, 64), 2, 2) & Causal(), {}),
+    "block_sparse_small": ((40, 60), some_blocks((40, 60), (5, 7), 2, 1), {}),
+    "block_sparse_window_dropout": ((80, 100), some_blocks((80, 100), (32, 32), 2, 2) & Window(40, 10), DROPOUT),
+    "block_sparse_left_padded": ((80, 100), some_blocks((80, 100), (32, 64)) & Causal() & LeftPad(ints(37, 0)), {}),
+    "block_sparse_bias": ((20, 37), some_blocks((20, 37), (8, 16)) & Bias(some_bias()), {}),
+    "block_sparse_chunk_seqlens": ((70, 90), some_blocks((70, 90), (16, 32)) & Causal() & Chunk(29) & SeqLens(ints(81, 0)), {}),
+    "block_sparse_more_queries": ((100, 40), some_blocks((100, 40), (32, 32)) & Causal("top_left") & Window(20, -1, "top_left"), {}),
+    "block_sparse_decode_split": ((1, 300), BlockSparse(torch.rand(2, 1, 1, 5, generator=torch.Generator().manual_seed(1)) < 0.5, (16, 64)), {}),
+    "block_sparse_decode_by_head": ((5, 300), BlockSparse(torch.rand(1, 2, 3, 5, generator=torch.Generator().manual_seed(1)) < 0.5, (2, 64)) & Causal(), {}),
+    "block_sparse_packed": ((50, 80), some_blocks((25, 37), (16, 32), 3, 2) & Causal(), {"varlen": PACKED}),
     "packed_decode": ((5, 80), Causal(), {"varlen": Varlen(ints(0, 1, 1, 3), ints(0, 13, 33, 70), 2, 37)}),
 }
 
@@ -286,6 +336,89 @@ def test_padding_is_never_read(fill: float) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("size", [(32, 32), (16, 48), (5, 7), (1000, 1000)])
+@pytest.mark.parametrize(("by_keys", "group"), [(False, 1), (False, 2), (True, 1)])
+def test_tile_map(size: tuple[int, int], by_keys: bool, group: int) -> None:
+    """The list of a row of tiles holds exactly those that touch a kept block, and the ranks count them."""
+    from attnhub.backends.triton.block_sparse import block_sparse
+
+    lengths, tile = (40, 150), (16, 32)
+    mask = some_blocks(lengths, size, 2, 4)
+    assert mask.block_sparse is not None
+    found = block_sparse(mask, {"max_q": lengths[0], "max_k": lengths[1]}, *tile, by_keys=by_keys, group=group)
+    pairs = mask.block_sparse.repeat_interleave(size[0], 2).repeat_interleave(size[1], 3)[:, :, : lengths[0], : lengths[1]]
+    pairs = pairs.unflatten(1, (4 // group, group)).any(2)
+    if group > 1:
+        tile = (lengths[0], tile[1])
+    if by_keys:
+        pairs, tile = pairs.transpose(2, 3), (tile[1], tile[0])
+    for b in range(2):
+        for h in range(4 // group):
+            rows = pairs[b, h].split(tile[0])
+            assert found["tile_map"].shape[2] == len(rows)
+            for r, row in enumerate(rows):
+                want = [t for t, columns in enumerate(row.split(tile[1], 1)) if columns.any()]
+                listed, ranks = found["tile_map"][b, h, r]
+                assert listed[: len(want)].tolist() == want
+                assert ranks.tolist() == [sum(w < t for w in want) for t in range(found["tile_count"] + 1)]
+    whole = all(s % t == 0 or s > 100 for s, t in zip(size, (16, 32))) and group == 1
+    assert (found["sparse"] is None) == whole
+
+
+@interpreted
+def test_dropped_tiles_are_never_read() -> None:
+    """NaN in keys and values of dropped blocks reaches nothing although no pair is tested; in both directions."""
+    q, k, v = tensors(1, (2, 1), (64, 128), (16, 16), torch.float32)
+    kept = torch.tensor([[True, False, True, False], [False, False, True, False]])
+    k[:, :, 32:64], v[:, :, 96:] = float("nan"), float("nan")
+    call = Call(q, k, v, BlockSparse(kept, (32, 32)), 0.25, need_lse=True)
+    plan = plan_for(call)
+    out, lse = plan.forward(call)
+    assert lse is not None and torch.isfinite(out).all() and torch.isfinite(lse).all()
+    grads = plan.backward(call, torch.ones_like(out), None, out, lse, Needs())
+    for grad in (grads.q, grads.k, grads.v):
+        assert grad is not None and torch.isfinite(grad).all()
+    # Inside of a kept block, a row that does not attend to it computes once more, over the same list.
+    q, k, v = tensors(1, (2, 1), (64, 128), (16, 16), torch.float32)
+    v[:, :, 77] = float("inf")
+    call = Call(q, k, v, BlockSparse(kept, (32, 32)) & Causal(), 0.25, need_lse=True)
+    check(call, backward=False)
+    found = []
+    v[:, :, 77] = 0.0
+    for value in (0.0, float("nan")):
+        k[:, :, 78] = value
+        out, lse = plan.forward(call)
+        assert lse is not None
+        found.append(plan.backward(call, torch.ones_like(out), None, out, lse, Needs()))
+    clean, poisoned = (grads.q for grads in found)
+    assert clean is not None and poisoned is not None
+    torch.testing.assert_close(poisoned[:, :, :14], clean[:, :, :14])
+    assert not torch.isfinite(poisoned[:, :, 14:]).any()
+
+    k[:, :, 78] = 0.0
+    out, lse = plan.forward(call)
+    assert lse is not None
+    grad_out = torch.ones_like(out)
+    grad_out[:, :, 5] = float("nan")
+    grads = plan.backward(call, grad_out, None, out, lse, Needs())
+    for wrong, right in ((grads.k, found[0].k), (grads.v, found[0].v)):
+        assert wrong is not None and right is not None
+        torch.testing.assert_close(wrong[:, :, 70:], right[:, :, 70:])
+        assert not torch.isfinite(wrong[:, :, 64:70]).any()
+
+
+@interpreted
+def test_block_sparse_paged() -> None:
+    generator = torch.Generator().manual_seed(3)
+    k, v = (torch.randn(17, 2, 16, 16, generator=generator) for _ in range(2))
+    table = torch.randperm(16, generator=generator).reshape(2, 8).int() + 1
+    for length in (1, 20):
+        q = torch.randn(2, 4, length, 16, generator=generator)
+        mask = some_blocks((length, 128), (8, 32), 2, 4) if length > 1 else BlockSparse(torch.tensor([[True, False, True, True]]), (1, 32))
+        check(Call(q, k, v, mask & SeqLens(ints(101, 37)), 0.3, need_lse=True, block_table=table), backward=False)
+
+
+@interpreted
 def test_only_asked_gradients() -> None:
     q, k, v = tensors(1, (2, 2), (17, 17), (16, 16), torch.float32)
     call = Call(q, k, v, FULL, 0.25, need_lse=True)
@@ -362,7 +495,7 @@ def test_split_count() -> None:
         assert 1 < splits <= max(1, key_tiles // 2)
 
 
-_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 
 
 def shared_memory_of(kernel: Any, arguments: dict[str, Any], choice: tiles.Tiles, arch: tuple[int, int]) -> int:
@@ -393,20 +526,24 @@ def shared_memory_of(kernel: Any, arguments: dict[str, Any], choice: tiles.Tiles
 
 @compiled
 @pytest.mark.parametrize(
-    ("arch", "dtype", "dim", "mask"),
+    ("arch", "dtype", "dim", "mask", "extra"),
     [
-        ((9, 0), torch.bfloat16, 64, Causal() & SeqLens(ints(64, 64))),
-        ((8, 0), torch.float16, 64, BoolMask(torch.ones(1, 1, 256, 256, dtype=torch.bool))),
+        ((9, 0), torch.bfloat16, 64, Causal() & SeqLens(ints(64, 64)), {}),
+        ((9, 0), torch.bfloat16, 64, some_blocks((256, 256), (100, 100)), DROPOUT),
+        ((8, 0), torch.float16, 64, BoolMask(torch.ones(1, 1, 256, 256, dtype=torch.bool)) & bias_of(1, 4, 256, 256), {}),
     ],
 )
-def test_compiles_for_gpus_that_are_not_here(arch: tuple[int, int], dtype: torch.dtype, dim: int, mask: Mask) -> None:
+def test_compiles_for_gpus_that_are_not_here(
+    arch: tuple[int, int], dtype: torch.dtype, dim: int, mask: Mask, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All kernels compile for the architecture, and the first tiles offered fit its shared memory."""
-    from attnhub.backends.triton import launcher
+    from attnhub.backends.triton import block_sparse, launcher
     from attnhub.backends.triton.kernels.backward import grad_kv_kernel, grad_q_kernel
     from attnhub.backends.triton.kernels.forward import forward_kernel
+    from attnhub.backends.triton.kernels.grad_bias import grad_bias_kernel
 
     q, k, v = (torch.empty(2, heads, 256, dim, dtype=dtype) for heads in (4, 2, 2))
-    arguments = launcher._arguments(Call(q, k, v, mask, 0.1), False)
+    arguments = launcher._arguments(Call(q, k, v, mask, 0.1, **extra), False)
     row = torch.empty(2, 4, 256)
     forward = {
         **arguments, **launcher._strides("out", q), "out": q, "lse": row, "sinks": row, "block_table": None, "table_stride": 0,
@@ -417,8 +554,18 @@ def test_compiles_for_gpus_that_are_not_here(arch: tuple[int, int], dtype: torch
         backward.update(launcher._strides(name, x))
     limit = tiles.shared_memory("nvidia", arch)
     kernels = {"forward": forward_kernel, "decode": forward_kernel, "grad_kv": grad_kv_kernel, "grad_q": grad_q_kernel}
+    if mask.bias is not None:
+        kernels["grad_bias"] = grad_bias_kernel
+        backward.update(launcher._dense("grad_bias", "grad_bias", mask.bias), ONE_B=True, ONE_H=False, ONE_Q=False, ONE_K=False)
+    maps: list[Any] = []
+    monkeypatch.setattr(block_sparse, "launch", lambda *a, **k: maps.append((a, k)))
     for role, kernel in kernels.items():
         choice = tiles.choices(role, dim, dim, 2, limit)[0]
-        extra = {"PACK": True, "SPLIT": True, "out": row} if role == "decode" else {}
-        used = shared_memory_of(kernel, {**(backward if role.startswith("grad") else forward), **extra}, choice, arch)
+        decode = role == "decode"
+        changes = {"PACK": True, "SPLIT": True, "out": row} if decode else {}
+        sparse = block_sparse.block_sparse(mask, arguments, choice.block_m, choice.block_n, by_keys=role == "grad_kv", group=2 if decode else 1)
+        used = shared_memory_of(kernel, {**(backward if role.startswith("grad") else forward), **changes, **sparse}, choice, arch)
         assert 0 < used <= limit, f"{role}: {used} bytes with {choice}"
+    if maps:
+        (kernel, _, choice), passed = maps[0]
+        assert shared_memory_of(kernel, passed, choice, arch) <= limit

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnhub.backends.triton.kernels.dropout import kept_by_dropout
 from attnhub.backends.triton.kernels.forward import key_block, query_block
 from attnhub.backends.triton.kernels.mask import align_range, keep_pairs, key_range, query_range
 from attnhub.backends.triton.kernels.tile import (
@@ -26,8 +27,12 @@ from attnhub.backends.triton.kernels.tile import (
     power,
     tanh,
 )
+from attnhub.backends.triton.kernels.tile_map import listed_range, listed_token
 
-RUNTIME = ["scale", "softmax_scale", "softcap", "sequences", "max_q", "max_k", "tokens_q", "tokens_k", "left", "right", "chunk"]
+RUNTIME = [
+    "scale", "softmax_scale", "softcap", "sequences", "max_q", "max_k", "tokens_q", "tokens_k", "left", "right", "chunk", "drop_below", "keep_scale",
+    "tile_map_stride_b", "tile_map_stride_h", "tile_count",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "tokens_q"])
@@ -61,11 +66,14 @@ def grad_kv_kernel(
     segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b,
+    rng, drop_below, keep_scale, tile_map, tile_map_stride_b, tile_map_stride_h, tile_count,
+    sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
     LEFT_PHASE: tl.constexpr, MASK_ALL: tl.constexpr, MASK_VALUES: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SPARSE_Q: tl.constexpr, SPARSE_K: tl.constexpr,
 ):  # fmt: skip
     """grad_k, grad_v of one block of BLOCK_N keys of one K/V head. Grid: sequences (+ 1 if packed) * K/V heads * key blocks."""
     KV_HEADS: tl.constexpr = Q_HEADS // GROUP
@@ -142,18 +150,29 @@ def grad_kv_kernel(
             q_base = head_pointer(q, memory_b, h, first_q, q_stride_b, q_stride_h, q_stride_s)
             do_base = head_pointer(grad_out, memory_b, h, first_q, grad_out_stride_b, grad_out_stride_h, grad_out_stride_s)
             row_base = (tl.cast(memory_b, tl.int64) * Q_HEADS + h) * tokens_q + first_q
+            listed = tile_map
+            a, full_a, full_z, z = lo, full_lo, full_hi, hi
+            if tile_map is not None:
+                listed += tl.cast(b, tl.int64) * tile_map_stride_b + tl.cast(h, tl.int64) * tile_map_stride_h
+                listed += tl.cast(block, tl.int64) * 2 * (tile_count + 1)
+                a, full_a, full_z, z = listed_range(listed, tile_count, lo, full_lo, full_hi, hi, BLOCK_M)
             for phase in tl.static_range(0, 1 if attempt == 1 else 3):
                 if phase == 0:
-                    start = lo
-                    stop = hi if attempt == 1 else full_lo
+                    start = a
+                    stop = z if attempt == 1 else full_a
                 elif phase == 1:
-                    start = full_lo
-                    stop = full_hi
+                    start = full_a
+                    stop = full_z
                 else:
-                    start = full_hi
-                    stop = hi
+                    start = full_z
+                    stop = z
+                if tile_map is not None and attempt == 1:
+                    start *= BLOCK_M // CAREFUL
+                    stop *= BLOCK_M // CAREFUL
                 if attempt == 1 or phase == 2 or not MASK_ALL:
-                    for start_m in tl.range(start, stop, CAREFUL if attempt == 1 else BLOCK_M):
+                    for start_m in tl.range(start, stop, 1 if tile_map is not None else CAREFUL if attempt == 1 else BLOCK_M):
+                        if tile_map is not None:
+                            start_m = listed_token(listed, start_m, BLOCK_M, CAREFUL if attempt == 1 else BLOCK_M)
                         start_m = tl.multiple_of(start_m, CAREFUL if attempt == 1 else BLOCK_M)
                         i = start_m + rows
                         p = i + shift
@@ -181,7 +200,8 @@ def grad_kv_kernel(
                                 b, h, i[None, :], j[:, None], p[None, :], len_q, len_k, lowest, left, right, chunk, prefix_len,
                                 segments_q, segments_k, segments_q_stride, segments_k_stride,
                                 blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
-                                bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k, LEFT, RIGHT, CHUNK, CAUSAL,
+                                bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
+                                sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q, SPARSE_Q, SPARSE_K, LEFT, RIGHT, CHUNK, CAUSAL,
                             )  # fmt: skip
                             if bias is not None:
                                 keep = keep & (s != -INF)
@@ -190,19 +210,24 @@ def grad_kv_kernel(
                         do_tile = load_tile(do_pointers, row_ok, v_dims < V_HEAD_DIM, phase != 1, BLOCK_DV != V_HEAD_DIM)
                         dp = dot(v_tile, tl.trans(do_tile), tl.zeros((BLOCK_N, CAREFUL if attempt == 1 else BLOCK_M), tl.float32), PRECISION, UPCAST)
                         row_delta = tl.load(delta + row_base + i, mask=row_ok, other=0.0)
+                        used = weights
+                        if rng is not None:
+                            kept = kept_by_dropout(rng, drop_below, b, h, i[None, :], key_first, Q_HEADS, BLOCK_N, True)
+                            used = tl.where(kept, weights, 0.0)
+                            dp = tl.where(kept, dp * keep_scale, 0.0)
                         ds = weights * (dp - row_delta[None, :]) * slope
                         if phase != 1:
                             ds = tl.where(keep, ds, 0.0)
                         if attempt == 1:
-                            dv = dot_kept(weights.to(do_tile.dtype), keep, do_tile, dv, PRECISION, UPCAST)
+                            dv = dot_kept(used.to(do_tile.dtype), keep, do_tile, dv, PRECISION, UPCAST)
                             dk = dot_kept(ds.to(q_tile.dtype), keep, q_tile, dk, PRECISION, UPCAST)
                         else:
-                            dv = dot(weights.to(do_tile.dtype), do_tile, dv, PRECISION, UPCAST)
+                            dv = dot(used.to(do_tile.dtype), do_tile, dv, PRECISION, UPCAST)
                             dk = dot(ds.to(q_tile.dtype), q_tile, dk, PRECISION, UPCAST)
 
     stored = (j < room)[:, None]
     dk = tl.where(column_ok[:, None], dk * softmax_scale, 0.0)
-    dv = tl.where(column_ok[:, None], dv, 0.0)
+    dv = tl.where(column_ok[:, None], dv if rng is None else dv * keep_scale, 0.0)
     grad_k_rows = (first_k + j).to(tl.int64) * grad_k_stride_s
     grad_v_rows = (first_k + j).to(tl.int64) * grad_v_stride_s
     grad_k_base = head_pointer(grad_k, memory_bk, kv_head, 0, grad_k_stride_b, grad_k_stride_h, grad_k_stride_s)
@@ -220,11 +245,14 @@ def grad_q_kernel(
     segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b,
+    rng, drop_below, keep_scale, tile_map, tile_map_stride_b, tile_map_stride_h, tile_count,
+    sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
     LEFT_PHASE: tl.constexpr, MASK_ALL: tl.constexpr, MASK_VALUES: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SPARSE_Q: tl.constexpr, SPARSE_K: tl.constexpr,
 ):  # fmt: skip
     """grad_q of one block of BLOCK_M query rows of one head. Grid: sequences (+ 1 if packed) * heads * row blocks."""
     row_blocks = tl.cdiv(max_q, BLOCK_M)
@@ -281,6 +309,10 @@ def grad_q_kernel(
         position_first, position_last, len_k, lowest, left, right, chunk, prefix_len, LEFT, RIGHT, CHUNK, CAUSAL and blocks_q is None
     )
     lo, full_lo, full_hi, hi = align_range(lo, full_lo, full_hi, hi, BLOCK_N, MASK_ALL)
+    listed = tile_map
+    if tile_map is not None:
+        listed += tl.cast(b, tl.int64) * tile_map_stride_b + tl.cast(h, tl.int64) * tile_map_stride_h + tl.cast(block, tl.int64) * 2 * (tile_count + 1)
+        lo, full_lo, full_hi, hi = listed_range(listed, tile_count, lo, full_lo, full_hi, hi, BLOCK_N)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     # The phases of the forward pass.
@@ -306,7 +338,12 @@ def grad_q_kernel(
             offset_columns = columns.to(tl.int64) if WIDE else columns
             k_offsets = offset_columns[:, None] * k_stride_s + dims[None, :]
             v_offsets = offset_columns[:, None] * v_stride_s + v_dims[None, :]
-            for n in tl.range(start, stop, CAREFUL if phase == 3 else BLOCK_N):
+            if tile_map is not None and phase == 3:
+                start *= BLOCK_N // CAREFUL
+                stop *= BLOCK_N // CAREFUL
+            for n in tl.range(start, stop, 1 if tile_map is not None else CAREFUL if phase == 3 else BLOCK_N):
+                if tile_map is not None:
+                    n = listed_token(listed, n, BLOCK_N, CAREFUL if phase == 3 else BLOCK_N)
                 n = tl.multiple_of(n, CAREFUL if phase == 3 else BLOCK_N)
                 j = n + columns
                 column_ok = (j < len_k) & (j >= lowest)
@@ -328,13 +365,17 @@ def grad_q_kernel(
                 )  # fmt: skip
                 weights = power(s - row_lse[:, None], NATURAL)
                 dp = dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK_M, CAREFUL if phase == 3 else BLOCK_N), tl.float32), PRECISION, UPCAST)
+                if rng is not None:
+                    kept = kept_by_dropout(rng, drop_below, b, h, i[:, None], n, Q_HEADS, CAREFUL if phase == 3 else BLOCK_N, False)
+                    dp = tl.where(kept, dp * keep_scale, 0.0)
                 ds = weights * (dp - row_delta[:, None]) * slope
                 if phase != 1:
                     keep = keep_pairs(
                         b, h, i[:, None], j[None, :], p[:, None], len_q, len_k, lowest, left, right, chunk, prefix_len,
                         segments_q, segments_k, segments_q_stride, segments_k_stride,
                         blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
-                        bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k, LEFT, RIGHT, CHUNK, CAUSAL,
+                        bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
+                        sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q, SPARSE_Q, SPARSE_K, LEFT, RIGHT, CHUNK, CAUSAL,
                     )  # fmt: skip
                     if bias is not None:
                         keep = keep & (s != -INF)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnhub.backends.triton.kernels.dropout import kept_by_dropout
 from attnhub.backends.triton.kernels.mask import align_range, keep_pairs, key_range
 from attnhub.backends.triton.kernels.tile import (
     CAREFUL,
@@ -27,9 +28,13 @@ from attnhub.backends.triton.kernels.tile import (
     power,
     tanh,
 )
+from attnhub.backends.triton.kernels.tile_map import listed_range, listed_token
 
 #: Lengths and limits change from call to call and take no part in the choice of instructions.
-RUNTIME = ["scale", "softcap", "sequences", "max_q", "max_k", "tokens_q", "tokens_k", "left", "right", "chunk", "splits", "table_stride"]
+RUNTIME = [
+    "scale", "softcap", "sequences", "max_q", "max_k", "tokens_q", "tokens_k", "left", "right", "chunk", "splits", "table_stride",
+    "drop_below", "keep_scale", "tile_map_stride_b", "tile_map_stride_h", "tile_count",
+]  # fmt: skip
 
 
 @triton.jit
@@ -76,16 +81,20 @@ def forward_kernel(
     segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b,
+    rng, drop_below, keep_scale, tile_map, tile_map_stride_b, tile_map_stride_h, tile_count,
+    sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
     LEFT_PHASE: tl.constexpr, MASK_ALL: tl.constexpr, MASK_VALUES: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, PAGE_SIZE: tl.constexpr,
     PACK: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SPARSE_Q: tl.constexpr, SPARSE_K: tl.constexpr,
 ):  # fmt: skip
     """out [B, Hq, Sq, Dv] and, if lse is not None, lse [B, Hq, Sq] fp32 of one block of query rows.
 
     The grid is one-dimensional: (sequences (+ 1 if packed) * heads * splits * row blocks); heads are K/V heads with PACK.
     scale is softmax_scale * log2(e), or softmax_scale alone with SOFTCAP or NATURAL; it is never negative.
+    rng (int64 [2] or None), drop_below: see `kernels.dropout`; keep_scale is 1 / (1 - p).
     """
     PACKED_HEADS: tl.constexpr = GROUP if PACK else 1
     PROGRAM_HEADS: tl.constexpr = Q_HEADS // PACKED_HEADS
@@ -168,12 +177,20 @@ def forward_kernel(
         position_first, position_last, len_k, lowest, left, right, chunk, prefix_len, LEFT, RIGHT, CHUNK, CAUSAL and blocks_q is None
     )
     lo, full_lo, full_hi, hi = align_range(lo, full_lo, full_hi, hi, BLOCK_N, MASK_ALL)
+    # A range counts keys, or positions in the list of kept tiles.
+    TILE: tl.constexpr = BLOCK_N if tile_map is None else 1
+    listed = tile_map
+    if tile_map is not None:
+        listed += tl.cast(b, tl.int64) * tile_map_stride_b + tl.cast(head, tl.int64) * tile_map_stride_h
+        if not PACK:
+            listed += tl.cast(row_block, tl.int64) * 2 * (tile_count + 1)
+        lo, full_lo, full_hi, hi = listed_range(listed, tile_count, lo, full_lo, full_hi, hi, BLOCK_N)
     if SPLIT:
-        share = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_N), splits) * BLOCK_N
+        share = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), TILE), splits) * TILE
         lo += split * share
         hi = tl.minimum(hi, lo + share)
         full_lo = tl.minimum(tl.maximum(full_lo, lo), tl.maximum(hi, lo))
-        full_hi = tl.maximum(tl.minimum(full_hi, hi // BLOCK_N * BLOCK_N), full_lo)
+        full_hi = tl.maximum(tl.minimum(full_hi, hi // TILE * TILE), full_lo)
 
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     m = tl.full((BLOCK_M,), -INF, tl.float32)
@@ -204,7 +221,12 @@ def forward_kernel(
             offset_columns = columns.to(tl.int64) if WIDE else columns
             k_offsets = offset_columns[:, None] * k_stride_s + dims[None, :]
             v_offsets = offset_columns[:, None] * v_stride_s + v_dims[None, :]
-            for n in tl.range(start, stop, CAREFUL if phase == 3 else BLOCK_N):
+            if tile_map is not None and phase == 3:
+                start *= BLOCK_N // CAREFUL
+                stop *= BLOCK_N // CAREFUL
+            for n in tl.range(start, stop, 1 if tile_map is not None else CAREFUL if phase == 3 else BLOCK_N):
+                if tile_map is not None:
+                    n = listed_token(listed, n, BLOCK_N, CAREFUL if phase == 3 else BLOCK_N)
                 n = tl.multiple_of(n, CAREFUL if phase == 3 else BLOCK_N)
                 j = n + columns
                 column_ok = (j < len_k) & (j >= lowest)
@@ -231,7 +253,8 @@ def forward_kernel(
                         b, h[:, None], i[:, None], j[None, :], p[:, None], len_q, len_k, lowest, left, right, chunk, prefix_len,
                         segments_q, segments_k, segments_q_stride, segments_k_stride,
                         blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
-                        bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k, LEFT, RIGHT, CHUNK, CAUSAL,
+                        bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
+                        sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q, SPARSE_Q, SPARSE_K, LEFT, RIGHT, CHUNK, CAUSAL,
                     )  # fmt: skip
                     if bias is not None:
                         keep = keep & (s != -INF)
@@ -253,6 +276,10 @@ def forward_kernel(
                 total = total * shrink + tl.sum(weights, 1)
                 acc = acc * shrink[:, None]
                 m = m_new
+                if rng is not None:
+                    # The denominator, and lse, are without dropout.
+                    kept = kept_by_dropout(rng, drop_below, b, h[:, None], i[:, None], n, Q_HEADS, CAREFUL if phase == 3 else BLOCK_N, False)
+                    weights = tl.where(kept, weights, 0.0)
                 v_tile = load_tile(v_tile_pointers, column_ok, v_dims < V_HEAD_DIM, phase != 1, BLOCK_DV != V_HEAD_DIM)
                 if phase == 3:
                     acc = dot_kept(weights.to(v_tile.dtype), keep, v_tile, acc, PRECISION, UPCAST)
@@ -269,6 +296,8 @@ def forward_kernel(
         m = m_new
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
+    if rng is not None:
+        acc = acc * keep_scale
     out_rows = tl.cast(memory_b, tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h + (first_q + i).to(tl.int64) * out_stride_s
     tl.store(out + out_rows[:, None] + v_dims[None, :], acc.to(out.dtype.element_ty), mask=row_ok[:, None] & (v_dims[None, :] < V_HEAD_DIM))
     if lse is not None:

@@ -96,6 +96,7 @@ def keep_pairs(
     segments_q, segments_k, segments_q_stride, segments_k_stride,
     blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
+    sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q, SPARSE_Q: tl.constexpr, SPARSE_K: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """True where the pair is allowed. i, p, h (query side) and j (key side) are 2-D and broadcast in either order."""
@@ -118,7 +119,11 @@ def keep_pairs(
         ids_k = tl.load(segments_k + b * segments_k_stride + j, mask=j < len_k, other=0)
         keep = keep & (ids_q == ids_k)
     if bool_mask is not None:
-        base = bool_mask + b * bool_stride_b + h.to(tl.int64) * bool_stride_h
+        base = bool_mask + tl.cast(b, tl.int64) * bool_stride_b + tl.cast(h, tl.int64) * bool_stride_h
         value = tl.load(base + i.to(tl.int64) * bool_stride_q + j.to(tl.int64) * bool_stride_k, mask=(i < len_q) & (j < len_k), other=0)
+        keep = keep & (value != 0)
+    if sparse is not None:
+        base = sparse + tl.cast(b, tl.int64) * sparse_stride_b + tl.cast(h, tl.int64) * sparse_stride_h
+        value = tl.load(base + (i // SPARSE_Q).to(tl.int64) * sparse_stride_q + j // SPARSE_K, mask=(i < len_q) & (j < len_k), other=0)
         keep = keep & (value != 0)
     return keep

@@ -50,7 +50,7 @@ def add_bias(
     Bias wants base e: the smallest finite number, which models use as a mask, would become -inf in base 2.
     """
     if bias is not None:
-        base = bias + b * bias_stride_b + h.to(tl.int64) * bias_stride_h
+        base = bias + tl.cast(b, tl.int64) * bias_stride_b + tl.cast(h, tl.int64) * bias_stride_h
         value = tl.load(base + i.to(tl.int64) * bias_stride_q + j.to(tl.int64) * bias_stride_k, mask=(i < len_q) & (j < len_k), other=0.0)
         value = value.to(tl.float32)
         s = tl.where(value == -INF, -INF, s + value)
