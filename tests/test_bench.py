@@ -210,8 +210,10 @@ def test_pages_hold_the_same_keys() -> None:
 def test_fp8_holds_the_same_values() -> None:
     case = Case(40, batch=2, heads=4, kv_heads=2, head_dim=16, dtype="bfloat16", causal=True, fp8=True)
     tensors = peers.inputs(case, CPU)
-    for x in tensors:
+    for x, whole in zip(tensors, peers.inputs(dataclasses.replace(case, fp8=False), CPU)):
         small, factor = parts.quantised(x, 2)
+        # Three bits of mantissa, and what lies far below the largest value.
+        assert ((x - whole).abs() <= whole.abs() / 16 + factor.max() / 512).all()
         assert small.dtype == torch.float8_e4m3fn and factor.shape == (2, 2) and torch.equal(parts.dequantised(small, factor, x.dtype), x)
     everybody = peers.assemble(case, tensors, ("sdpa",), ("reference",))
     rows = {row["peer"]: row for row in measure.run_case(case, tensors, everybody, measure.Settings(1, 1e-4))}

@@ -41,8 +41,9 @@ def estimate(cases: list[Case], names: tuple[str, ...], backends: Optional[tuple
     """Seconds that a GPU run takes, about: rounds, first calls, and what FlexAttention traces even where its kernels are on disk."""
     peers = len(names) + (4 if backends is None else len(backends))
     each = peers * (settings.rounds * settings.round_seconds + 0.1) + 0.3
-    compiling = 20.0 + len(cases) * 10.0 / workers.jobs()
-    return len(cases) * (each + (1.5 if "flex" in names else 0.0)) + compiling
+    flex = "flex" in names
+    compiling = 20.0 + len(cases) * (10.0 if flex else 3.0) / workers.jobs()
+    return len(cases) * (each + (1.5 if flex else 0.0)) + compiling
 
 
 def _compile(asked: dict[str, Any]) -> dict[str, str]:
