@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import pathlib
 import sys
 import time
@@ -461,6 +462,21 @@ def test_judging_on_gpus() -> None:
     assert "CPU use" not in columns and [line[columns.index("saved of naive")] for line in shown] == ["", "94.1%", "", "96.9%"]
     columns, shown = pages.table(rows[:2])
     assert [line[columns.index("over FlexAttention")] for line in shown] == ["1.00x", "2.00x"]
+
+
+def test_a_grid_is_drawn_as_lines(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("matplotlib")
+    from attnhub.bench import plot
+
+    cases = [c for c in PRESETS["grid"].make("cuda") if c.head_dim != 256][:20]
+    rows = [_row(c, peer, 1.0, speedup=1.0) for c in cases for peer in ("F.sdpa", "attnhub")] + [{**cases[0].to_json(), "peer": "x", "skipped": "no"}]
+    environment = {"device": {"type": "cuda", "name": "x", "isa": []}, "threads": 1, "torch": "2"}
+    result = {**_result(rows), "preset": "grid", "environment": environment}
+    assert len(plot._lines(result).axes) == len({(c.mode, c.head_dim, c.causal) for c in cases}) and len(plot._bars(result).axes) == 1
+    plot.draw(result, tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG") and len(os.listdir(tmp_path)) == 1
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot.draw({**result, "rows": rows[-1:]}, tmp_path / "none.png")
 
 
 def test_pages_show_the_columns_that_a_file_has(tmp_path: pathlib.Path) -> None:
