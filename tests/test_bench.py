@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import pathlib
 import sys
 import time
@@ -210,8 +211,10 @@ def test_pages_hold_the_same_keys() -> None:
 def test_fp8_holds_the_same_values() -> None:
     case = Case(40, batch=2, heads=4, kv_heads=2, head_dim=16, dtype="bfloat16", causal=True, fp8=True)
     tensors = peers.inputs(case, CPU)
-    for x in tensors:
+    for x, whole in zip(tensors, peers.inputs(dataclasses.replace(case, fp8=False), CPU)):
         small, factor = parts.quantised(x, 2)
+        # Three bits of mantissa, and what lies far below the largest value.
+        assert ((x - whole).abs() <= whole.abs() / 16 + factor.max() / 512).all()
         assert small.dtype == torch.float8_e4m3fn and factor.shape == (2, 2) and torch.equal(parts.dequantised(small, factor, x.dtype), x)
     everybody = peers.assemble(case, tensors, ("sdpa",), ("reference",))
     rows = {row["peer"]: row for row in measure.run_case(case, tensors, everybody, measure.Settings(1, 1e-4))}
@@ -451,14 +454,29 @@ def test_judging_on_gpus() -> None:
     lengths = PRESETS["memory"].make("cuda")[:2]
     held = [_row(c, peer, 1.0, extra_mib=mib) for c, all_mib in zip(lengths, (8.5, 33.0)) for peer, mib in (("naive", all_mib), ("attnhub triton", c.seqlen_q / 1024))]
     assert verdicts("memory", held) == {"saved of naive memory at 512 tokens": targets.AIM, "saved of naive memory at 1024 tokens": targets.AIM}
-    held[-1]["extra_mib"] = 1.2
+    held[-1]["extra_mib"] = 1.02
     assert verdicts("memory", held)["saved of naive memory at 1024 tokens"] == targets.MISSED
     text = "".join(pages._verdicts(result("memory", held)))
     assert "saved of naive memory" in text
     columns, shown = pages.one_table(held, "memory")
-    assert "CPU use" not in columns and [line[columns.index("saved of naive")] for line in shown] == ["", "94.1%", "", "96.4%"]
+    assert "CPU use" not in columns and [line[columns.index("saved of naive")] for line in shown] == ["", "94.1%", "", "96.9%"]
     columns, shown = pages.table(rows[:2])
     assert [line[columns.index("over FlexAttention")] for line in shown] == ["1.00x", "2.00x"]
+
+
+def test_a_grid_is_drawn_as_lines(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("matplotlib")
+    from attnhub.bench import plot
+
+    cases = [c for c in PRESETS["grid"].make("cuda") if c.head_dim != 256][:20]
+    rows = [_row(c, peer, 1.0, speedup=1.0) for c in cases for peer in ("F.sdpa", "attnhub")] + [{**cases[0].to_json(), "peer": "x", "skipped": "no"}]
+    environment = {"device": {"type": "cuda", "name": "x", "isa": []}, "threads": 1, "torch": "2"}
+    result = {**_result(rows), "preset": "grid", "environment": environment}
+    assert len(plot._lines(result).axes) == len({(c.mode, c.head_dim, c.causal) for c in cases}) and len(plot._bars(result).axes) == 1
+    plot.draw(result, tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG") and len(os.listdir(tmp_path)) == 1
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot.draw({**result, "rows": rows[-1:]}, tmp_path / "none.png")
 
 
 def test_pages_show_the_columns_that_a_file_has(tmp_path: pathlib.Path) -> None:

@@ -19,10 +19,12 @@ def peer(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
     """The peer, compiled, or why it is absent."""
     device = tensors[0].device
     try:
+        import torch._functorch.config as functorch
+
         # Dynamo compiles one function for a few shapes only and then runs it uncompiled: each case starts afresh.
         torch.compiler.reset()
         # A backward pass is timed again and again on one graph, which buffers given away would not survive.
-        torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+        functorch.donated_buffer = False
         attend = _compiled(case, parts(case, device), device)
         with torch.no_grad():
             attend(*tensors)

@@ -7,7 +7,9 @@ they make on disk, where the process that measures finds it. ``python -m attnhub
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 #: Peers and backends that compile at their first call.
 _PEERS, _BACKENDS = ("flex", "v1"), ("auto", "triton", "cuda")
+_PATIENT_TRIES = 6
 
 
 def run(
@@ -41,25 +44,39 @@ def estimate(cases: list[Case], names: tuple[str, ...], backends: Optional[tuple
     """Seconds that a GPU run takes, about: rounds, first calls, and what FlexAttention traces even where its kernels are on disk."""
     peers = len(names) + (4 if backends is None else len(backends))
     each = peers * (settings.rounds * settings.round_seconds + 0.1) + 0.3
-    compiling = 20.0 + len(cases) * 10.0 / workers.jobs()
-    return len(cases) * (each + (1.5 if "flex" in names else 0.0)) + compiling
+    flex = "flex" in names
+    compiling = 20.0 + len(cases) * (10.0 if flex else 3.0) / workers.jobs()
+    return len(cases) * (each + (1.5 if flex else 0.0)) + compiling
 
 
 def _compile(asked: dict[str, Any]) -> dict[str, str]:
     """Call everybody once. Returns what failed: {peer: why}."""
     import torch
 
+    for _ in range(_PATIENT_TRIES):
+        try:
+            return _call_everybody(Case.of(asked["case"]), tuple(asked["peers"]), tuple(asked["backends"]))
+        except torch.OutOfMemoryError:
+            # The other processes hold the rest of it, for seconds.
+            time.sleep(3.0)
+        except Exception as error:
+            return {"": _first_line(error)}
+        finally:
+            if torch.cuda.is_available():
+                gc.collect()
+                torch.cuda.empty_cache()
+    return {"": "out of memory"}
+
+
+def _call_everybody(case: Case, names: tuple[str, ...], backends: tuple[str, ...]) -> dict[str, str]:
+    import torch
+
     from attnhub.bench import peers
 
-    case = Case.of(asked["case"])
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    tensors = peers.inputs(case, device)
     failed = {}
-    try:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        tensors = peers.inputs(case, device)
-        everybody = peers.assemble(case, tensors, tuple(asked["peers"]), tuple(asked["backends"]))
-    except Exception as error:
-        return {"": _first_line(error)}
-    for peer in everybody:
+    for peer in peers.assemble(case, tensors, names, backends):
         if isinstance(peer, peers.Absent):
             continue
         try:
@@ -73,6 +90,8 @@ def _compile(asked: dict[str, Any]) -> dict[str, str]:
                     torch.autograd.grad(out, leaves, torch.ones_like(out))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             failed[peer.name] = _first_line(error)
     return failed

@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     if args.output and not args.list:
         path = results.target(args.output, result)
         print(f"written: {path}", file=sys.stderr)
-        if not args.plot and len({str(bench_cases.Case.of(row)) for row in result["rows"]}) <= _DRAWN and importlib.util.find_spec("matplotlib"):
+        few = args.preset == "grid" or len({str(bench_cases.Case.of(row)) for row in result["rows"]}) <= _DRAWN
+        if not args.plot and few and importlib.util.find_spec("matplotlib"):
             args.plot = str(path.with_suffix(".png"))
     if args.plot and not args.list and any(row.get("speedup") for row in result["rows"]):
         _draw(result, args.plot)

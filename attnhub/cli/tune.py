@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             data["devices"][name]["environment"] = facts
             table.write(output, data)
             refused = len(work[group]) - len(outcome.times)
-            rows.append({"group": str(group), **outcome.entry(), "before": list(vars(outcome.present).values()), "refused": refused})
+            rows.append({"group": str(group), **outcome.entry(), "before": list(vars(work[group][0]).values()), "refused": refused})
     _show(args, rows, output)
     return 1 if any("unmeasured" in row for row in rows) else 0
 
