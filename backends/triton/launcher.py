@@ -14,7 +14,7 @@ from triton.compiler import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from attnhub import config
-from attnhub.backend import Call, Gradients, Needs, Plan, PrepareError
+from attnhub.backend import Call, Descale, Gradients, Needs, Plan, PrepareError
 from attnhub.backends.triton import tiles as tiling
 from attnhub.backends.triton.kernels.backward import delta_kernel, grad_kv_kernel, grad_q_kernel
 from attnhub.backends.triton.kernels.combine import combine_kernel
@@ -31,6 +31,10 @@ _COMBINE_ROWS = 4
 _DELTA_ROWS = 16
 _LARGEST = 2**30
 _Arguments = dict[str, Any]
+_FP8 = "float8_e4m3fn"
+_NO_FACTORS: _Arguments = {"q_descale": None, "k_descale": None, "v_descale": None, "descale_stride_b": 0, "descale_stride_h": 0, "FP8": False}
+#: Item size of q, k and v by dtype; the others have 2 bytes.
+_ITEM_BYTES = {"float32": 4, _FP8: 1}
 #: For kernels that work row by row: only the warps and stages count.
 _ROW_TILES = Tiles(0, 0, 4, 3)
 
@@ -43,9 +47,9 @@ class TritonPlan(Plan):
         if self._interpreted:
             self._tiles = tiling.interpreted()
         else:
-            item = 4 if problem.q_dtype == "float32" else 2
+            item = _ITEM_BYTES.get(problem.q_dtype, 2)
             limit = tiling.shared_memory(problem.device.vendor, problem.device.arch)
-            self._tiles = {role: tiling.choices(role, problem.head_dim, problem.v_head_dim, item, limit) for role in tiling.ROLES}
+            self._tiles = {role: tiling.choices(role, problem.head_dim, problem.v_head_dim, item, limit) for role in tiling.roles(item)}
 
     def describe(self) -> dict[str, Any]:
         return {"kernel": "triton", **{role: vars(choices[0]) for role, choices in self._tiles.items() if choices}}
@@ -80,7 +84,7 @@ class TritonPlan(Plan):
         block_table = call.block_table
         launch(
             forward_kernel, programs * splits, tiles,
-            **arguments,
+            **arguments, **_factors(call),
             out=target, lse=target_lse, sinks=call.sinks, **_strides("out", target[0] if splits > 1 else target),
             block_table=block_table, table_stride=0 if block_table is None else block_table.stride(0),
             splits=splits, PAGE_SIZE=0 if block_table is None else call.k.shape[2], PACK=pack, SPLIT=splits > 1,
@@ -164,7 +168,8 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
     q, k, v, mask, varlen = call.q, call.k, call.v, call.mask, call.varlen
     heads, head_dim = q.shape[1], q.shape[3]
     scale = float(call.softmax_scale)
-    negated = scale < 0
+    fp8 = q.dtype == torch.float8_e4m3fn
+    negated = scale < 0 and not fp8
     if negated:
         # The kernels take the largest score before scaling it.
         q, scale = -q, -scale
@@ -187,7 +192,8 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
     mask_all = mask.segments is not None or blocks is not None or mask.bool_mask is not None or mask.bias is not None
     limited = left >= 0 or right >= 0 or mask.chunk > 0 or widened
     strides = {**_strides("q", q), **_strides("k", k), **_strides("v", v)}
-    width = tiling.padded(head_dim, v.shape[3])
+    # The smallest product of fp8 operands takes 32 dimensions.
+    width = max(tiling.padded(head_dim, v.shape[3]), 32 if fp8 else 16)
     return {
         "negated": negated, "q": q, "k": k, "v": v, **strides,
         "scale": scale if call.softcap or mask.bias is not None else scale * math.log2(math.e), "softcap": float(call.softcap),
@@ -211,6 +217,17 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
 def _strides(name: str, x: Tensor) -> dict[str, int]:
     """Strides of batch, head and token. That of a dimension of size 1 is arbitrary in torch, and 0 here."""
     return {f"{name}_stride_{axis}": x.stride(dim) if x.shape[dim] > 1 else 0 for dim, axis in enumerate("bhs")}
+
+
+def _factors(call: Call) -> _Arguments:
+    """Factors of fp8 inputs. They share two strides, as contiguous ones and expanded numbers do by themselves."""
+    if call.q.dtype != torch.float8_e4m3fn:
+        return _NO_FACTORS
+    given = {f"{name}_descale": t for name, t in (call.descale or Descale())._asdict().items() if t is not None}
+    if len({t.stride() for t in given.values()}) > 1:
+        given = {name: t.contiguous() for name, t in given.items()}
+    strides = next((t.stride() for t in given.values()), (0, 0))
+    return {**_NO_FACTORS, **given, "descale_stride_b": strides[0], "descale_stride_h": strides[1], "FP8": True}
 
 
 def _ids(name: str, ids: Optional[tuple[Tensor, Tensor]]) -> _Arguments:

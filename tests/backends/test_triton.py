@@ -18,7 +18,7 @@ import torch
 pytest.importorskip("triton", reason="the extra attnhub[triton] is not installed")
 
 from attnhub import config, testing
-from attnhub.backend import Call, Needs, Plan, PrepareError
+from attnhub.backend import Call, Descale, Needs, Plan, PrepareError
 from attnhub.backends.reference import maths
 from attnhub.backends.triton import TritonBackend, tiles
 from attnhub.device import describe
@@ -79,7 +79,7 @@ def variant(call: Call, dtype: torch.dtype) -> Call:
     sinks = None if call.sinks is None else call.sinks.to(dtype)
     return Call(
         call.q.to(dtype), call.k.to(dtype), call.v.to(dtype), call.mask, call.softmax_scale, call.softcap, sinks, 0.0, None, call.varlen,
-        call.block_table, True,
+        call.block_table, True, call.descale,
     )  # fmt: skip
 
 
@@ -194,6 +194,79 @@ def test_agrees_with_the_reference(name: str) -> None:
 def test_two_byte_types(dtype: torch.dtype, dims: tuple[int, int]) -> None:
     q, k, v = tensors(1, (4, 2), (37, 37), dims, dtype, bshd=True)
     check(Call(q, k, v, Causal(), 0.3, need_lse=True))
+
+
+def eight(lengths: tuple[int, int], dims: tuple[int, int] = (40, 24), heads: tuple[int, int] = (4, 2), batch: int = 2) -> Any:
+    """q, k, v in fp8, 16 times as large as what they stand for, and their factors [batch, heads[1]]."""
+    q, k, v = ((16 * x).to(torch.float8_e4m3fn) for x in tensors(batch, heads, lengths, dims, torch.float32))
+    generator = torch.Generator().manual_seed(7)
+    return q, k, v, Descale(*((0.5 + torch.rand(batch, heads[1], generator=generator)) / 16 for _ in range(3)))
+
+
+def check_fp8(call: Call) -> None:
+    """Forward in fp8: v and its weights are multiplied in fp16, so that the output's bf16 is all that is rounded noticeably."""
+    out, lse = plan_for(call).forward(call)
+    assert lse is not None and lse.dtype == torch.float32 and out.dtype == torch.bfloat16
+    want, want_lse = maths.forward(variant(call, torch.float64), None, torch.float64, True)
+    plain, _ = maths.forward(variant(call, torch.float32), None, torch.float32, True)
+    assert want_lse is not None
+    agree("out", out, want, plain.to(torch.bfloat16), torch.bfloat16)
+    agree("lse", lse, want_lse, want_lse + 1e-5 * want_lse.abs(), torch.float32)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("lengths", "mask", "extra"),
+    [
+        ((20, 37), FULL, {}), ((20, 50), Causal() & Window(17), {}), ((20, 37), Bias(some_bias().repeat(1, 2, 1, 1)), {}), ((20, 37), ALiBi(torch.rand(4)), {}),
+        ((20, 37), Causal(), {"softcap": 2.0}), ((40, 17), Causal(), {"sinks": torch.tensor([0.5, -1.0, 3.0, 0.0])}), ((1, 100), Causal(), {}),
+        ((3, 300), Causal() & SeqLens(ints(277, 2)), {}), ((50, 60), SeqLens(ints(33, 0)) & LeftPad(ints(3, 0)), {}),
+    ],
+    ids=("full", "window", "bias", "alibi", "softcap", "sinks", "decode", "decode_split", "padding"),
+)  # fmt: skip
+def test_fp8(lengths: tuple[int, int], mask: Mask, extra: dict[str, Any]) -> None:
+    *qkv, factors = eight(lengths)
+    check_fp8(Call(*qkv, mask, 0.25, need_lse=True, descale=factors, **extra))
+
+
+@interpreted
+def test_fp8_packed() -> None:
+    q, k, v, _ = eight((50, 80), batch=1)
+    _, _, _, factors = eight((1, 1), batch=3)
+    check_fp8(Call(q, k, v, Causal(), 0.25, varlen=PACKED, need_lse=True, descale=factors))
+
+
+@interpreted
+def test_fp8_factors() -> None:
+    """Absent, of any sign, 0, expanded, and each with strides of its own."""
+    *qkv, factors = eight((20, 37))
+    one = torch.tensor(0.1).expand(2, 2)
+    for descale in (
+        None, Descale(q=factors.q), Descale(v=factors.v), Descale(one, one, one), Descale(one, factors.k.t().contiguous().t(), factors.v),
+        Descale(-factors.q, factors.k, -factors.v), Descale(torch.tensor([[0.1, -0.1], [0.0, 0.1]]), factors.k, factors.v),
+    ):  # fmt: skip
+        scale = 0.25 if descale is not None and descale.q is not None else 0.25 / 256
+        for sign in (1, -1):
+            check_fp8(Call(*qkv, Causal(), sign * scale, need_lse=True, descale=descale))
+
+
+@interpreted
+@pytest.mark.parametrize("length", [1, 20])
+def test_fp8_padding_is_never_read(length: int) -> None:
+    """(The interpreter takes fp8's NaN for 480: enough to be seen. That a NaN reaches the rows that attend to it is for GPUs to show.)"""
+    q, k, v, factors = eight((length, 50))
+    nan = torch.tensor(float("nan")).to(v.dtype)
+    for x in (k, v):
+        x[0, :, 33:], x[1, :, 7:] = nan, nan
+    check_fp8(Call(q, k, v, SeqLens(ints(33, 7)) & Causal(), 0.25, need_lse=True, descale=factors))
+
+
+@interpreted
+def test_fp8_paged() -> None:
+    q, k, v, factors = eight((3, 17 * 16), batch=2)
+    k, v = (x[0].unflatten(1, (17, 16)).transpose(0, 1).contiguous() for x in (k, v))
+    table = torch.randperm(16, generator=torch.Generator().manual_seed(3)).reshape(2, 8).int() + 1
+    check_fp8(Call(q, k, v, Causal() & SeqLens(ints(83, 16)), 0.25, need_lse=True, block_table=table, descale=factors))
 
 
 @interpreted
@@ -315,6 +388,9 @@ def test_declaration() -> None:
     assert [r.code for r in backend.capability.check(problem(q, k, v, DeviceInfo("cuda", "nvidia", (7, 0))))] == [Code.ARCH]
     if not torch.cuda.is_available() and not torch.xpu.is_available():
         assert [r.code for r in backend.probe()] == [Code.NO_DEVICE]
+    eighth = tensors(1, (2, 2), (4, 4), (16, 16), torch.float8_e4m3fn)
+    for arch, reasons in (((8, 0), [Code.DTYPE]), ((8, 6), [Code.DTYPE]), ((8, 9), []), ((9, 0), []), ((12, 0), [])):
+        assert [r.code for r in backend.capability.check(problem(*eighth, DeviceInfo("cuda", "nvidia", arch)))] == reasons
     wide = tensors(1, (2, 2), (4, 4), (320, 320), torch.float32)
     assert Code.HEAD_DIM in {r.code for r in backend.capability.check(problem(*wide, DeviceInfo("cuda", "nvidia", (9, 0))))}
 
@@ -362,11 +438,11 @@ def test_split_count() -> None:
         assert 1 < splits <= max(1, key_tiles // 2)
 
 
-_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
+_TYPES = {torch.float8_e4m3fn: "fp8e4nv", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
 
 
-def shared_memory_of(kernel: Any, arguments: dict[str, Any], choice: tiles.Tiles, arch: tuple[int, int]) -> int:
-    """Compile a kernel for an architecture without a GPU; the bytes of shared memory that it asks for."""
+def compile_for(kernel: Any, arguments: dict[str, Any], choice: tiles.Tiles, arch: tuple[int, int]) -> Any:
+    """A kernel compiled for an architecture without a GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -387,8 +463,7 @@ def shared_memory_of(kernel: Any, arguments: dict[str, Any], choice: tiles.Tiles
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and not parameter.do_not_specialize and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "enable_fp_fusion": True}
-    compiled_kernel = triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", arch[0] * 10 + arch[1], 32), options=options)
-    return int(compiled_kernel.metadata.shared)
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", arch[0] * 10 + arch[1], 32), options=options)
 
 
 @compiled
@@ -406,10 +481,11 @@ def test_compiles_for_gpus_that_are_not_here(arch: tuple[int, int], dtype: torch
     from attnhub.backends.triton.kernels.forward import forward_kernel
 
     q, k, v = (torch.empty(2, heads, 256, dim, dtype=dtype) for heads in (4, 2, 2))
-    arguments = launcher._arguments(Call(q, k, v, mask, 0.1), False)
+    call = Call(q, k, v, mask, 0.1)
+    arguments = launcher._arguments(call, False)
     row = torch.empty(2, 4, 256)
     forward = {
-        **arguments, **launcher._strides("out", q), "out": q, "lse": row, "sinks": row, "block_table": None, "table_stride": 0,
+        **arguments, **launcher._factors(call), **launcher._strides("out", q), "out": q, "lse": row, "sinks": row, "block_table": None, "table_stride": 0,
         "splits": 1, "PAGE_SIZE": 0, "PACK": False, "SPLIT": False,
     }  # fmt: skip
     backward = {**arguments, "grad_out": q, "lse": row, "delta": row, "softmax_scale": 0.1, "grad_q": q, "grad_k": k, "grad_v": v}
@@ -420,5 +496,36 @@ def test_compiles_for_gpus_that_are_not_here(arch: tuple[int, int], dtype: torch
     for role, kernel in kernels.items():
         choice = tiles.choices(role, dim, dim, 2, limit)[0]
         extra = {"PACK": True, "SPLIT": True, "out": row} if role == "decode" else {}
-        used = shared_memory_of(kernel, {**(backward if role.startswith("grad") else forward), **extra}, choice, arch)
+        used = compile_for(kernel, {**(backward if role.startswith("grad") else forward), **extra}, choice, arch).metadata.shared
         assert 0 < used <= limit, f"{role}: {used} bytes with {choice}"
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("arch", "dim", "products"),
+    [
+        ((9, 0), 128, ("wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3", "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16")),
+        ((8, 9), 16, ("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32", "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")),
+    ],
+)
+def test_fp8_compiles_to_products_of_its_own(arch: tuple[int, int], dim: int, products: tuple[str, str]) -> None:
+    """Scores come from products of fp8, outputs from products of fp16, each of the architecture's own kind."""
+    from attnhub.backends.triton import launcher
+    from attnhub.backends.triton.kernels.forward import forward_kernel
+
+    q, k, v = (torch.empty(2, heads, 256, dim, dtype=torch.float8_e4m3fn) for heads in (4, 2, 2))
+    factor, row = torch.empty(2, 2), torch.empty(2, 4, 256)
+    call = Call(q, k, v, Causal(), 0.1, descale=Descale(factor, factor, factor))
+    out = torch.empty(q.shape, dtype=torch.bfloat16)
+    forward = {
+        **launcher._arguments(call, False), **launcher._factors(call), **launcher._strides("out", out), "out": out, "lse": row, "sinks": None,
+        "block_table": None, "table_stride": 0, "splits": 1, "PAGE_SIZE": 0, "PACK": False, "SPLIT": False,
+    }  # fmt: skip
+    limit = tiles.shared_memory("nvidia", arch)
+    for role in tiles.roles(1):
+        choice = tiles.choices(role, dim, dim, 1, limit)[0]
+        extra = {"PACK": True, "SPLIT": True, "out": row} if role == "decode" else {}
+        made = compile_for(forward_kernel, {**forward, **extra}, choice, arch)
+        assert 0 < made.metadata.shared <= limit
+        if role == "forward":
+            assert all(product in made.asm["ptx"] for product in products)
