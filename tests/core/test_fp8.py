@@ -1,7 +1,7 @@
 """float8_e4m3fn: what the factors mean, the dtypes of results, and that there is no backward.
 
-Seen to fail: `Call.descale` left out of the operator's words, `sequences` handing every packed sequence the first one's factors,
-autocast that casts fp8, an append that quantises by itself.
+Seen to fail: every packed sequence with the first one's factors, out in fp16, a capability that allows a backward, a cache written
+before the dtypes are checked.
 """
 
 from __future__ import annotations

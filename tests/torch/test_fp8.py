@@ -1,6 +1,7 @@
 """float8_e4m3fn through torch's machinery: compile, export, vmap, autocast, FLOP counts, DTensor placements.
 
-Seen to fail: a cast of fp8 by the autocast rule, `v_descale` left out of the words, placements that shard a factor of one K/V head.
+Seen to fail: factors left out of the operator's words, a cast of fp8 by the autocast rule, placements that shard a factor of one K/V
+head, and such that leave those of several whole.
 """
 
 from __future__ import annotations
