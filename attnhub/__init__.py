@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from attnhub import onnx, testing
     from attnhub.api import attention, backends, explain, scaled_dot_product_attention
-    from attnhub.backend import Backend, Call, Gradients, Needs, Plan, PrepareError
+    from attnhub.backend import Backend, Call, Descale, Gradients, Needs, Plan, PrepareError
     from attnhub.capability import Capability, DeviceRange
     from attnhub.decision import Decision, NoBackendError, Policy
     from attnhub.kv_cache import KVCache, append_kv
@@ -37,7 +37,7 @@ _HOME = {
     name: module
     for module, names in {
         "api": ("attention", "backends", "explain", "scaled_dot_product_attention"),
-        "backend": ("Backend", "Call", "Gradients", "Needs", "Plan", "PrepareError"),
+        "backend": ("Backend", "Call", "Descale", "Gradients", "Needs", "Plan", "PrepareError"),
         "capability": ("Capability", "DeviceRange"),
         "decision": ("Decision", "NoBackendError", "Policy"),
         "kv_cache": ("KVCache", "append_kv"),
@@ -68,6 +68,7 @@ __all__ = [
     "Chunk",
     "Code",
     "Decision",
+    "Descale",
     "DeviceInfo",
     "DeviceRange",
     "Feature",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attnhub import config, ops, runtime, spec
-from attnhub.backend import Call, PrepareError
+from attnhub.backend import Call, Descale, PrepareError
 from attnhub.decision import Decision
 from attnhub.kv_cache import KVCache, append_kv
 from attnhub.layouts import Varlen, lse_dtype
@@ -22,7 +22,9 @@ from attnhub.mask import Bias as BiasMask
 from attnhub.registry import registry
 
 Layout = Literal["bhsd", "bshd"]
-_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_FP8 = torch.float8_e4m3fn
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, _FP8}
+_NO_DESCALE = Descale()
 _TOP_LEFT = Causal("top_left")
 _PLAIN = {Tensor, torch.nn.Parameter}
 
@@ -39,6 +41,9 @@ def attention(
     dropout_p: float = 0,
     varlen: Optional[Varlen] = None,
     kv_cache: Optional[KVCache] = None,
+    q_descale: Optional[Tensor] = None,
+    k_descale: Optional[Tensor] = None,
+    v_descale: Optional[Tensor] = None,
     return_lse: bool = False,
     layout: Layout = "bhsd",
     backend: Optional[str] = None,
@@ -49,21 +54,28 @@ def attention(
     mask are added; masked pairs are removed; softmax, whose denominator also holds ``exp(sinks[h])``; dropout; ``@ v``.
     A query without any key gives 0 (and lse -inf).
 
-    q: [B, Hq, Sq, D], k: [B, Hk, Sk, D], v: [B, Hk, Sk, Dv], fp16, bf16, fp32 or fp64; Hq is a multiple of Hk (GQA). With
-        ``layout="bshd"`` heads and tokens are exchanged, in q, k, v and out. With ``varlen``: [T, H, D], whatever the layout.
+    q: [B, Hq, Sq, D], k: [B, Hk, Sk, D], v: [B, Hk, Sk, Dv], fp16, bf16, fp32, fp64 or float8_e4m3fn; Hq is a multiple of Hk (GQA).
+        With ``layout="bshd"`` heads and tokens are exchanged, in q, k, v and out. With ``varlen``: [T, H, D], whatever the layout.
     mask: parts joined by ``&`` (`attnhub.Causal`, `Window`, `BoolMask`, ...). None attends to everything.
     softmax_scale: default 1 / sqrt(D). softcap: 0 is off. sinks: [Hq], differentiable. dropout_p: probability of dropping.
     varlen: packed sequences. kv_cache: k and v (or None) are appended to it in place, and q attends to all of the cache.
+    q_descale, k_descale, v_descale: for float8_e4m3fn inputs, as in flash-attn 3: fp32 [B, Hk] (varlen: B is the number of sequences;
+        any strides, so ``factor.expand(B, Hk)`` is fine). q, k and v stand for q * q_descale, k * k_descale and v * v_descale; None
+        is 1. The result is then bf16, and there is a forward pass only.
     return_lse: also return the fp32 (fp64 for fp64 inputs) natural logarithm of the softmax denominator, [B, Hq, Sq] (varlen: [Hq, T]), differentiable.
     backend: a name or a list ("cuda,triton", "cuda,auto"): strict, see docs/choosing.md.
 
     Raises ValueError or TypeError for arguments that do not fit, `attnhub.NoBackendError` if no admitted backend can serve
     the call, with every reason.
     """
-    plain = varlen is None and kv_cache is None and sinks is None and not dropout_p and layout == "bhsd" and (mask is None or _is_usual_mask(mask))
+    plain = (
+        varlen is None and kv_cache is None and sinks is None and not dropout_p and layout == "bhsd" and (mask is None or _is_usual_mask(mask))
+        and q_descale is None and k_descale is None and v_descale is None
+    )  # fmt: skip
     if plain and not torch.compiler.is_compiling() and _no_modes() and _is_usual_tensor(q) and _is_usual_tensor(k) and _is_usual_tensor(v):
         return _repeated(q, k, v, FULL if mask is None else mask, softmax_scale, softcap, return_lse, backend or "")  # type: ignore[arg-type]
-    call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout)
+    descale = _descale(q_descale, k_descale, v_descale)
+    call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout, descale=descale)
     out, lse = _run(call, backend or "", return_lse)
     if varlen is not None:
         out = out[0].transpose(0, 1)
@@ -140,6 +152,9 @@ def explain(
     dropout_p: float = 0,
     varlen: Optional[Varlen] = None,
     kv_cache: Optional[KVCache] = None,
+    q_descale: Optional[Tensor] = None,
+    k_descale: Optional[Tensor] = None,
+    v_descale: Optional[Tensor] = None,
     return_lse: bool = False,
     layout: Layout = "bhsd",
     backend: Optional[str] = None,
@@ -148,13 +163,14 @@ def explain(
 
     Every installed backend is in it, accepted or with all its reasons. Never raises for "no backend": ``chosen`` is None.
     """
+    descale = _descale(q_descale, k_descale, v_descale)
     if kv_cache is not None:
         new = 0 if k is None else k.shape[2 if layout == "bhsd" else 1]
         q, layout = q.transpose(1, 2) if layout == "bshd" else q, "bhsd"
         k, v, mask, table = _cached(kv_cache, mask, new)
-        call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, None, None, return_lse, layout, table)
+        call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, None, None, return_lse, layout, table, descale)
     else:
-        call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, None, return_lse, layout)
+        call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, None, return_lse, layout, descale=descale)
     return runtime.explain(call, backend or "", _wants_grad(call), _grad_bits(call, return_lse))
 
 
@@ -234,12 +250,14 @@ def _no_modes() -> bool:
 
 def _run(call: Call, backend: str, return_lse: bool) -> tuple[Tensor, Optional[Tensor]]:
     grad = _wants_grad(call)
+    if grad and call.q.dtype == _FP8:
+        raise ValueError("q, k and v are float8_e4m3fn, which has no gradient: call under torch.no_grad(), or detach() whatever requires one")
     if not torch.compiler.is_compiling() and _is_eager(call):
         if not grad:
             return runtime.forward(call, backend)
         if not runtime.is_empty(call):
             return _run_with_grad(call, backend, return_lse)
-    flat, sizes, data = spec.encode(call.mask, call.softcap, call.dropout_p, call.rng, call.varlen, call.block_table)
+    flat, sizes, data = spec.encode(call.mask, call.softcap, call.dropout_p, call.rng, call.varlen, call.block_table, call.descale)
     out, lse = ops.forward_op(
         call.q, call.k, call.v, call.mask.bias, call.sinks, data, flat, sizes, call.softmax_scale, return_lse, grad, backend
     )  # fmt: skip
@@ -263,6 +281,7 @@ def _wants_grad(call: Call) -> bool:
     return torch.is_grad_enabled() and (
         call.q.requires_grad or call.k.requires_grad or call.v.requires_grad
         or (call.mask.bias is not None and call.mask.bias.requires_grad) or (call.sinks is not None and call.sinks.requires_grad)
+        or (call.descale is not None and any(t is not None and t.requires_grad for t in call.descale))
     )  # fmt: skip
 
 
@@ -280,7 +299,7 @@ def _grad_bits(call: Call, return_lse: bool) -> int:
 
 def _is_eager(call: Call) -> bool:
     """Whether the operator layer can be left out: plain tensors with memory, and no mode, transform, trace, autocast or dual number."""
-    tensors = [t for t in (call.q, call.k, call.v, *call.mask.tensors(), call.sinks, call.rng) if t is not None]
+    tensors = [t for t in (call.q, call.k, call.v, *call.mask.tensors(), call.sinks, call.rng, *(call.descale or ())) if t is not None]
     if any(type(t) not in _PLAIN for t in tensors) or call.q.is_meta:
         return False
     if forward_ad._current_level < 0:
@@ -296,7 +315,7 @@ def _is_eager(call: Call) -> bool:
 def _normalise(
     q: Tensor, k: Optional[Tensor], v: Optional[Tensor], mask: Optional[Mask], softmax_scale: Optional[float], softcap: float,
     sinks: Optional[Tensor], dropout_p: float, varlen: Optional[Varlen], kv_cache: Optional[KVCache], need_lse: bool, layout: str,
-    block_table: Optional[Tensor] = None,
+    block_table: Optional[Tensor] = None, descale: Descale = _NO_DESCALE,
 ) -> Call:  # fmt: skip
     for name, value, kind in (("q", q, Tensor), ("k", k, Tensor), ("v", v, Tensor), ("sinks", sinks, Tensor), ("varlen", varlen, Varlen), ("kv_cache", kv_cache, KVCache)):
         if not isinstance(value, kind) and (value is not None or name == "q"):
@@ -355,7 +374,30 @@ def _normalise(
         call.rng = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)
     if mask is not FULL:
         _check_mask(mask, call)
+    if descale is not _NO_DESCALE:
+        _check_descale(descale, call)
+        call.descale = descale
     return call
+
+
+def _descale(q_descale: Optional[Tensor], k_descale: Optional[Tensor], v_descale: Optional[Tensor]) -> Descale:
+    return _NO_DESCALE if q_descale is None and k_descale is None and v_descale is None else Descale(q_descale, k_descale, v_descale)
+
+
+def _check_descale(descale: Descale, call: Call) -> None:
+    q = call.q
+    shape = (q.shape[0] if call.varlen is None else call.varlen.cu_seqlens_q.shape[0] - 1, call.k.shape[1])
+    for name, value in zip(("q_descale", "k_descale", "v_descale"), descale):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}: a Tensor is needed; for a number, torch.full((1, 1), number, device=q.device).expand{shape}")
+        if q.dtype != _FP8:
+            raise ValueError(f"{name} is given and q is {q.dtype}: factors go with float8_e4m3fn inputs; leave it out, and multiply q, k or v by it")
+        if value.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: [B, Hk] = {list(shape)} is needed; for one factor, factor.expand{shape}")
+        if value.dtype != torch.float32 or value.device != q.device:
+            raise ValueError(f"{name} is {value.dtype} on {value.device}: a float32 tensor on {q.device} is needed")
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, block_table: Optional[Tensor], varlen: Optional[Varlen]) -> None:
@@ -376,13 +418,22 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, block_table: Optional[Tensor]
         raise ValueError(f"q has {q_heads} heads and k {kv_heads}: the heads of q must be a multiple of those of k (grouped-query attention)")
     if head_dim == 0 or v_shape[3] == 0:
         raise ValueError(f"head_dim must be at least 1, got {head_dim} for q and k, {v_shape[3]} for v")
-    dtype = q.dtype
-    if (k.dtype != dtype or v.dtype != k.dtype) and not torch._C._is_any_autocast_enabled():
-        raise ValueError(f"q is {dtype}, k {k.dtype}, v {v.dtype}: they must be of one dtype; cast them, or run under torch.autocast")
-    if dtype not in _FLOATS:
-        raise ValueError(f"q is {dtype}: float16, bfloat16, float32 or float64 is needed")
+    _check_dtypes(q, k, v)
     if k.device != q.device or v.device != q.device:
         raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}: they must be on one device")
+
+
+def _check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    dtype = q.dtype
+    if k.dtype != dtype or v.dtype != dtype:
+        found = f"q is {dtype}, k {k.dtype}, v {v.dtype}: they must be of one dtype; "
+        if _FP8 in (dtype, k.dtype, v.dtype):
+            raise ValueError(found + "float8_e4m3fn is served with q, k, v and the kv_cache all in it, and autocast leaves it alone")
+        if not torch._C._is_any_autocast_enabled():
+            raise ValueError(found + "cast them, or run under torch.autocast")
+    if dtype not in _FLOATS:
+        other = "; float8_e4m3fn is the only 8-bit format" if dtype.is_floating_point and dtype.itemsize == 1 else ""
+        raise ValueError(f"q is {dtype}: float16, bfloat16, float32, float64 or float8_e4m3fn is needed{other}")
 
 
 def _unpack(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor, Tensor]:
@@ -448,6 +499,7 @@ def _append_and_read(
         raise ValueError("kv_cache writes the new keys in place and has no gradient: call under torch.no_grad(), or pass k and v without a cache")
     if q.shape[0] != cache.cache_seqlens.shape[0]:
         raise ValueError(f"q has batch {q.shape[0]} and the cache's cache_seqlens {cache.cache_seqlens.shape[0]} entries: they must agree")
+    _check_dtypes(q, cache.k_cache, cache.v_cache)
     new = 0
     if k is not None and v is not None:
         append_kv(cache, k, v)

@@ -16,6 +16,18 @@ if TYPE_CHECKING:
     from attnhub.mask import Mask
 
 
+class Descale(NamedTuple):
+    """What fp8 tensors are multiplied by to be the values that they stand for; None is 1.
+
+    Each [B, Hk] fp32 (packed sequences: B is their number) with any strides, 0 included: one factor for a sequence and a K/V
+    head, which query head h shares with K/V head h // (Hq // Hk).
+    """
+
+    q: Optional[Tensor] = None
+    k: Optional[Tensor] = None
+    v: Optional[Tensor] = None
+
+
 class Call:
     """One normalised attention call: what a plan gets. Read it; never change it.
 
@@ -28,12 +40,14 @@ class Call:
       int32 on the device gives the pages of each sequence; ``mask.seqused_k`` gives its length and is always present.
     - ``mask``: the normal form (`attnhub.mask.Mask`). ``softmax_scale`` is always a number. ``softcap`` 0.0 is off.
     - ``sinks``: [Hq] fp32 (fp64 for fp64 inputs) or None. ``dropout_p`` 0.0 is off; ``rng`` is int64 [2] = (seed, offset) on q's device when on.
+    - ``descale``: a `Descale` with at least one factor, or None. Only with fp8 inputs (float8_e4m3fn; out is then bf16), and a backend
+      that declares that dtype serves it.
     - ``need_lse``: whether forward must return lse (fp32, fp64 for fp64 inputs; natural logarithm; [B, Hq, Sq]).
 
     Problems of zero size (B, Sq or Sk equal to 0) never reach a plan; zero-length sequences inside a packed batch do.
     """
 
-    __slots__ = ("block_table", "dropout_p", "k", "mask", "need_lse", "q", "rng", "sinks", "softcap", "softmax_scale", "v", "varlen")
+    __slots__ = ("block_table", "descale", "dropout_p", "k", "mask", "need_lse", "q", "rng", "sinks", "softcap", "softmax_scale", "v", "varlen")
 
     def __init__(
         self,
@@ -49,6 +63,7 @@ class Call:
         varlen: Optional[Varlen] = None,
         block_table: Optional[Tensor] = None,
         need_lse: bool = False,
+        descale: Optional[Descale] = None,
     ) -> None:
         self.q = q
         self.k = k
@@ -62,6 +77,7 @@ class Call:
         self.varlen = varlen
         self.block_table = block_table
         self.need_lse = need_lse
+        self.descale = descale
 
 
 class Needs(NamedTuple):

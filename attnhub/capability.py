@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
-from attnhub.problem import DeviceInfo, Feature, Problem
+from attnhub.problem import FORWARD_ONLY, DeviceInfo, Feature, Problem
 from attnhub.reasons import Code, Reason
 
 _BACKWARD_ONLY = frozenset({Feature.BIAS_GRAD, Feature.SINKS_GRAD, Feature.LSE_GRAD})
@@ -62,6 +62,8 @@ class Capability:
         """All reasons why a backward of the problem lies outside the declaration."""
         if self.backward_features is None:
             return (Reason(Code.NO_BACKWARD, "it has no backward pass"),)
+        if problem.q_dtype in FORWARD_ONLY:
+            return (Reason(Code.NO_BACKWARD, f"{problem.q_dtype} has a forward pass only", "call under torch.no_grad()"),)
         return (*self._check_place(problem), *_missing(problem.features - {Feature.LSE}, self.backward_features, "backward"))
 
     def _check_place(self, problem: Problem) -> tuple[Reason, ...]:

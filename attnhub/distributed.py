@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 _BATCH, _HEADS = 0, 1
 
 #: word -> dimension of its tensors that is the batch, and that is the heads. Absent: it has none. -1 is the last.
-_BATCH_DIM = {"prefix": 0, "segments": 0, "blocks": 0, "seqused_k": 0, "leftpad": 0, "bool_mask": 0, "block_sparse": 0, "alibi": 0, "block_table": 0}
-_HEADS_DIM = {"bool_mask": 1, "block_sparse": 1, "alibi": -1}
+_BATCH_DIM = {"prefix": 0, "segments": 0, "blocks": 0, "seqused_k": 0, "leftpad": 0, "bool_mask": 0, "block_sparse": 0, "alibi": 0, "block_table": 0,
+              "q_descale": 0, "k_descale": 0, "v_descale": 0}  # fmt: skip
+_HEADS_DIM = {"bool_mask": 1, "block_sparse": 1, "alibi": -1, "q_descale": 1, "k_descale": 1, "v_descale": 1}
+#: Of these a dimension of size 1 is shared by all ranks.
+_BROADCAST = {"bool_mask", "block_sparse", "q_descale", "k_descale", "v_descale"}
 
 
 @functools.lru_cache(maxsize=1)
@@ -128,7 +131,7 @@ def _data_placements(over: Optional[int], data: Sequence[Any], spec: str) -> lis
             dim = None
         if dim is not None:
             dim %= tensor.ndim
-        found.append(_replicate() if dim is None or (tensor.shape[dim] == 1 and name in ("bool_mask", "block_sparse")) else Shard(dim))
+        found.append(_replicate() if dim is None or (tensor.shape[dim] == 1 and name in _BROADCAST) else Shard(dim))
     return found
 
 

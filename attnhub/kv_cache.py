@@ -118,7 +118,7 @@ def append_kv(
     """Write the new tokens k [B, Hk, S, D], v [B, Hk, S, Dv] behind cache_seqlens, in place.
 
     rotary: (cos, sin), each [max_positions, R]: k is rotated at its positions first (`attnhub.rotary.apply_rotary`).
-    cache_seqlens stays as it is (see `KVCache.advance`). Raises ValueError where shapes disagree and, on CPU, where the
+    cache_seqlens stays as it is (see `KVCache.advance`). New tokens are cast to the cache's dtype, but neither to nor from fp8. Raises ValueError where shapes disagree and, on CPU, where the
     tokens do not fit; on other devices the indices are asserted by the device.
     """
     keys, values = cache.heads_first()
@@ -128,6 +128,12 @@ def append_kv(
             raise ValueError(f"append_kv({name}): got {tuple(new.shape)}; the cache needs [{batch}, {old.shape[1]}, S, {old.shape[3]}]")
     if k.shape[2] != v.shape[2]:
         raise ValueError(f"append_kv: k has {k.shape[2]} new tokens and v {v.shape[2]}")
+    for name, new, old in (("k", k, keys), ("v", v, values)):
+        if torch.float8_e4m3fn in (new.dtype, old.dtype) and (new.dtype != old.dtype or rotary is not None):
+            raise ValueError(
+                f"append_kv({name}): {new.dtype} tokens into a {old.dtype} cache{' with rotary=' if rotary is not None else ''}: float8_e4m3fn is stored as it "
+                "is; rotate first, then quantise with the factor that attention gets as k_descale or v_descale"
+            )
     cos, sin = rotary if rotary is not None else (None, None)
     from attnhub import ops
 

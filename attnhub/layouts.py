@@ -70,6 +70,11 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def out_dtype(dtype: torch.dtype) -> torch.dtype:
+    """bf16 for fp8 inputs: their 3 bits of mantissa would throw away what was accumulated in fp32. Else the inputs' own."""
+    return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
+
+
 def out_strides(q: Tensor, v_head_dim: int) -> tuple[int, int, int, int]:
     """Strides of the output [B, Hq, Sq, Dv]: dense, in the memory order of q (heads inside tokens, or tokens inside heads).
 
@@ -83,8 +88,10 @@ def out_strides(q: Tensor, v_head_dim: int) -> tuple[int, int, int, int]:
 
 
 def empty_out(q: Tensor, v_head_dim: int) -> Tensor:
-    """The output [B, Hq, Sq, Dv], uninitialised, with `out_strides`."""
+    """The output [B, Hq, Sq, Dv], uninitialised, with `out_dtype` and `out_strides`."""
     batch, heads, length, head_dim = q.shape
+    if q.dtype == torch.float8_e4m3fn:
+        return q.new_empty_strided((batch, heads, length, v_head_dim), out_strides(q, v_head_dim), dtype=torch.bfloat16)
     if head_dim == v_head_dim and q.is_contiguous():
         # The same strides, at half of the host time.
         return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -305,7 +305,8 @@ def _register_autocast(device_type: str) -> None:
     def cast_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return forward_op(*(t if t.dtype in (dtype, torch.float64) else t.to(dtype) for t in (q, k, v)), *rest)
+            # fp8 stands for other numbers, by factors that a cast would lose.
+            return forward_op(*(t if t.dtype in (dtype, torch.float64, torch.float8_e4m3fn) else t.to(dtype) for t in (q, k, v)), *rest)
 
     forward_op.py_impl(getattr(torch._C.DispatchKey, key))(cast_forward)
     lib.impl("forward", cast_forward, key)

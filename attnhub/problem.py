@@ -41,6 +41,10 @@ class Feature(str, enum.Enum):
     LSE_GRAD = "lse_grad"
 
 
+#: dtypes that have a forward pass only, whatever a backend declares of its backward.
+FORWARD_ONLY = frozenset({"float8_e4m3fn"})
+
+
 @dataclass(frozen=True)
 class DeviceInfo:
     """A device as backends see it; tests make up their own (an MI300 on a laptop).

@@ -6,7 +6,8 @@ A torch operator takes tensors and numbers, not masks. `encode` writes a normali
   All that is structure: it is a constant of a traced graph.
 - ``sizes``: whole numbers in the order of the words (window left and right, chunk, block size, max_seqlen of q and k).
   They are SymInts, so one graph serves every length.
-- ``data``: tensors in the order of the words (prefix, segment ids, lengths, masks, slopes, cu_seqlens, block table, rng).
+- ``data``: tensors in the order of the words (prefix, segment ids, lengths, masks, slopes, cu_seqlens, block table, rng,
+  factors of fp8 inputs).
 
 ``bias`` and ``sinks`` are arguments of their own, because they have gradients. `decode` is the inverse.
 """
@@ -19,7 +20,7 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from attnhub.backend import Call
+from attnhub.backend import Call, Descale
 from attnhub.layouts import Varlen
 from attnhub.mask import FULL, Mask
 
@@ -41,12 +42,16 @@ WORDS: dict[str, tuple[int, int]] = {
     "block_table": (0, 1),
     "softcap": (0, 0),
     "dropout": (0, 1),
+    "q_descale": (0, 1),
+    "k_descale": (0, 1),
+    "v_descale": (0, 1),
 }
 
 
 def encode(
-    mask: Mask, softcap: float, dropout_p: float, rng: Optional[Tensor], varlen: Optional[Varlen], block_table: Optional[Tensor]
-) -> tuple[str, list[int], list[Tensor]]:
+    mask: Mask, softcap: float, dropout_p: float, rng: Optional[Tensor], varlen: Optional[Varlen], block_table: Optional[Tensor],
+    descale: Optional[Descale] = None,
+) -> tuple[str, list[int], list[Tensor]]:  # fmt: skip
     """(spec, sizes, data) of a call. Traceable: makes no tensor and reads no value of one."""
     words: list[str] = []
     sizes: list[int] = []
@@ -98,6 +103,11 @@ def encode(
     if rng is not None:
         words.append(f"dropout={dropout_p}")
         data.append(rng)
+    if descale is not None:
+        for name, value in zip(("q_descale", "k_descale", "v_descale"), descale):
+            if value is not None:
+                words.append(name)
+                data.append(value)
     return " ".join(words), sizes, data
 
 
@@ -146,6 +156,8 @@ def decode(
             call.softcap = value
         elif name == "dropout":
             call.dropout_p, call.rng = value, next(tensor)
+        elif name.endswith("_descale"):
+            call.descale = (call.descale or Descale())._replace(**{name[0]: next(tensor)})
         else:
             parts[name] = next(tensor)
     call.mask = Mask(**parts)

@@ -78,12 +78,16 @@ def test_the_readme_example_runs(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
 
 
 def test_the_quickstart_examples_run() -> None:
-    call, cache = _blocks("docs/quickstart.md")[:2]
+    call, cache, eight = _blocks("docs/quickstart.md")[:3]
     namespace: dict[str, Any] = {}
     exec(compile(call, "quickstart.md", "exec"), namespace)
     assert namespace["lse"].shape == (2, 16, 1024)
     exec(compile(cache, "quickstart.md", "exec"), namespace)
     assert namespace["cache"].cache_seqlens.tolist() == [11, 11]
+    exec(compile(eight, "quickstart.md", "exec"), namespace)
+    wanted = attnhub.attention(namespace["q"], namespace["k"], namespace["v"], backend="sdpa")
+    assert namespace["out"].dtype == torch.bfloat16
+    torch.testing.assert_close(namespace["out"].float(), wanted, rtol=0.1, atol=0.1)
 
 
 def test_names_in_the_documents_exist() -> None:

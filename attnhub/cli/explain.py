@@ -14,8 +14,11 @@ from attnhub.reasons import Accepted, Code
 from attnhub.registry import registry
 from attnhub.selector import Candidate, select
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")
-_SHORT = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32", "fp64": "float64", "double": "float64"}
+DTYPES = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn")
+_SHORT = {
+    "fp8": "float8_e4m3fn", "e4m3": "float8_e4m3fn", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32",
+    "fp64": "float64", "double": "float64",
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,9 @@ In a backend's test file::
 ``python -m attnhub.testing --backend cuda --device cuda --level full --output result.json`` runs the same as a program.
 
 The error rule, after flash-attention's tests: against the definition in fp64, the largest error may be twice that of the
-same maths in the inputs' dtype by plain torch operations, plus one rounding unit of the largest reference value.
+same maths in the inputs' dtype by plain torch operations, plus one rounding unit of the largest reference value. For fp8 inputs
+the definition takes the numbers that they stand for, the plain maths are those of a kernel with fp8 operands everywhere (fp32, the
+weights rounded to e4m3 on a scale of 256 before they meet v, out in bf16), and the unit is bf16's.
 """
 
 from attnhub.testing.cases import Case, cases

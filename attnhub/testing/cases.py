@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from torch import Tensor
 from attnhub import mask as masks
 from attnhub.capability import Capability
 from attnhub.kv_cache import KVCache
-from attnhub.layouts import Varlen
+from attnhub.layouts import Varlen, out_dtype
 from attnhub.mask import FULL, Mask
-from attnhub.problem import Feature
+from attnhub.problem import FORWARD_ONLY, Feature
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Case:
     """One problem, reproducible from its fields: ``Case(...)`` as printed by a failure builds the same tensors.
 
     parts: names of mask parts (see `_PARTS`). lengths_q, lengths_k: packed sequences when not empty. scale_q: factor on q,
-    for peaky scores. layout ``strided`` cuts q, k, v out of larger buffers that hold NaN.
+    for peaky scores. layout ``strided`` cuts q, k, v out of larger buffers that hold NaN. descale: which of ``qkv`` come with factors
+    (fp8 only), one for each sequence and K/V head; those tensors are stored the larger by as much. ``1`` among them: one for all.
     """
 
     dtype: str = "float32"
@@ -44,6 +46,7 @@ class Case:
     page_size: int = 0
     layout: str = "bhsd"
     scale_q: float = 1.0
+    descale: str = ""
     backward: bool = True
     seed: int = 0
 
@@ -64,7 +67,14 @@ class Case:
             words.append(self.layout)
         if self.scale_q != 1:
             words.append(f"x{self.scale_q:g}")
+        if self.descale:
+            words.append(f"descale_{self.descale}")
         return "-".join(words)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients are a part of the case."""
+        return self.backward and self.dtype not in FORWARD_ONLY
 
     def features(self) -> frozenset[Feature]:
         """What a backend must declare to be given the case."""
@@ -109,7 +119,7 @@ class Inputs:
     red_zones: list[Tensor]
 
 
-_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+_ITEM_BYTES = {"float8_e4m3fn": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 _PART_FEATURES: dict[str, tuple[Feature, ...]] = {
     "causal": (Feature.CAUSAL_BOTTOM_RIGHT,),
@@ -150,7 +160,7 @@ def _part(name: str, case: Case, device: torch.device, random_: torch.Generator,
         leaves["bias"] = tensor.to(dtype).to(device).requires_grad_()
         return masks.Bias(leaves["bias"])
 
-    dtype = getattr(torch, case.dtype)
+    dtype = out_dtype(getattr(torch, case.dtype))
     if name == "causal":
         return masks.Causal()
     if name == "top_left":
@@ -223,22 +233,24 @@ def _build(case: Case, device: torch.device) -> Inputs:
             return inside
         return values
 
+    descale = _factors(case, device, random_)
+    q_size, k_size, v_size = (1.0 if factor is None else 1.0 / float(factor.mean()) for factor in descale.values())
     v_dim = case.v_head_dim or case.head_dim
     leaves: dict[str, Tensor] = {}
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = {name: factor for name, factor in descale.items() if factor is not None}
     if case.lengths_q:
-        q = tensor(sum(case.lengths_q), case.q_heads, case.head_dim, factor=case.scale_q)
-        k = tensor(sum(case.lengths_k), case.kv_heads, case.head_dim)
-        v = tensor(sum(case.lengths_k), case.kv_heads, v_dim)
+        q = tensor(sum(case.lengths_q), case.q_heads, case.head_dim, factor=case.scale_q * q_size)
+        k = tensor(sum(case.lengths_k), case.kv_heads, case.head_dim, factor=k_size)
+        v = tensor(sum(case.lengths_k), case.kv_heads, v_dim, factor=v_size)
         kwargs["varlen"] = Varlen.from_lengths(torch.tensor(case.lengths_q, device=device), torch.tensor(case.lengths_k, device=device))
     else:
-        q = tensor(case.batch, case.q_heads, case.seqlen_q, case.head_dim, factor=case.scale_q)
-        k = tensor(case.batch, case.kv_heads, case.seqlen_k, case.head_dim)
-        v = tensor(case.batch, case.kv_heads, case.seqlen_k, v_dim)
+        q = tensor(case.batch, case.q_heads, case.seqlen_q, case.head_dim, factor=case.scale_q * q_size)
+        k = tensor(case.batch, case.kv_heads, case.seqlen_k, case.head_dim, factor=k_size)
+        v = tensor(case.batch, case.kv_heads, case.seqlen_k, v_dim, factor=v_size)
         if case.layout == "expanded":
             k, v = (t[:, :1].expand(case.batch, case.kv_heads, *t.shape[2:]) for t in (k, v))
     for name, leaf in (("q", q), ("k", k), ("v", v)):
-        leaves[name] = leaf.detach().requires_grad_()
+        leaves[name] = leaf.detach().requires_grad_(case.differentiable)
     mask = FULL
     for part in case.parts:
         mask = mask & _part(part, case, device, random_, leaves)
@@ -252,6 +264,18 @@ def _build(case: Case, device: torch.device) -> Inputs:
     if case.page_size:
         kwargs["kv_cache"] = _paged(case, leaves["k"].detach(), leaves["v"].detach(), random_, device)
     return Inputs(leaves["q"], leaves["k"], leaves["v"], mask, kwargs, leaves, red_zones)
+
+
+def _factors(case: Case, device: torch.device, random_: torch.Generator) -> dict[str, Optional[Tensor]]:
+    """name -> fp32 [B, Hk] around 1/64: fp8 values that use their range. Factors of two sequences or heads differ by up to 3 times."""
+    shape = (len(case.lengths_q) or case.batch, case.kv_heads)
+    found: dict[str, Optional[Tensor]] = {}
+    for name in "qkv":
+        factor = None
+        if name in case.descale:
+            factor = ((0.5 + torch.rand(1, 1, generator=random_)) / 64).expand(shape) if "1" in case.descale else (0.5 + torch.rand(shape, generator=random_)) / 64
+        found[f"{name}_descale"] = factor if factor is None else factor.to(device)
+    return found
 
 
 def _paged(case: Case, k: Tensor, v: Tensor, random_: torch.Generator, device: torch.device) -> KVCache:
@@ -328,6 +352,7 @@ def _all(level: str) -> Iterator[Case]:
         Case(page_size=5, seqlen_q=1, seqlen_k=33, parts=("window_left", "causal"), backward=False),
     ]  # fmt: skip
     yield from basic
+    yield from _fp8()
     dims = (1, 2, 3, 8, 15, 40, 64, 72, 80, 96, 100, 128) + (() if level == "tiny" else (160, 192, 256, 257, 384, 512))
     for dim in dims:
         yield Case(head_dim=dim, seqlen_q=18, seqlen_k=35, parts=("causal",))
@@ -345,6 +370,25 @@ def _all(level: str) -> Iterator[Case]:
             yield Case("float16", batch=1, seqlen_q=length, seqlen_k=length - 3, head_dim=64, parts=("causal", "window_left"))
         for seed in range(300):
             yield random_case(seed)
+        for seed in range(1000, 1100):
+            yield dataclasses.replace(random_case(seed), dtype="float8_e4m3fn", descale=("qkv", "kv", "", "qkv1")[seed % 4])
+
+
+def _fp8() -> Iterator[Case]:
+    """With factors wherever they are not left out on purpose: a forgotten one is then an error by a factor."""
+    fp8 = functools.partial(Case, "float8_e4m3fn", descale="qkv")
+    yield from (fp8(q_heads=4, parts=(part,), seqlen_q=21, seqlen_k=37, head_dim=64) for part in _PART_FEATURES)
+    yield from (fp8(descale=which, q_heads=4, parts=("causal",), seqlen_q=21, seqlen_k=37, head_dim=64) for which in ("q", "k", "v", "kv", "qkv1", ""))
+    yield from (fp8(head_dim=dim, seqlen_q=18, seqlen_k=35, parts=("causal",)) for dim in (1, 3, 16, 40, 80, 128, 256))
+    yield from (
+        fp8(layout="bshd", parts=("causal",)), fp8(layout="strided", q_heads=4, head_dim=64), fp8(layout="expanded", q_heads=4, parts=("causal",)),
+        fp8(v_head_dim=64, parts=("causal",)), fp8(head_dim=192, v_head_dim=128, seqlen_q=20, seqlen_k=40),
+        fp8(softcap=3.0, scale_q=4.0), fp8(sinks=True, parts=("causal",), q_heads=4, seqlen_q=37, seqlen_k=21), fp8(scale_q=6.0), fp8(descale="", scale_q=30.0),
+        fp8(dropout_p=0.5, parts=("causal",), q_heads=4),
+        fp8(seqlen_q=1, seqlen_k=300, q_heads=8, kv_heads=1, parts=("causal",), head_dim=128), fp8(seqlen_q=4, seqlen_k=200, q_heads=8, parts=("causal", "seqlens"), head_dim=64),
+        fp8(seqlen_q=1, seqlen_k=1), fp8(lengths_q=(5, 9, 0, 17), lengths_k=(8, 0, 3, 40), parts=("causal",), q_heads=4, head_dim=64),
+        fp8(page_size=16, seqlen_q=1, seqlen_k=77, q_heads=4), fp8(page_size=5, seqlen_q=6, seqlen_k=60, q_heads=8, head_dim=64, parts=("causal",)),
+    )  # fmt: skip
 
 
 def random_case(seed: int, largest: int = 300) -> Case:

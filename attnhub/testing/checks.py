@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from attnhub import api, runtime
-from attnhub.backend import Call, Needs
+from attnhub import device as devices
+from attnhub.backend import Call, Descale, Needs
 from attnhub.decision import NoBackendError, Policy
-from attnhub.layouts import lse_dtype
-from attnhub.problem import DeviceInfo, Feature, Problem
+from attnhub.layouts import lse_dtype, out_dtype
+from attnhub.problem import FORWARD_ONLY, DeviceInfo, Feature, Problem
 from attnhub.reasons import Code, Rejected
 from attnhub.registry import registry
 from attnhub.selector import select
 from attnhub.testing.cases import Case, Inputs, cases
 
-#: lse of 16-bit inputs is fp32 work, up to the exponential that a kernel chooses for probabilities it rounds to 8 or 11 bits.
-_LSE_UNIT = {torch.float16: 2.0**-12, torch.bfloat16: 2.0**-12}
+#: lse of 8- and 16-bit inputs is fp32 work, up to the exponential that a kernel chooses for probabilities it rounds to 8 or 11 bits.
+_LSE_UNIT = {torch.float8_e4m3fn: 2.0**-12, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-12}
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,24 @@ class Check:
 
 
 def checks(backend: str, device: str = "cpu", level: str = "quick", kinds: tuple[str, ...] = ("forward", "backward", "repeat", "reject")) -> list[Check]:
-    """Every check of a backend on a device. Backends without a backward are checked with the one that `select` pairs them with."""
+    """Every check of a backend on a device. Backends without a backward are checked with the one that `select` pairs them with.
+
+    A GPU that is there gets the cases of its own architecture, one that is not there those of all.
+    """
     capability = registry.get(backend).capability
     device_type = torch.device(device).type
+    if device_type == "cuda" and torch.cuda.is_available():
+        here = devices.describe(torch.device(device))
+        ranges = tuple(r for r in capability.devices if r.type != device_type or (r.matches_kind(here) and r.matches_arch(here)))
+        capability = dataclasses.replace(capability, devices=ranges)
     found: list[Check] = []
     for case in cases(capability, device_type, level):
         found.append(Check(backend, "forward", case, None, device))
-        if case.backward and Feature.LSE in capability.features:
+        if case.differentiable and Feature.LSE in capability.features:
             found.append(Check(backend, "backward", case, None, device))
     if Feature.DETERMINISTIC in capability.features:
-        some = [c for c in cases(capability, device_type, "tiny") if c.parts in ((), ("causal",))][:6]
+        some = [c for c in cases(capability, device_type, "tiny") if c.parts in ((), ("causal",)) and c.differentiable][:6]
+        some += [c for c in cases(capability, device_type, "tiny") if c.dtype in FORWARD_ONLY][:1]
         found.extend(Check(backend, "repeat", case, None, device) for case in some)
     forward_only = {Feature.BIAS_GRAD, Feature.SINKS_GRAD, Feature.LSE_GRAD}
     found.extend(Check(backend, "reject", None, feature, device) for feature in sorted(frozenset(Feature) - capability.features - forward_only))
@@ -112,6 +121,7 @@ def _call_of(inputs: Inputs, dtype: torch.dtype, rng: Optional[Tensor]) -> Call:
     if mask.alibi is not None:
         mask = dataclasses.replace(mask, alibi=wide(mask.alibi))
     cache = kwargs.pop("kv_cache", None)
+    descale = Descale(*(wide(kwargs.pop(f"{name}_descale", None)) for name in "qkv"))
     sinks, softcap, dropout_p, varlen = (kwargs.pop(name, default) for name, default in (("sinks", None), ("softcap", 0.0), ("dropout_p", 0.0), ("varlen", None)))
     q, k, v = (wide(t) for t in (inputs.q, inputs.k, inputs.v))
     assert q is not None and k is not None and v is not None
@@ -121,6 +131,7 @@ def _call_of(inputs: Inputs, dtype: torch.dtype, rng: Optional[Tensor]) -> Call:
         k, v = k.to(dtype), v.to(dtype)
     call = api._normalise(q, k, v, mask, inputs.q.shape[-1] ** -0.5, softcap, None, 0.0, varlen, None, True, "bhsd", table)
     call.sinks, call.dropout_p, call.rng = wide(sinks), dropout_p, rng
+    call.descale = descale if any(t is not None for t in descale) else None
     return call
 
 
@@ -167,15 +178,30 @@ def _unit(dtype: torch.dtype) -> float:
 
 
 def _expected(inputs: Inputs, rng: Optional[Tensor]) -> tuple[Call, Tensor, Tensor, Call, Tensor, Tensor]:
-    """(exact call, out, lse; call in the inputs' dtype, out, lse) by the definition in fp64 and in that dtype."""
+    """(exact call, out, lse; call in the inputs' dtype, out, lse) by the definition in fp64 and in that dtype.
+
+    fp8 is a format of operands, in which torch computes nothing. Its plain maths are those of a kernel all of whose products have fp8
+    operands: fp32, with the weights in e4m3 where they meet v, and out in bf16.
+    """
     from attnhub.backends.reference import maths
 
     exact = _call_of(inputs, torch.float64, rng)
     out, lse = maths.forward(exact, None, torch.float64, exact_nan=True)
-    plain = _call_of(inputs, inputs.q.dtype, rng)
-    plain_out, plain_lse = maths.forward(plain, None, inputs.q.dtype, exact_nan=True)
+    if inputs.q.dtype == torch.float8_e4m3fn:
+        plain = _call_of(inputs, torch.float32, rng)
+        plain_out, plain_lse = maths.forward(plain, None, torch.float32, exact_nan=True, rounded=_in_e4m3)
+        plain_out = plain_out.to(torch.bfloat16)
+    else:
+        plain = _call_of(inputs, inputs.q.dtype, rng)
+        plain_out, plain_lse = maths.forward(plain, None, inputs.q.dtype, exact_nan=True)
     assert lse is not None and plain_lse is not None
     return exact, out, lse, plain, plain_out, plain_lse
+
+
+def _in_e4m3(weights: Tensor) -> Tensor:
+    """Rounded to e4m3, the largest of a row being 256: the power of two below the format's largest number, 448."""
+    unit = weights.amax(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny) / 256.0
+    return (weights / unit).to(torch.float8_e4m3fn).to(weights.dtype) * unit
 
 
 def _forward(backend: str, case: Case, device: str) -> dict[str, float]:
@@ -183,7 +209,7 @@ def _forward(backend: str, case: Case, device: str) -> dict[str, float]:
     rng = _rng_of(case, device)
     _, out, lse, _, plain_out, plain_lse = _expected(inputs, rng)
     dtype = inputs.q.dtype
-    unit = _unit(dtype)
+    unit = _unit(out_dtype(dtype))
     zones = [zone.clone() for zone in inputs.red_zones]
     with torch.no_grad():
         torch.manual_seed(case.seed)
@@ -191,6 +217,8 @@ def _forward(backend: str, case: Case, device: str) -> dict[str, float]:
     decision = runtime.last_decision()
     if case.seqlen_q * case.seqlen_k and (decision is None or decision.chosen != backend):
         raise ConformanceError(f"asked for {backend}, served by {decision.chosen if decision else None}")
+    if got.dtype != out_dtype(dtype):
+        raise ConformanceError(f"out is {got.dtype}, and {out_dtype(dtype)} is needed for {dtype} inputs")
     errors = {"out": fraction(got, _packed(out, inputs), _packed(plain_out, inputs), unit)}
     if Feature.LSE in registry.get(backend).capability.features:
         with torch.no_grad():
@@ -202,7 +230,7 @@ def _forward(backend: str, case: Case, device: str) -> dict[str, float]:
         else:
             errors["lse"] = fraction(got_lse, _packed(lse, inputs), _packed(plain_lse, inputs), unit)
     for before, after in zip(zones, inputs.red_zones):
-        if not torch.equal(before.nan_to_num(1.5), after.nan_to_num(1.5)):
+        if not torch.equal(before.view(torch.uint8), after.view(torch.uint8)):
             raise ConformanceError("memory around the inputs was written")
     return errors
 
@@ -251,9 +279,11 @@ def _repeat(backend: str, case: Case, device: str, times: int = 3) -> dict[str, 
     first: Optional[list[Tensor]] = None
     for _ in range(times):
         torch.manual_seed(case.seed)
-        out, lse = _attention(backend, inputs, return_lse=True)
-        grads = torch.autograd.grad(out.float().sum() + lse.clamp_min(-1e4).sum(), [inputs.leaves[n] for n in ("q", "k", "v")])
-        found = [out.detach(), lse.detach(), *grads]
+        with torch.set_grad_enabled(case.differentiable):
+            out, lse = _attention(backend, inputs, return_lse=True)
+        found = [out.detach(), lse.detach()]
+        if case.differentiable:
+            found.extend(torch.autograd.grad(out.float().sum() + lse.clamp_min(-1e4).sum(), [inputs.leaves[n] for n in ("q", "k", "v")]))
         if first is not None and not all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(first, found)):
             raise ConformanceError("two runs of one call differ in their bits")
         first = first or found

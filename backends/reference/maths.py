@@ -14,23 +14,26 @@ where ``keep`` is the dropout mask divided by 1 - p.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Optional
 
 import torch
 from torch import Tensor
 
 from attnhub import dense
-from attnhub.backend import Call, Gradients, Needs
+from attnhub.backend import Call, Descale, Gradients, Needs
 from attnhub.layouts import empty_out, lse_dtype
 from attnhub.philox import keep_mask
 
 NEG_INF = float("-inf")
 
 
-def forward(call: Call, block_rows: Optional[int], dtype: torch.dtype, exact_nan: bool) -> tuple[Tensor, Optional[Tensor]]:
+def forward(
+    call: Call, block_rows: Optional[int], dtype: torch.dtype, exact_nan: bool, rounded: Optional[Callable[[Tensor], Tensor]] = None
+) -> tuple[Tensor, Optional[Tensor]]:
     """(out, lse). block_rows: None is all rows at once. dtype: of all the maths. exact_nan: also keep NaN and Inf of *masked*
-    values out of rows that do not attend to them (padding is always kept out)."""
+    values out of rows that do not attend to them (padding is always kept out). rounded: what becomes of the weights exp(s - max)
+    before they meet v, for those who ask how a kernel's operands would fare; their sum stays as it is."""
     q = call.q
     out = empty_out(q, call.v.shape[3])
     lse = torch.empty(q.shape[:3], dtype=lse_dtype(q.dtype), device=q.device) if call.need_lse else None
@@ -40,8 +43,8 @@ def forward(call: Call, block_rows: Optional[int], dtype: torch.dtype, exact_nan
             if lse is not None:
                 lse[:, :, q_range[0] : q_range[1]] = _no_key_lse(call)
             continue
-        part_out, part_lse = _forward_one(one, index, block_rows, dtype, exact_nan)
-        out[:, :, q_range[0] : q_range[1]] = part_out.to(q.dtype)
+        part_out, part_lse = _forward_one(one, index, block_rows, dtype, exact_nan, rounded)
+        out[:, :, q_range[0] : q_range[1]] = part_out.to(out.dtype)
         if lse is not None:
             lse[:, :, q_range[0] : q_range[1]] = part_lse
     return out, lse
@@ -84,7 +87,8 @@ def sequences(call: Call) -> Iterator[tuple[Optional[Call], int, tuple[int, int]
     if call.varlen is None:
         k, v = (call.k, call.v) if call.block_table is None else (gather_pages(call.k, call.block_table), gather_pages(call.v, call.block_table))
         one = Call(
-            call.q, k, v, call.mask, call.softmax_scale, call.softcap, call.sinks, call.dropout_p, call.rng, need_lse=call.need_lse
+            call.q, k, v, call.mask, call.softmax_scale, call.softcap, call.sinks, call.dropout_p, call.rng, need_lse=call.need_lse,
+            descale=call.descale,
         )  # fmt: skip
         yield one, 0, (0, call.q.shape[2]), (0, k.shape[2])
         return
@@ -100,6 +104,7 @@ def sequences(call: Call) -> Iterator[tuple[Optional[Call], int, tuple[int, int]
             Call(
                 call.q[:, :, q0:q1], call.k[:, :, k0:k1], call.v[:, :, k0:k1], dense.select_sequence(call.mask, n, q1 - q0, k1 - k0),
                 call.softmax_scale, call.softcap, call.sinks, call.dropout_p, call.rng, need_lse=call.need_lse,
+                descale=None if call.descale is None else Descale(*(None if t is None else t[n : n + 1] for t in call.descale)),
             ),
             n, (q0, q1), (k0, k1),
         )  # fmt: skip
@@ -127,9 +132,18 @@ def _blocks(call: Call, block_rows: Optional[int]) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, length)
 
 
+def _times_factor(x: Tensor, factor: Optional[Tensor]) -> Tensor:
+    """x [B, H, S, D] by factor [B, Hk], one for H // Hk heads."""
+    if factor is None:
+        return x
+    return x * factor.to(x.dtype).repeat_interleave(x.shape[1] // factor.shape[1], 1)[:, :, None, None]
+
+
 def _clean(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """k and v in the working dtype, zero where a key is padding: what is never read must not matter."""
     k, v = call.k.to(dtype), call.v.to(dtype)
+    if call.descale is not None:
+        k, v = _times_factor(k, call.descale.k), _times_factor(v, call.descale.v)
     if call.mask.seqused_k is None and call.mask.leftpad is None:
         return k, v
     exists = dense.existing_keys(call.mask, k.shape[2], k.device)[:, None, :, None]
@@ -181,14 +195,17 @@ def _keep(call: Call, index: int, rows: tuple[int, int], seqlen_k: int, dtype: t
     return kept.to(dtype) / (1.0 - call.dropout_p)
 
 
-def _forward_one(call: Call, index: int, block_rows: Optional[int], dtype: torch.dtype, exact_nan: bool) -> tuple[Tensor, Tensor]:
+def _forward_one(
+    call: Call, index: int, block_rows: Optional[int], dtype: torch.dtype, exact_nan: bool, rounded: Optional[Callable[[Tensor], Tensor]]
+) -> tuple[Tensor, Tensor]:
     k, v = _clean(call, dtype)
     odd = ~torch.isfinite(v) if exact_nan else None
     if odd is not None and not odd.any():
         odd = None
     outs, lses = [], []
     for rows in _blocks(call, block_rows):
-        scores, allowed, _ = _scores(call, call.q[:, :, rows[0] : rows[1]].to(dtype), k, rows)
+        q = _times_factor(call.q[:, :, rows[0] : rows[1]].to(dtype), None if call.descale is None else call.descale.q)
+        scores, allowed, _ = _scores(call, q, k, rows)
         top = scores.amax(-1, keepdim=True)
         if call.sinks is not None:
             top = torch.maximum(top, call.sinks.to(dtype).reshape(1, -1, 1, 1))
@@ -197,6 +214,8 @@ def _forward_one(call: Call, index: int, block_rows: Optional[int], dtype: torch
         total = weights.sum(-1, keepdim=True)
         if call.sinks is not None:
             total = total + torch.exp(call.sinks.to(dtype).reshape(1, -1, 1, 1) - top)
+        if rounded is not None:
+            weights = rounded(weights)
         empty = total == 0
         lses.append(torch.where(empty, NEG_INF, torch.log(total) + top).squeeze(-1))
         probabilities = weights / torch.where(empty, torch.ones_like(total), total)

@@ -10,14 +10,16 @@ from attnhub.problem import Feature, Problem
 from attnhub.reasons import Code, Reason
 
 _ALL = frozenset({"float16", "bfloat16", "float32"})
+_FP8 = frozenset({"float8_e4m3fn"})
 _GPUS = (
     DeviceRange("cuda", "nvidia", (8, 0), (8, 9), _ALL, status="untested"),
     DeviceRange("cuda", "nvidia", (9, 0), (9, 0), _ALL),
     DeviceRange("cuda", "nvidia", (10, 0), None, _ALL, status="untested"),
+    DeviceRange("cuda", "nvidia", (8, 9), None, _FP8, status="untested"),
     DeviceRange("cuda", "amd", (), None, _ALL, status="untested"),
     DeviceRange("xpu", "intel", (), None, _ALL, status="untested"),
 )
-_INTERPRETER = DeviceRange("cpu", "", (), None, _ALL)
+_INTERPRETER = DeviceRange("cpu", "", (), None, _ALL | _FP8)
 _BOTH_WAYS = frozenset({
     Feature.GQA, Feature.DV_DIFFERS, Feature.CAUSAL_BOTTOM_RIGHT, Feature.CAUSAL_TOP_LEFT, Feature.WINDOW, Feature.CHUNK,
     Feature.PREFIX, Feature.SEGMENTS, Feature.SEQLENS, Feature.LEFTPAD, Feature.BOOL_MASK, Feature.BIAS, Feature.ALIBI,

@@ -18,7 +18,7 @@ from triton.compiler import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from attnhub import config
-from attnhub.backend import Call, Gradients, Needs, Plan, PrepareError, Repeat
+from attnhub.backend import Call, Descale, Gradients, Needs, Plan, PrepareError, Repeat
 from attnhub.backends.triton import table
 from attnhub.backends.triton import tiles as tiling
 from attnhub.backends.triton.block_sparse import block_sparse
@@ -43,6 +43,9 @@ _DECODE_ROWS = 64
 _MOST_RECORDINGS = 512
 _LARGEST = 2**30
 _Arguments = dict[str, Any]
+_FP8 = "float8_e4m3fn"
+#: Item size of q, k and v by dtype; the others have 2 bytes.
+_ITEM_BYTES = {"float32": 4, _FP8: 1}
 #: For kernels that work row by row: only the warps and stages count.
 _ROW_TILES = Tiles(0, 0, 4, 3)
 _HERE = contextlib.nullcontext()
@@ -64,9 +67,9 @@ class TritonPlan(Plan):
         if self._interpreted:
             self._tiles = tiling.interpreted()
         else:
-            item = 4 if problem.q_dtype == "float32" else 2
+            item = _ITEM_BYTES.get(problem.q_dtype, 2)
             limit = tiling.shared_memory(problem.device.vendor, problem.device.arch)
-            self._tiles = {role: tiling.choices(role, problem.head_dim, problem.v_head_dim, item, limit) for role in tiling.ROLES}
+            self._tiles = {role: tiling.choices(role, problem.head_dim, problem.v_head_dim, item, limit) for role in tiling.roles(item)}
             self._tiles = table.preferred(self._tiles, problem, item)
         #: `_key` of a call -> how to repeat it.
         self._recordings: dict[tuple[Any, ...], Recording] = {}
@@ -82,7 +85,7 @@ class TritonPlan(Plan):
         return described
 
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
-        if call.softmax_scale < 0:
+        if call.softmax_scale < 0 and call.q.dtype != torch.float8_e4m3fn:
             call = _negated(call)
         inputs = _inputs(call)
         key, addresses = _key(call, inputs)
@@ -144,6 +147,8 @@ class TritonPlan(Plan):
             PAGE_SIZE=0 if table is None else call.k.shape[2], **dict.fromkeys(("sinks", "block_table")),
         )  # fmt: skip
         arguments.update(recorder.inputs)
+        factor = next((inputs[name] for name in ("q_descale", "k_descale", "v_descale") if name in inputs), None)
+        arguments["descale_stride_b"], arguments["descale_stride_h"] = (0, 0) if factor is None else factor.stride()
         self._run(_DECODE if max_q * (group if pack else 1) <= _DECODE_ROWS else _FORWARD, recorder, arguments)
         self._record(key, recorder)
         return recorder.buffers
@@ -310,6 +315,8 @@ def _inputs(call: Call) -> dict[str, Tensor]:
             inputs["bool_mask"] = mask.bool_mask.view(torch.uint8)
         if mask.block_sparse is not None:
             inputs["block_sparse"] = mask.block_sparse.contiguous().view(torch.uint8)
+    if call.descale is not None:
+        inputs.update(_factors(call))
     if call.sinks is not None:
         inputs["sinks"] = call.sinks
     if call.rng is not None:
@@ -341,10 +348,13 @@ def _key(call: Call, inputs: dict[str, Tensor]) -> tuple[tuple[Any, ...], list[i
 
 
 def _arguments(call: Call, interpreted: bool) -> _Arguments:
-    """What all kernels take: tensors, strides, lengths, the mask in the form that `kernels.mask` reads. softmax_scale is not negative."""
+    """What all kernels take: tensors, strides, lengths, the mask in the form that `kernels.mask` reads. softmax_scale is not negative,
+    but for fp8.
+    """
     q, k, v, mask, varlen = call.q, call.k, call.v, call.mask, call.varlen
     heads, head_dim = q.shape[1], q.shape[3]
     scale = float(call.softmax_scale)
+    fp8 = q.dtype == torch.float8_e4m3fn
     if varlen is None:
         sequences, max_q, max_k = q.shape[0], q.shape[2], k.shape[2]
     else:
@@ -364,7 +374,8 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
     mask_all = mask.segments is not None or blocks is not None or mask.bool_mask is not None or mask.bias is not None
     limited = left >= 0 or right >= 0 or mask.chunk > 0 or widened
     strides = {**_strides("q", q), **_strides("k", k), **_strides("v", v)}
-    width = tiling.padded(head_dim, v.shape[3])
+    # The smallest product of fp8 operands takes 32 dimensions.
+    width = max(tiling.padded(head_dim, v.shape[3]), 32 if fp8 else 16)
     return {
         "q": q, "k": k, "v": v, **strides,
         "scale": scale if call.softcap or mask.bias is not None else scale * math.log2(math.e), "softcap": float(call.softcap),
@@ -379,6 +390,7 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
         "alibi": mask.alibi, "alibi_stride_b": 0 if mask.alibi is None or mask.alibi.ndim == 1 or mask.alibi.shape[0] == 1 else mask.alibi.stride(0),
         "block_sparse": None, "block_size": mask.block_size,
         **_dropout(call),
+        **dict.fromkeys(("q_descale", "k_descale", "v_descale")), "FP8": fp8,
         "Q_HEADS": heads, "GROUP": heads // k.shape[1], "HEAD_DIM": head_dim, "V_HEAD_DIM": v.shape[3],
         "BLOCK_D": width, "BLOCK_DV": width,
         "LEFT": left >= 0, "RIGHT": right >= 0, "CHUNK": mask.chunk > 0, "CAUSAL": widened, "TOP_LEFT": mask.align == "top_left",
@@ -390,6 +402,14 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
 def _strides(name: str, x: Tensor) -> dict[str, int]:
     """Strides of batch, head and token. That of a dimension of size 1 is arbitrary in torch, and 0 here."""
     return {f"{name}_stride_{axis}": x.stride(dim) if x.shape[dim] > 1 else 0 for dim, axis in enumerate("bhs")}
+
+
+def _factors(call: Call) -> dict[str, Tensor]:
+    """Factors of fp8 inputs, by name. They share two strides, as contiguous ones and expanded numbers do by themselves."""
+    given = {f"{name}_descale": t for name, t in (call.descale or Descale())._asdict().items() if t is not None}
+    if len({t.stride() for t in given.values()}) > 1:
+        given = {name: t.contiguous() for name, t in given.items()}
+    return given
 
 
 def _ids(name: str, ids: Optional[tuple[Tensor, Tensor]]) -> _Arguments:

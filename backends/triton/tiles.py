@@ -36,13 +36,16 @@ def padded(head_dim: int, v_head_dim: int = 0) -> int:
 
 #: role -> element size -> largest padded head_dim -> tiles. The 2-byte rows are the fastest of four to six measured on an
 #: H200 at 4096 tokens (decode: of five at 8192 keys); in fp32 the products run
-#: on ordinary units, whose operands all live in registers, so that blocks are small.
+#: on ordinary units, whose operands all live in registers, so that blocks are small. Those of fp8 (1) are the 2-byte ones, not
+#: measured: v is multiplied as fp16.
 _TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
     "forward": {
+        1: {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2)},
         2: {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2)},
         4: {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 16, 4, 1)},
     },
     "decode": {
+        1: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 4, 3), 256: Tiles(16, 64, 4, 2)},
         2: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 4, 3), 256: Tiles(16, 64, 4, 2)},
         4: {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 32, 4, 2), 256: Tiles(16, 16, 4, 2)},
     },
@@ -61,6 +64,12 @@ _TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
     },
 }
 ROLES = tuple(_TABLE)
+
+
+def roles(item: int) -> tuple[str, ...]:
+    """The roles that there are for an item size: fp8 has no backward."""
+    return tuple(role for role in ROLES if item in _TABLE[role])
+
 
 #: Shared memory that one block of threads may use, in bytes, by NVIDIA compute capability.
 _SHARED_MEMORY = {(7, 5): 65536, (8, 0): 166912, (8, 6): 101376, (8, 7): 166912, (8, 9): 101376, (9, 0): 232448, (10, 0): 232448, (12, 0): 101376}

@@ -17,6 +17,10 @@ PACKED = torch.zeros(5, 2, 8)
 LENGTHS = Varlen.from_lengths(torch.tensor([2, 3]))
 CACHE = KVCache.empty(2, 2, 16, 8)
 META = torch.device("meta")
+FP8 = torch.float8_e4m3fn
+Q8, K8, V8 = Q.to(FP8), K.to(FP8), V.to(FP8)
+FACTORS = torch.ones(2, 2)
+CACHE8 = KVCache.empty(2, 2, 16, 8, dtype=FP8)
 
 #: id -> (call, words that the message must hold)
 BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
@@ -38,6 +42,25 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "dtype of v": (lambda: attention(Q, K, V.double()), ("float32", "float64", "cast")),
     "integers": (lambda: attention(Q.int(), K.int(), V.int()), ("int32", "float16")),
     "complex": (lambda: attention(Q.cfloat(), K.cfloat(), V.cfloat()), ("complex64", "float32")),
+    "e5m2": (lambda: attention(*(t.to(torch.float8_e5m2) for t in (Q, K, V))), ("float8_e5m2", "float8_e4m3fn is the only 8-bit format")),
+    "e4m3fnuz": (lambda: attention(*(t.to(torch.float8_e4m3fnuz) for t in (Q, K, V))), ("float8_e4m3fnuz", "float8_e4m3fn is the only 8-bit format")),
+    "fp8 keys": (lambda: attention(Q.bfloat16(), K8, V8), ("bfloat16", "float8_e4m3fn", "all in it")),
+    "fp8 under autocast": (lambda: torch.autocast("cpu", torch.bfloat16)(attention)(Q, K8, V8), ("float32", "float8_e4m3fn", "autocast leaves it alone")),
+    "fp8 grad": (lambda: attention(Q8.clone().requires_grad_(), K8, V8), ("float8_e4m3fn", "gradient", "no_grad", "detach")),
+    "fp8 grad of sinks": (lambda: attention(Q8, K8, V8, sinks=torch.zeros(4).requires_grad_()), ("float8_e4m3fn", "gradient")),
+    "fp8 grad of a factor": (lambda: attention(Q8, K8, V8, v_descale=torch.ones(2, 2).requires_grad_()), ("float8_e4m3fn", "gradient")),
+    "factor number": (lambda: attention(Q8, K8, V8, q_descale=0.5), ("q_descale is a float", "torch.full", "expand(2, 2)")),
+    "factor without fp8": (lambda: attention(Q, K, V, k_descale=FACTORS), ("k_descale", "float32", "float8_e4m3fn", "leave it out")),
+    "factor shape": (lambda: attention(Q8, K8, V8, v_descale=torch.ones(2, 4)), ("v_descale", "(2, 4)", "[2, 2]", "expand")),
+    "factor scalar": (lambda: attention(Q8, K8, V8, v_descale=torch.ones(())), ("v_descale", "()", "[2, 2]", "factor.expand(2, 2)")),
+    "factor varlen": (lambda: attention(*(PACKED.to(FP8),) * 3, varlen=LENGTHS, k_descale=torch.ones(1, 2)), ("k_descale", "(1, 2)", "[2, 2]")),
+    "factor dtype": (lambda: attention(Q8, K8, V8, q_descale=FACTORS.half()), ("q_descale", "float16", "float32")),
+    "factor device": (lambda: attention(Q8, K8, V8, q_descale=FACTORS.to(META)), ("q_descale", "meta", "cpu")),
+    "fp8 cache": (lambda: attention(Q, kv_cache=CACHE8), ("float32", "float8_e4m3fn", "kv_cache")),
+    "fp8 cache and new": (lambda: attention(Q8, K[:, :, :1], V[:, :, :1], kv_cache=KVCache.empty(2, 2, 16, 8, v_head_dim=6, dtype=FP8)),
+                          ("append_kv(k)", "float32", "float8_e4m3fn", "k_descale")),
+    "fp8 into fp32": (lambda: attnhub.append_kv(CACHE, K8[:, :, :1], K8[:, :, :1]), ("append_kv(k)", "float8_e4m3fn", "float32")),
+    "fp8 rotary": (lambda: attnhub.append_kv(CACHE8, K8[:, :, :1], K8[:, :, :1], rotary=(torch.ones(16, 2), torch.ones(16, 2))), ("append_kv(k)", "rotary", "rotate first")),
     "devices": (lambda: attention(Q, K.to(META), V.to(META)), ("cpu", "meta", "one device")),
     "mask tensor": (lambda: attention(Q, K, V, torch.ones(5, 7, dtype=torch.bool)), ("mask", "Tensor", "BoolMask", "Bias")),
     "mask string": (lambda: attention(Q, K, V, "causal"), ("mask", "str", "attnhub.Mask")),
@@ -136,7 +159,7 @@ def test_nothing_is_chosen_or_written_before_the_arguments_are_checked() -> None
     assert attnhub.last_decision() is before
 
 
-@pytest.mark.parametrize("name", ["mask string", "softcap negative", "sinks shape", "heads", "layout", "backend auto first"])
+@pytest.mark.parametrize("name", ["mask string", "factor shape", "factor without fp8", "e5m2", "softcap negative", "sinks shape", "heads", "layout", "backend auto first"])
 def test_explain_checks_like_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call, words = BAD[name]
     monkeypatch.setitem(globals(), "attention", attnhub.explain)

@@ -14,7 +14,7 @@ from torch import Tensor
 import attnhub
 from attnhub import testing
 from attnhub.backend import Backend, Call, Gradients, Needs, Plan
-from attnhub.backends.reference import EVERYTHING, FLOATS, ReferencePlan
+from attnhub.backends.reference import EVERYTHING, FLOATS, ReferencePlan, maths
 from attnhub.capability import Capability, DeviceRange
 from attnhub.problem import Feature, Problem
 from attnhub.testing.checks import ConformanceError
@@ -77,6 +77,18 @@ def _lse_in_base_2(run: Forward, call: Call) -> Result:
     return out, None if lse is None else lse / math.log(2)
 
 
+def _factors(change: Callable[[Tensor], Optional[Tensor]], of: str = "qkv") -> Change:
+    """A change of the factors of fp8 inputs."""
+
+    def changed(run: Forward, call: Call) -> Result:
+        if call.descale is None:
+            return run(call)
+        some = {name: change(t) for name, t in call.descale._asdict().items() if name in of and t is not None}
+        return run(_with(call, descale=call.descale._replace(**some)))
+
+    return changed
+
+
 BROKEN: dict[str, Change] = {
     "mask dropped": lambda run, call: run(_with(call, mask=attnhub.mask.FULL)),
     "causal dropped": lambda run, call: run(_mask(call, causal=False)),
@@ -103,6 +115,21 @@ BROKEN: dict[str, Change] = {
     "NaN in rows without keys": _out(lambda out: torch.where(out.abs().sum(-1, keepdim=True) == 0, math.nan, out)),
     "one bf16 rounding of fp32": _out(lambda out: out.bfloat16().to(out.dtype)),
 }  # fmt: skip
+
+BROKEN_FP8: dict[str, Change] = {
+    "factor of q dropped": _factors(lambda t: None, "q"),
+    "factor of k dropped": _factors(lambda t: None, "k"),
+    "factor of v dropped": _factors(lambda t: None, "v"),
+    "factors of the next head": _factors(lambda t: t.roll(1, 1)),
+    "factor of v of the next head": _factors(lambda t: t.roll(1, 1), "v"),
+    "factors of the next sequence": _factors(lambda t: t.roll(1, 0)),
+    "factor of q 1% off": _factors(lambda t: 1.01 * t, "q"),
+    "causal dropped": BROKEN["causal dropped"],
+    "tile of keys skipped": _no_tile,
+    "v in e5m2": lambda run, call: run(_with(call, v=call.v.to(torch.float8_e5m2))),
+    "out in e4m3": _out(lambda out: out.to(torch.float8_e4m3fn).to(out.dtype)),
+    "out in fp16": _out(torch.Tensor.half),
+}
 
 BROKEN_BACKWARD: dict[str, Callable[[Gradients, Needs], Gradients]] = {
     "dq doubled": lambda g, needs: g._replace(q=None if g.q is None else 2 * g.q),
@@ -137,6 +164,10 @@ class Wrapped(Backend):
         return Changed()
 
 
+class WrappedFp8(Wrapped):
+    capability = Capability((DeviceRange("cpu", dtypes=frozenset({"float8_e4m3fn"})),), EVERYTHING, head_dims=(1, 1 << 20, 1))
+
+
 #: What the name of a check that should notice holds: those are tried first, to save time.
 _HINTS = {
     "window": "window", "segments": "segments", "lengths": "seqlens", "left padding": "leftpad", "bias": "bias", "alibi": "alibi", "softcap": "softcap",
@@ -158,6 +189,12 @@ def _first_failure(kind: str, name: str = "") -> str:
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_wrong_forward_fails(name: str, register: Any) -> None:
     register(Wrapped(BROKEN[name]))
+    assert _first_failure("forward", name), f"the suite does not notice: {name}"
+
+
+@pytest.mark.parametrize("name", BROKEN_FP8)
+def test_a_wrong_forward_in_fp8_fails(name: str, register: Any) -> None:
+    register(WrappedFp8(BROKEN_FP8[name]))
     assert _first_failure("forward", name), f"the suite does not notice: {name}"
 
 
@@ -213,6 +250,28 @@ def test_nothing_fails_where_nothing_is_broken(register: Any) -> None:
     register(Wrapped())
     for check in testing.checks("broken", level="tiny", kinds=("forward",))[::3]:
         check.run()
+
+
+def test_fp8_weights_are_within_the_rule(register: Any) -> None:
+    """A kernel with e4m3 weights rounds those of a tile of keys by the maximum up to that tile, which need not be the row's."""
+
+    class Rounded(WrappedFp8):
+        def prepare(self, problem: Problem) -> Plan:
+            class Changed(ReferencePlan):
+                def forward(self, call: Call) -> Result:
+                    return maths.forward(call, None, torch.float32, exact_nan=True, rounded=_rounded_by_tiles)
+
+            return Changed()
+
+    register(Rounded())
+    for check in testing.checks("broken", level="quick", kinds=("forward",)):
+        check.run()
+
+
+def _rounded_by_tiles(weights: Tensor, size: int = 16) -> Tensor:
+    top = torch.stack([tile.amax(-1) for tile in weights.split(size, -1)], -1).cummax(-1).values
+    unit = top.clamp_min(1e-30).repeat_interleave(size, -1)[..., : weights.shape[-1]] / 256
+    return (weights / unit).to(torch.float8_e4m3fn).to(weights.dtype) * unit
 
 
 def test_a_failure_prints_a_line_that_reproduces_it(register: Any) -> None:

@@ -95,7 +95,7 @@ class BlackBox(attnhub.Backend):
     name = "blackbox"
     automatic = False
     capability = Capability(
-        devices=(DeviceRange("cpu", dtypes=frozenset({"float32"})),), features=frozenset(Feature), backward_features=frozenset(Feature),
+        devices=(DeviceRange("cpu", dtypes=frozenset({"float32", "float8_e4m3fn"})),), features=frozenset(Feature), backward_features=frozenset(Feature),
     )  # fmt: skip
 
     def prepare(self, problem: attnhub.Problem) -> attnhub.Plan:
@@ -104,15 +104,18 @@ class BlackBox(attnhub.Backend):
 
 def _copy(t: Tensor) -> Tensor:
     # numpy() refuses tensors that need gradients, fake ones, and those of functorch.
+    if t.dtype == torch.float8_e4m3fn:
+        return _copy(t.view(torch.uint8)).view(t.dtype)
     return torch.from_numpy(t.numpy().copy())
 
 
 def _boxed(call: attnhub.Call) -> attnhub.Call:
     leaves, structure = torch.utils._pytree.tree_flatten((call.mask, call.varlen))
     mask, varlen = torch.utils._pytree.tree_unflatten([_copy(t) if isinstance(t, Tensor) else t for t in leaves], structure)
+    descale = None if call.descale is None else attnhub.Descale(*(None if t is None else _copy(t) for t in call.descale))
     sinks, rng, table = (None if t is None else _copy(t) for t in (call.sinks, call.rng, call.block_table))
     q, k, v = (_copy(t) for t in (call.q, call.k, call.v))
-    return attnhub.Call(q, k, v, mask, call.softmax_scale, call.softcap, sinks, call.dropout_p, rng, varlen, table, call.need_lse)
+    return attnhub.Call(q, k, v, mask, call.softmax_scale, call.softcap, sinks, call.dropout_p, rng, varlen, table, call.need_lse, descale)
 
 
 @pytest.fixture

@@ -178,6 +178,26 @@ def dtensor(rank: int, ranks: int) -> None:
         torch.testing.assert_close((full(out), full(lse)), attnhub.attention(x, x, x, return_lse=True))
 
 
+def dtensor_fp8(rank: int, ranks: int) -> None:
+    """Factors that every rank knows go with their part of the batch or of the heads. (Each rank cuts its own part: gloo does not send fp8.)"""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh = init_device_mesh("cpu", (ranks,))
+    for kv_heads in (4, 2, 1):
+        t = _inputs(kv_heads)
+        q, k, v = (t[name].to(torch.float8_e4m3fn) for name in "qkv")
+        some = {f"{name}_descale": torch.rand(4, kv_heads, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("qkv")}
+        wanted = attnhub.attention(q, k, v, attnhub.Causal(), backend="reference", **some)
+        for dim in (0, 1):
+            shared = dim == 1 and kv_heads == 1
+            parts = [x if shared and x is not q else x.chunk(ranks, dim)[rank] for x in (q, k, v)]
+            placements = [Replicate() if shared and x is not q else Shard(dim) for x in (q, k, v)]
+            sharded = [DTensor.from_local(x, mesh, [p]) for x, p in zip(parts, placements)]
+            got = attnhub.attention(*sharded, attnhub.Causal(), backend="reference", **some)
+            assert got.placements == (Shard(dim),) and torch.equal(got.to_local(), wanted.chunk(ranks, dim)[rank])
+
+
 def dtensor_dropout_and_packed(rank: int, ranks: int) -> None:
     """Dropout is one mask of the whole tensor, so its calls are gathered; packed sequences can be sharded over heads."""
     from torch.distributed.device_mesh import init_device_mesh

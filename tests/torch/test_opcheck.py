@@ -22,7 +22,7 @@ Make = Callable[..., tuple[Tensor, Tensor, Tensor]]
 def arguments(name: str, qkv: Make, backend: str, *, grad: bool = True, need_lse: bool = False) -> tuple[Any, ...]:
     """Arguments of attnhub::forward for a named kind of call."""
     q, k, v = (t.detach() for t in qkv(heads=4, kv_heads=2, length=6, length_k=8, dim=8))
-    mask, sinks, softcap, varlen = FULL, None, 0.0, None
+    mask, sinks, softcap, varlen, descale = FULL, None, 0.0, None, None
     if name == "bshd":
         q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
     elif name == "expanded":
@@ -40,7 +40,10 @@ def arguments(name: str, qkv: Make, backend: str, *, grad: bool = True, need_lse
     elif name == "varlen":
         q, k, v = (t.transpose(1, 2).reshape(1, -1, t.shape[1], t.shape[3]).transpose(1, 2) for t in (q, k, v))
         varlen = attnhub.Varlen(torch.tensor([0, 5, 12]), torch.tensor([0, 7, 16]), 7, 9)
-    words, sizes, data = spec.encode(mask, softcap, 0.0, None, varlen, None)
+    elif name == "fp8":
+        q, k, v = (t.to(torch.float8_e4m3fn) for t in (q, k, v))
+        descale = attnhub.Descale(None, torch.rand(2, 2), torch.rand(()).expand(2, 2))
+    words, sizes, data = spec.encode(mask, softcap, 0.0, None, varlen, None, descale)
     q, k, v = (t.requires_grad_(grad) for t in (q, k, v))
     return q, k, v, mask.bias, sinks, data, words, sizes, 0.3, need_lse, grad, backend
 
@@ -56,6 +59,13 @@ def test_forward(kind: str, qkv: Make, blackbox: str) -> None:
 @pytest.mark.parametrize("kind", ("plain", "bias", "varlen"))
 def test_forward_without_gradients(kind: str, qkv: Make, blackbox: str) -> None:
     torch.library.opcheck(ops.forward_op, arguments(kind, qkv, blackbox, grad=False))
+
+
+@pytest.mark.parametrize("need_lse", (False, True))
+def test_forward_in_fp8(qkv: Make, blackbox: str, need_lse: bool) -> None:
+    """All but torch's check of the schema, which compares the inputs by arithmetic that fp8 has not."""
+    args = arguments("fp8", qkv, blackbox, grad=False, need_lse=need_lse)
+    torch.library.opcheck(ops.forward_op, args, test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
 def test_forward_of_the_native_kernel(qkv: Make) -> None:
@@ -86,8 +96,10 @@ def test_append_kv(paged: bool) -> None:
 
 
 @pytest.mark.parametrize("backend", ("cpu", "sdpa", "reference", "blackbox"))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (*KINDS, "fp8"))
 def test_strides_are_those_of_the_fake_kernel(kind: str, backend: str, qkv: Make, blackbox: str) -> None:
+    if kind == "fp8" and backend in ("cpu", "sdpa"):
+        pytest.skip(f"{backend} has no fp8")
     if backend == "cpu" and not attnhub.backends()["cpu"]["available"]:
         pytest.skip("the cpu backend's library is not built here")
     for need_lse in (False, True):

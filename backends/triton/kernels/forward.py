@@ -83,17 +83,18 @@ def forward_kernel(
     bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b,
     rng, drop_below, keep_scale, tile_map, tile_map_stride_b, tile_map_stride_h, tile_count,
     sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q,
+    q_descale, k_descale, v_descale, descale_stride_b, descale_stride_h,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
     LEFT_PHASE: tl.constexpr, MASK_ALL: tl.constexpr, MASK_VALUES: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    PACK: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PACK: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, FP8: tl.constexpr,
     SPARSE_Q: tl.constexpr, SPARSE_K: tl.constexpr,
 ):  # fmt: skip
     """out [B, Hq, Sq, Dv] and, if lse is not None, lse [B, Hq, Sq] fp32 of one block of query rows.
 
     The grid is one-dimensional: (sequences (+ 1 if packed) * heads * splits * row blocks); heads are K/V heads with PACK.
-    scale is softmax_scale * log2(e), or softmax_scale alone with SOFTCAP or NATURAL; it is never negative.
+    scale is softmax_scale * log2(e), or softmax_scale alone with SOFTCAP or NATURAL; it is never negative, but with FP8.
     rng (int64 [2] or None), drop_below: see `kernels.dropout`; keep_scale is 1 / (1 - p).
     """
     PACKED_HEADS: tl.constexpr = GROUP if PACK else 1
@@ -164,6 +165,16 @@ def forward_kernel(
     q_tile = load_tile(
         q + tl.cast(memory_b, tl.int64) * q_stride_b + q_rows[:, None] + dims[None, :], row_ok, dims < HEAD_DIM, True, BLOCK_D != HEAD_DIM
     )
+    if FP8:
+        factor = tl.cast(b, tl.int64) * descale_stride_b + kv_head * descale_stride_h
+        if q_descale is not None:
+            scale *= tl.load(q_descale + factor)
+        if k_descale is not None:
+            scale *= tl.load(k_descale + factor)
+        # The largest score is taken before it is scaled: a negative scale goes into the signs of q.
+        bits = q_tile.to(tl.uint8, bitcast=True)
+        q_tile = tl.where(scale < 0, bits ^ 0x80, bits).to(q.dtype.element_ty, bitcast=True)
+        scale = tl.abs(scale)
     if PAGE_SIZE > 0:
         k_base = head_pointer(k, 0, kv_head, 0, k_stride_b, k_stride_h, k_stride_s)
         v_base = head_pointer(v, 0, kv_head, 0, v_stride_b, v_stride_h, v_stride_s)
@@ -281,6 +292,10 @@ def forward_kernel(
                     kept = kept_by_dropout(rng, drop_below, b, h[:, None], i[:, None], n, Q_HEADS, CAREFUL if phase == 3 else BLOCK_N, False)
                     weights = tl.where(kept, weights, 0.0)
                 v_tile = load_tile(v_tile_pointers, column_ok, v_dims < V_HEAD_DIM, phase != 1, BLOCK_DV != V_HEAD_DIM)
+                if FP8:
+                    # Hopper's fp8 product wants v along the keys, and turning it there goes byte by byte. fp16 holds all e4m3 numbers,
+                    # and weights with 11 bits.
+                    v_tile = v_tile.to(tl.float16)
                 if phase == 3:
                     acc = dot_kept(weights.to(v_tile.dtype), keep, v_tile, acc, PRECISION, UPCAST)
                 else:
@@ -298,6 +313,8 @@ def forward_kernel(
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     if rng is not None:
         acc = acc * keep_scale
+    if v_descale is not None:
+        acc *= tl.load(v_descale + factor)
     out_rows = tl.cast(memory_b, tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h + (first_q + i).to(tl.int64) * out_stride_s
     tl.store(out + out_rows[:, None] + v_dims[None, :], acc.to(out.dtype.element_ty), mask=row_ok[:, None] & (v_dims[None, :] < V_HEAD_DIM))
     if lse is not None:

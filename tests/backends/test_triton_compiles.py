@@ -1,0 +1,225 @@
+"""The triton backend's kernels, compiled as the plan would launch them, for GPUs that are not here."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import subprocess
+from typing import Any, NamedTuple, Optional
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the extra attnhub[triton] is not installed")
+
+import triton
+
+from attnhub import config
+from attnhub.backend import Call, Descale, Needs
+from attnhub.backends.triton import TritonBackend, hopper, launch, launcher, tiles
+from attnhub.layouts import Varlen
+from attnhub.mask import FULL, ALiBi, Bias, BlockSparse, BoolMask, Causal, LeftPad, Mask, Prefix, Segments, SeqLens, Window
+from attnhub.problem import DeviceInfo, Problem
+
+pytestmark = pytest.mark.skipif(config.triton_interpret(), reason="runs in a process without TRITON_INTERPRET")
+
+_TYPES = {
+    torch.float8_e4m3fn: "fp8e4nv", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
+    torch.uint8: "u8",
+}  # fmt: skip
+
+
+class Compiled(NamedTuple):
+    """What the plan would have launched."""
+
+    name: str
+    made: Any
+
+    @property
+    def shared(self) -> int:
+        return int(self.made.metadata.shared)
+
+    def sass(self, folder: pathlib.Path) -> str:
+        """The machine code as text."""
+        (folder / "kernel.cubin").write_bytes(self.made.asm["cubin"])
+        tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        return subprocess.run([tool, "-sass", folder / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+
+
+def _compile(kernel: Any, values: list[Any], choice: tiles.Tiles, arch: tuple[int, int]) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source: Any = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source = GluonASTSource
+    signature: dict[str, str] = {}
+    constants, attributes = {}, {}
+    for index, (parameter, value) in enumerate(zip(kernel.params, values)):
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif hasattr(value, "block_shape"):
+            signature[parameter.name] = f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape},{value.layout!r}>"
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = "*" + _TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and not parameter.do_not_specialize and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "enable_fp_fusion": True}
+    return triton.compile(source(kernel, signature, constants, attributes), target=GPUTarget("cuda", arch[0] * 10 + arch[1], 32), options=options)
+
+
+def launches(call: Call, arch: tuple[int, int], monkeypatch: pytest.MonkeyPatch, needs: Optional[Needs] = None) -> list[Compiled]:
+    """What a plan for an NVIDIA device launches for a call on tensors of the CPU: compiled, not run. needs: of a backward instead."""
+    found = []
+
+    def compiling(kernel: Any, programs: int, choice: tiles.Tiles, **arguments: Any) -> launch.Launched:
+        values = [arguments[name] for name in kernel.arg_names]
+        found.append(Compiled(kernel.fn.__name__, _compile(kernel, values, choice, arch)))
+        return launch.Launched(None, programs, values, 0.0, None)
+
+    monkeypatch.setattr(launch, "launch", compiling)
+    monkeypatch.setattr(launcher, "_processors", lambda device, interpreted: 132)
+    monkeypatch.setattr(hopper, "_processors", lambda device: 132)
+    monkeypatch.setattr(launcher, "_on_device", lambda x: contextlib.nullcontext())
+    dtype = str(call.q.dtype).removeprefix("torch.")
+    device = DeviceInfo("cuda", "nvidia", arch, "a GPU that is not here")
+    q, k = call.q, call.k
+    problem = Problem(device, dtype, dtype, q.shape[3], call.v.shape[3], q.shape[1], k.shape[1], q.shape[0], q.shape[2], k.shape[2])
+    plan = TritonBackend().prepare(problem)
+    if needs is None:
+        plan.forward(call)
+    else:
+        out = torch.empty(*q.shape[:3], call.v.shape[3], dtype=q.dtype)
+        plan.backward(call, torch.empty_like(out), torch.empty(q.shape[:3]), out, torch.empty(q.shape[:3]), needs)
+    return found
+
+
+def qkv(length: int, dim: int, dtype: torch.dtype, v_dim: int = 0, batch: int = 2, heads: tuple[int, int] = (4, 2)) -> tuple[Tensor, Tensor, Tensor]:
+    q, k = (torch.empty(batch, h, length, dim, dtype=dtype) for h in heads)
+    return q, k, torch.empty(batch, heads[1], length, v_dim or dim, dtype=dtype)
+
+
+BLOCKS = BlockSparse(torch.ones(1, 1, 3, 3, dtype=torch.bool), (100, 100))
+DROPOUT = {"dropout_p": 0.1, "rng": torch.zeros(2, dtype=torch.int64)}
+#: (compute capability, dtype, head_dim, mask, further arguments)
+GENERAL = [
+    ((9, 0), torch.bfloat16, 64, BLOCKS, DROPOUT),
+    ((8, 9), torch.bfloat16, 64, Causal() & SeqLens(torch.tensor([64, 64], dtype=torch.int32)), {}),
+    ((8, 0), torch.float16, 64, BoolMask(torch.ones(1, 1, 256, 256, dtype=torch.bool)) & Bias(torch.zeros(1, 4, 256, 256, dtype=torch.float16)), {}),
+]
+
+
+@pytest.mark.parametrize(("arch", "dtype", "dim", "mask", "extra"), GENERAL)
+def test_general_kernels(
+    arch: tuple[int, int], dtype: torch.dtype, dim: int, mask: Mask, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them compile for the architecture, and the first tiles offered fit its shared memory."""
+    call = Call(*qkv(256, dim, dtype), mask, 0.1, **extra)
+    short = Call(call.q[:, :, :1], call.k, call.v, SeqLens(torch.tensor([64, 64], dtype=torch.int32)), 0.1)
+    needs = Needs(True, True, True, mask.bias is not None, False)
+    made = [*launches(call, arch, monkeypatch), *launches(short, arch, monkeypatch), *launches(call, arch, monkeypatch, needs)]
+    names = {c.name for c in made}
+    assert names >= {"forward_kernel", "grad_kv_kernel", "grad_q_kernel", "delta_kernel"}
+    assert ("grad_bias_kernel" in names) == (mask.bias is not None)
+    assert ("tile_map_kernel" in names) == (mask.block_sparse is not None)
+    assert not any(name.startswith("hopper") for name in names)
+    for c in made:
+        assert c.shared <= tiles.shared_memory("nvidia", arch), c.name
+
+
+@pytest.mark.parametrize(
+    ("arch", "dim", "products"),
+    [
+        ((9, 0), 128, ("wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3", "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16")),
+        ((8, 9), 16, ("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32", "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")),
+    ],
+)
+def test_fp8_compiles_to_products_of_its_own(arch: tuple[int, int], dim: int, products: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores come from products of fp8, outputs from products of fp16, each of the architecture's own kind."""
+    q, k, v = qkv(256, dim, torch.float8_e4m3fn)
+    factor = torch.empty(2, 2)
+    (long,) = launches(Call(q, k, v, Causal(), 0.1, descale=Descale(factor, factor, factor)), arch, monkeypatch)
+    assert all(product in long.made.asm["ptx"] for product in products)
+    for c in (long, *launches(Call(q[:, :, :1], k, v, FULL, 0.1), arch, monkeypatch)):
+        assert c.shared <= tiles.shared_memory("nvidia", arch)
+
+
+def _ids(length: int) -> Tensor:
+    return torch.zeros(2, length, dtype=torch.int32)
+
+
+_PACKED = Varlen(torch.tensor([0, 100, 256], dtype=torch.int32), torch.tensor([0, 100, 256], dtype=torch.int32), 156, 156)
+HOPPER: dict[str, tuple[int, int, Mask, dict[str, Any]]] = {
+    "full 128": (128, 128, FULL, {}),
+    "causal 64": (64, 64, Causal(), {}),
+    "causal 256": (256, 256, Causal(), {}),
+    "causal 192:128": (192, 128, Causal(), {}),
+    "window 128": (128, 128, Causal() & Window(100), {"softcap": 30.0}),
+    "everything 64": (
+        64, 64,
+        Causal() & Prefix(torch.ones(2, dtype=torch.int32)) & Segments(_ids(256)) & LeftPad(torch.ones(2, dtype=torch.int32))
+        & SeqLens(torch.ones(2, dtype=torch.int32)) & ALiBi(torch.ones(4)) & BoolMask(torch.ones(1, 1, 256, 256, dtype=torch.bool))
+        & Bias(torch.zeros(1, 1, 256, 256)),
+        {"sinks": torch.zeros(4)},
+    ),
+    "packed 128": (128, 128, Causal(), {"varlen": _PACKED}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_hopper_kernels(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """On Hopper the plain kernels' place is taken by those with warps of their own for copies; they fit, and their products are warpgroups'."""
+    dim, v_dim, mask, extra = HOPPER[name]
+    packed = "varlen" in extra
+    call = Call(*qkv(256, dim, torch.bfloat16, v_dim, batch=1 if packed else 2), mask, 0.1, need_lse=True, **extra)
+    made = [*launches(call, (9, 0), monkeypatch), *launches(call, (9, 0), monkeypatch, Needs(True, True, True, False, False))]
+    names = [c.name for c in made]
+    assert {"hopper_forward_kernel", "hopper_grad_kv_kernel", "hopper_grad_q_kernel"} <= set(names)
+    assert "delta_kernel" not in names
+    for c in made:
+        assert c.shared <= tiles.shared_memory("nvidia", (9, 0)), c.name
+        if c.name.startswith("hopper"):
+            assert "HGMMA" in c.sass(tmp_path) and "UTMALDG" in c.sass(tmp_path), c.name
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_hopper_loops_keep_their_state_in_registers(dim: int, causal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """In the loop over full tiles, whose code has the fewest instructions, nothing is spilled and products do not wait for one another."""
+    call = Call(*qkv(4096, dim, torch.bfloat16, batch=1), Causal() if causal else FULL, 0.1, need_lse=True)
+    made = [*launches(call, (9, 0), monkeypatch), *launches(call, (9, 0), monkeypatch, Needs(True, True, True, False, False))]
+    checked = 0
+    for c in made:
+        if c.name.startswith("hopper"):
+            loops = product_loops(c.sass(tmp_path))
+            assert loops, c.name
+            fastest = min(loops, key=len)
+            assert not [line for line in fastest if line.startswith(("LDL", "STL"))], c.name
+            products = sum("HGMMA" in line for line in fastest)
+            waits = sum("WARPGROUP.DEPBAR" in line for line in fastest)
+            assert waits <= 4 < products, f"{c.name}: {waits} waits among {products} products"
+            checked += 1
+    assert checked == 3
+
+
+def product_loops(sass: str) -> list[list[str]]:
+    """The innermost loops with warpgroup products, as instructions without predicates."""
+    import re
+
+    code = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?(.*?);", sass)]
+    place = {address: index for index, (address, _) in enumerate(code)}
+    spans = []
+    for index, (address, text) in enumerate(code):
+        target = re.search(r"^BRA\b.*?(0x[0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            spans.append((place[int(target[1], 16)], index))
+    loops = [(lo, hi) for lo, hi in spans if any("HGMMA" in text for _, text in code[lo : hi + 1])]
+    inner = [(lo, hi) for lo, hi in loops if not any((lo, hi) != (a, b) and lo <= a and b <= hi for a, b in loops)]
+    return [[text for _, text in code[lo : hi + 1]] for lo, hi in inner]
