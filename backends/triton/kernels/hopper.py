@@ -1,0 +1,196 @@
+"""What the kernels for Hopper share. They are written in Gluon, Triton's lower language, in which a program says which warp does what:
+one warp copies tiles (TMA) while warpgroups of 64 rows compute (the division of labour of FlashAttention-3, arXiv 2407.08608).
+
+Ranges, masks, bias and ALiBi are the functions of `kernels.mask` and `kernels.tile`, compiled for Gluon. Arguments that only pass
+through a function travel as tuples:
+
+place    (pairs, section, tiles): see `tile_place`
+lengths  (cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k)
+limits   (left, right, chunk); LIMITS their constants (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, whether ranges are causal)
+added    bias and ALiBi, in the order of `kernels.tile.add_bias`
+data     ids, boolean and block masks, in the order of `kernels.mask.keep_pairs`
+"""
+
+# Triton compiles this Python: constants are upper case, and an `if` over constants must stay a statement.
+# ruff: noqa: N803, N806, SIM108
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
+
+from attnhub.backends.triton.kernels import forward, mask, tile
+from attnhub.backends.triton.kernels.tile import INF, LOG2_E
+
+add_bias = gluon.jit(tile.add_bias.fn)
+align_range = gluon.jit(mask.align_range.fn)
+keep_pairs = gluon.jit(mask.keep_pairs.fn)
+key_range = gluon.jit(mask.key_range.fn)
+power = gluon.jit(tile.power.fn)
+query_block = gluon.jit(forward.query_block.fn)
+query_range = gluon.jit(mask.query_range.fn)
+tanh = gluon.jit(tile.tanh.fn)
+# Renamed after Triton 3.6.
+load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+#: Lengths and limits change from call to call and take no part in the choice of instructions.
+RUNTIME = [
+    "scale", "softmax_scale", "softcap", "sequences", "max_q", "max_k", "tokens_q", "tokens_k", "left", "right", "chunk", "pairs", "section", "tiles",
+]  # fmt: skip
+
+
+@gluon.jit
+def tile_place(index, place, blocks):
+    """(head of all sequences, block) of a tile. Sections of heads whose tensors share the cache; in each, the last blocks first.
+
+    Under a causal mask the last query rows see the most keys: what takes longest starts first.
+    """
+    pairs, section, _ = place
+    part = index // (section * blocks)
+    inside = index - part * section * blocks
+    size = gl.minimum(section, pairs - part * section)
+    block = inside // size
+    return part * section + inside - block * size, blocks - 1 - block
+
+
+@gluon.jit
+def queries(lengths, b):
+    """(first token, rows, batch index in memory) of sequence b."""
+    cu_q, _, _, _, _, sequences, max_q, _, tokens_q, _ = lengths
+    return query_block(cu_q, b, max_q, tokens_q, sequences)
+
+
+@gluon.jit
+def keys(lengths, b):
+    """(first token, keys that exist, keys in memory, first key that is no padding, batch index in memory, prefix) of sequence b.
+
+    Packed: sequence number ``sequences`` is what lies behind the last one; it has no keys.
+    """
+    _, cu_k, seqused_k, leftpad, prefix, sequences, _, max_k, _, tokens_k = lengths
+    last = gl.minimum(b, sequences - 1)
+    if cu_k is None:
+        first = 0
+        room = max_k
+        length = room
+        memory_b = b
+    else:
+        first = gl.load(cu_k + b)
+        room = gl.where(b == sequences, tokens_k, gl.load(cu_k + last + 1)) - first
+        length = gl.where(b == sequences, 0, room)
+        memory_b = 0
+    if seqused_k is not None:
+        length = gl.maximum(gl.minimum(gl.load(seqused_k + last), length), 0)
+    lowest = 0
+    if leftpad is not None:
+        lowest = gl.maximum(gl.load(leftpad + last), 0)
+    prefix_len = 0
+    if prefix is not None:
+        prefix_len = gl.load(prefix + last)
+    return first, length, room, lowest, memory_b, prefix_len
+
+
+@gluon.jit
+def rows_to_keys(first, rows, len_q, len_k, lowest, prefix_len, limits, LIMITS: gl.constexpr, BLOCK: gl.constexpr):
+    """(lo, full_lo, full_hi, hi) of the keys that ``rows`` query rows from ``first`` on meet, in whole tiles of BLOCK."""
+    left, right, chunk = limits
+    shift = 0 if LIMITS[4] else len_k - len_q
+    last = gl.minimum(first + rows, len_q) - 1
+    lo, full_lo, full_hi, hi = key_range(
+        first + shift, last + shift, len_k, lowest, left, right, chunk, prefix_len, LIMITS[0], LIMITS[1], LIMITS[2], LIMITS[7]
+    )
+    return align_range(lo, full_lo, full_hi, hi, BLOCK, LIMITS[6])
+
+
+@gluon.jit
+def keys_to_rows(first, rows, len_q, len_k, lowest, prefix_len, limits, LIMITS: gl.constexpr, BLOCK: gl.constexpr):
+    """(lo, full_lo, full_hi, hi) of the query rows that ``rows`` keys from ``first`` on meet, in whole tiles of BLOCK."""
+    left, right, chunk = limits
+    shift = 0 if LIMITS[4] else len_k - len_q
+    last = gl.minimum(first + rows, len_k) - 1
+    lo, full_lo, full_hi, hi = query_range(first, last, len_q, shift, left, right, chunk, prefix_len, LIMITS[0], LIMITS[1], LIMITS[2], LIMITS[7])
+    # A block that holds no key at all, or padding, has no full tile.
+    hi = gl.where((first < len_k) & (first + rows > lowest), hi, 0)
+    full_hi = gl.where((first >= lowest) & (first + rows <= len_k), full_hi, 0)
+    lo, full_lo, full_hi, hi = align_range(lo, full_lo, full_hi, hi, BLOCK, LIMITS[6])
+    return lo, full_lo, gl.maximum(gl.minimum(full_hi, hi // BLOCK * BLOCK), full_lo), hi
+
+
+@gluon.jit
+def kept(b, h, i, j, len_q, len_k, lowest, prefix_len, limits, data, LIMITS: gl.constexpr):
+    """Which pairs are allowed. i and j are 2-D and broadcast in either order."""
+    left, right, chunk = limits
+    p = i if LIMITS[4] else i + (len_k - len_q)
+    return keep_pairs(b, h, i, j, p, len_q, len_k, lowest, left, right, chunk, prefix_len, *data, LIMITS[0], LIMITS[1], LIMITS[2], LIMITS[3])
+
+
+@gluon.jit
+def biased(s, b, h, i, j, len_q, len_k, added, LIMITS: gl.constexpr, NATURAL: gl.constexpr):
+    """Scores plus bias and ALiBi, in base 2 or, with NATURAL, base e."""
+    p = i if LIMITS[4] else i + (len_k - len_q)
+    return add_bias(s, b, h, i, j, p, len_q, len_k, *added, NATURAL)
+
+
+@gluon.jit
+def weights_again(
+    s, row_lse, b, h, i, j, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
+    LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """(P, d capped score / d score, pairs kept) of the backward from raw products and lse. i, j, row_lse broadcast in either order."""
+    slope = 1.0
+    if SOFTCAP:
+        capped = tanh(s * (scale / softcap))
+        slope = 1.0 - capped * capped
+        s = softcap * (1.0 if NATURAL else LOG2_E) * capped
+    else:
+        s = s * scale
+    s = biased(s, b, h, i, j, len_q, len_k, added, LIMITS, NATURAL)
+    weights = power(s - row_lse, NATURAL)
+    keep = True
+    if MASKED:
+        keep = kept(b, h, i, j, len_q, len_k, lowest, prefix_len, limits, data, LIMITS)
+        if added[0] is not None:
+            keep = keep & (s != -INF)
+        weights = gl.where(keep, weights, 0.0)
+    return weights, slope, keep
+
+
+@gluon.jit
+def multiply_transposed(a, x, layout: gl.constexpr):
+    """a x^T of two tiles in shared memory [64, D] and [N, D]: started, not awaited."""
+    M: gl.constexpr = a.shape[0]
+    N: gl.constexpr = x.shape[0]
+    zeros = gl.zeros((M, N), gl.float32, layout)
+    return warpgroup_mma(a, x.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def any_nonfinite(x):
+    """Whether a 2-D tile holds NaN or an infinity: a scalar, 0 or 1."""
+    return gl.max(gl.max(gl.where(gl.abs(x) < INF, 0, 1), 1), 0)
+
+
+@gluon.jit
+def copy_box(x, b, h, token, column, barrier, tile):
+    """Start copying a box of x [B, H, S, D] into a 2-D tile; ``barrier`` counts the bytes. Outside of x there are zeros."""
+    ROWS: gl.constexpr = tile.shape[0]
+    WIDTH: gl.constexpr = tile.shape[1]
+    load_box(x, [b, h, token, column], barrier, tile.reshape((1, 1, ROWS, WIDTH)))
+
+
+@gluon.jit
+def head_of(x, memory_b, h, strides):
+    """Where head h of a sequence begins. strides: of batch, head and token."""
+    return x + gl.cast(memory_b, gl.int64) * strides[0] + gl.cast(h, gl.int64) * strides[1]
+
+
+@gluon.jit
+def row_pointers(head, rows, strides, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """Pointers [rows, WIDTH] to rows of a head."""
+    return head + (rows.to(gl.int64) * strides[2])[:, None] + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon.jit
+def existing(rows_ok, DIM: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """The mask of a tile whose width was padded from DIM to WIDTH."""
+    return rows_ok[:, None] & (gl.arange(0, WIDTH, gl.SliceLayout(0, layout)) < DIM)[None, :]

@@ -1,0 +1,314 @@
+"""Forward for Hopper in Gluon: see `kernels.hopper` for the division of labour.
+
+Inside a warpgroup the scores of the next key tile and the product of the last weights with V run together, and the softmax
+runs under the latter (arXiv 2407.08608, section 3.2). Keys are walked from the last tile to the first, so that a causal block
+meets its only masked tiles at the start.
+"""
+
+# Triton compiles this Python: constants are upper case, and an `if` over constants must stay a statement.
+# ruff: noqa: N803, N806, SIM102, SIM108, PLW2901
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from attnhub.backends.triton.kernels.hopper import (
+    RUNTIME,
+    any_nonfinite,
+    biased,
+    copy_box,
+    existing,
+    head_of,
+    kept,
+    keys,
+    power,
+    queries,
+    row_pointers,
+    rows_to_keys,
+    tanh,
+    tile_place,
+)
+from attnhub.backends.triton.kernels.tile import INF, LN_2, LOG2_E
+
+
+@gluon.jit
+def softmax_step(
+    s, m, total, b, h, i, j, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
+    LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """(weights, m, total, shrink) after one key tile. s: raw products; m is kept in base 2, or base e with NATURAL."""
+    alibi: gl.constexpr = added[5] is not None
+    if SOFTCAP:
+        s = softcap * (1.0 if NATURAL else LOG2_E) * tanh(s * (scale / softcap))
+    elif MASKED or alibi:
+        s = s * scale
+    s = biased(s, b, h, i[:, None], j[None, :], len_q, len_k, added, LIMITS, NATURAL)
+    if MASKED:
+        keep = kept(b, h, i[:, None], j[None, :], len_q, len_k, lowest, prefix_len, limits, data, LIMITS)
+        if added[0] is not None:
+            keep = keep & (s != -INF)
+        s = gl.where(keep, s, -INF)
+        m_new = gl.maximum(m, gl.max(s, 1))
+        # A row that has met no key yet: -inf - -inf would be NaN.
+        m_used = gl.where(m_new == -INF, 0.0, m_new)
+        weights = power(s - m_used[:, None], NATURAL)
+        shrink = power(m - m_used, NATURAL)
+    elif SOFTCAP or alibi:
+        m_new = gl.maximum(m, gl.max(s, 1))
+        weights = gl.exp2(s - m_new[:, None])
+        shrink = gl.exp2(m - m_new)
+    else:
+        # One fused multiply-add per score.
+        m_new = gl.maximum(m, gl.max(s, 1) * scale)
+        weights = gl.exp2(s * scale - m_new[:, None])
+        shrink = gl.exp2(m - m_new)
+    total = total * shrink + gl.sum(weights, 1)
+    return weights, m_new, total, shrink
+
+
+@gluon.jit
+def multiply_scores(q_tiles, k_tiles, stage, WHICH: gl.constexpr, CHUNKS: gl.constexpr, layout: gl.constexpr):
+    """q k^T of one stage: started, not awaited. The head dimension lies in CHUNKS parts."""
+    N: gl.constexpr = k_tiles.shape[1]
+    zeros = gl.zeros((64, N), gl.float32, layout)
+    s = warpgroup_mma(q_tiles.index(WHICH * CHUNKS), k_tiles.index(stage * CHUNKS).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    for c in gl.static_range(1, CHUNKS):
+        s = warpgroup_mma(q_tiles.index(WHICH * CHUNKS + c), k_tiles.index(stage * CHUNKS + c).permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def compute(
+    common, WHICH: gl.constexpr, Q_HEADS: gl.constexpr, V_HEAD_DIM: gl.constexpr, CHUNKS: gl.constexpr, GROUPS: gl.constexpr,
+    LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
+):  # fmt: skip
+    """Warpgroup WHICH: out and lse of 64 of a tile's 64 * GROUPS query rows."""
+    tensors, barriers, out, lse, sinks, flags, out_strides, scale, softcap, place, lengths, limits, added, data = common
+    q_tiles, k_tiles, v_tiles = tensors
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    sequences = lengths[5]
+    max_q = lengths[6]
+    tokens_q = lengths[8]
+    dtype: gl.constexpr = v_tiles.dtype
+    STAGES: gl.constexpr = v_tiles.shape[0]
+    BLOCK_N: gl.constexpr = v_tiles.shape[1]
+    BLOCK_DV: gl.constexpr = v_tiles.shape[2]
+    BLOCK_M: gl.constexpr = 64 * GROUPS
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    OUT_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    # 16 bytes a thread.
+    WRITE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
+    row_blocks = gl.cdiv(max_q, BLOCK_M)
+    it = 0
+    served = 0
+    for index in range(gl.program_id(0), place[2], gl.num_programs(0)):
+        pair, block = tile_place(index, place, row_blocks)
+        b = pair // Q_HEADS
+        h = pair % Q_HEADS
+        first_q, len_q, memory_b = queries(lengths, b)
+        if block * BLOCK_M < len_q:
+            _, len_k, _, lowest, _, prefix_len = keys(lengths, b)
+            lo, _, _, hi = rows_to_keys(block * BLOCK_M, BLOCK_M, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
+            first = block * BLOCK_M + WHICH * 64
+            _, full_lo, full_hi, _ = rows_to_keys(first, 64, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
+            i = first + gl.arange(0, 64, ROW)
+            m = gl.full((64,), -INF, gl.float32, ROW)
+            total = gl.full((64,), 0.0, gl.float32, ROW)
+            acc = gl.zeros((64, BLOCK_DV), gl.float32, O_LAYOUT)
+            if hi > lo:
+                n = lo + (hi - lo - 1) // BLOCK_N * BLOCK_N
+                mbarrier.wait(q_full, served & 1)
+                mbarrier.wait(k_full.index(it % STAGES), it // STAGES & 1)
+                s = multiply_scores(q_tiles, k_tiles, it % STAGES, WHICH, CHUNKS, S_LAYOUT)
+                s = warpgroup_mma_wait(0, deps=[s])
+                mbarrier.arrive(k_empty.index(it % STAGES), count=1)
+                following, m, total, shrink = softmax_step(
+                    s, m, total, b, h, i, n + gl.arange(0, BLOCK_N, COLUMN), len_q, len_k, lowest, prefix_len, scale, softcap,
+                    limits, added, data, LIMITS, SOFTCAP, NATURAL, True,
+                )  # fmt: skip
+                weights = gl.convert_layout(following.to(dtype), P_LAYOUT)
+                # Masked tiles at the end, full ones, masked ones at the beginning.
+                for phase in gl.static_range(0, 3):
+                    if phase == 0:
+                        stop = gl.maximum(full_hi, lo)
+                    elif phase == 1:
+                        stop = gl.maximum(full_lo, lo)
+                    else:
+                        stop = lo
+                    if phase == 0 or (phase == 1 and not LIMITS[6]) or (phase == 2 and LIMITS[5]):
+                        while n - BLOCK_N >= stop:
+                            n -= BLOCK_N
+                            before = it % STAGES
+                            before_parity = it // STAGES & 1
+                            it += 1
+                            stage = it % STAGES
+                            mbarrier.wait(k_full.index(stage), it // STAGES & 1)
+                            s = multiply_scores(q_tiles, k_tiles, stage, WHICH, CHUNKS, S_LAYOUT)
+                            mbarrier.wait(v_full.index(before), before_parity)
+                            acc = warpgroup_mma(weights, v_tiles.index(before), acc, is_async=True)
+                            s = warpgroup_mma_wait(1, deps=[s])
+                            mbarrier.arrive(k_empty.index(stage), count=1)
+                            following, m, total, shrink = softmax_step(
+                                s, m, total, b, h, i, n + gl.arange(0, BLOCK_N, COLUMN), len_q, len_k, lowest, prefix_len, scale, softcap,
+                                limits, added, data, LIMITS, SOFTCAP, NATURAL, phase != 1,
+                            )  # fmt: skip
+                            acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+                            mbarrier.arrive(v_empty.index(before), count=1)
+                            acc = acc * gl.convert_layout(shrink, OUT_ROW)[:, None]
+                            weights = gl.convert_layout(following.to(dtype), P_LAYOUT)
+                mbarrier.arrive(q_empty, count=1)
+                served += 1
+                mbarrier.wait(v_full.index(it % STAGES), it // STAGES & 1)
+                acc = warpgroup_mma(weights, v_tiles.index(it % STAGES), acc, is_async=True)
+                acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+                mbarrier.arrive(v_empty.index(it % STAGES), count=1)
+                it += 1
+            if flags is not None:
+                gl.store(flags + (pair * row_blocks + block) * GROUPS + WHICH, any_nonfinite(acc))
+
+            if sinks is not None:
+                sink = gl.load(sinks + h) * (1.0 if NATURAL else LOG2_E)
+                m_new = gl.maximum(m, sink)
+                m_used = gl.where(m_new == -INF, 0.0, m_new)
+                shrink = power(m - m_used, NATURAL)
+                total = total * shrink + power(sink - m_used, NATURAL)
+                acc = acc * gl.convert_layout(shrink, OUT_ROW)[:, None]
+                m = m_new
+            empty = total == 0.0
+            divisor = gl.where(empty, 1.0, total)
+            acc = acc / gl.convert_layout(divisor, OUT_ROW)[:, None]
+            result = gl.convert_layout(acc.to(dtype), WRITE)
+            value = gl.where(empty, -INF, m * (1.0 if NATURAL else LN_2) + gl.log2(divisor) * LN_2)
+            head = head_of(out, memory_b, h, out_strides)
+            lse_row = (gl.cast(memory_b, gl.int64) * Q_HEADS + h) * tokens_q + first_q
+            # Tokens behind the last sequence, of any number, are rows without keys.
+            end = gl.where(b == sequences, len_q, first + 1)
+            for start in range(first, end, row_blocks * BLOCK_M):
+                row = start + gl.arange(0, 64, gl.SliceLayout(1, WRITE))
+                gl.store(row_pointers(head, first_q + row, out_strides, BLOCK_DV, WRITE), result, mask=existing(row < len_q, V_HEAD_DIM, BLOCK_DV, WRITE))
+                if lse is not None:
+                    lse_i = start + gl.arange(0, 64, ROW)
+                    gl.store(lse + lse_row + lse_i, value, mask=lse_i < len_q)
+
+
+@gluon.jit
+def copy(copied, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, CHUNKS: gl.constexpr, GROUPS: gl.constexpr, LIMITS: gl.constexpr):
+    """One warp: the tiles of q, k and v into shared memory, as far ahead as there is room."""
+    q, k, v, tensors, barriers, place, lengths, limits = copied
+    q_tiles, k_tiles, v_tiles = tensors
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    STAGES: gl.constexpr = v_tiles.shape[0]
+    BLOCK_N: gl.constexpr = v_tiles.shape[1]
+    WIDTH: gl.constexpr = q_tiles.shape[2]
+    BLOCK_M: gl.constexpr = 64 * GROUPS
+    row_blocks = gl.cdiv(lengths[6], BLOCK_M)
+    it = 0
+    served = 0
+    for index in range(gl.program_id(0), place[2], gl.num_programs(0)):
+        pair, block = tile_place(index, place, row_blocks)
+        b = pair // Q_HEADS
+        h = pair % Q_HEADS
+        first_q, len_q, memory_b = queries(lengths, b)
+        if block * BLOCK_M < len_q:
+            first_k, len_k, _, lowest, memory_bk, prefix_len = keys(lengths, b)
+            lo, _, _, hi = rows_to_keys(block * BLOCK_M, BLOCK_M, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
+            if hi > lo:
+                mbarrier.wait(q_empty, (served & 1) ^ 1)
+                mbarrier.expect(q_full, BLOCK_M * CHUNKS * WIDTH * 2)
+                for part in gl.static_range(0, GROUPS * CHUNKS):
+                    copy_box(q, memory_b, h, first_q + block * BLOCK_M + part // CHUNKS * 64, part % CHUNKS * WIDTH, q_full, q_tiles.index(part))
+                served += 1
+                n = lo + (hi - lo - 1) // BLOCK_N * BLOCK_N
+                while n >= lo:
+                    stage = it % STAGES
+                    parity = (it // STAGES & 1) ^ 1
+                    mbarrier.wait(k_empty.index(stage), parity)
+                    mbarrier.expect(k_full.index(stage), BLOCK_N * CHUNKS * WIDTH * 2)
+                    for c in gl.static_range(0, CHUNKS):
+                        copy_box(k, memory_bk, h // GROUP, first_k + n, c * WIDTH, k_full.index(stage), k_tiles.index(stage * CHUNKS + c))
+                    mbarrier.wait(v_empty.index(stage), parity)
+                    mbarrier.expect(v_full.index(stage), BLOCK_N * v_tiles.shape[2] * 2)
+                    copy_box(v, memory_bk, h // GROUP, first_k + n, 0, v_full.index(stage), v_tiles.index(stage))
+                    it += 1
+                    n -= BLOCK_N
+
+
+@gluon.jit(do_not_specialize=RUNTIME)
+def hopper_forward_kernel(
+    q_boxes, k_boxes, v_boxes, out, lse, sinks, flags, scale, softcap, out_stride_b, out_stride_h, out_stride_s,
+    cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k, left, right, chunk,
+    segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
+    bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
+    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tiles,
+    Q_HEADS: gl.constexpr, GROUP: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr,
+    CHUNKS: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr, TOP_LEFT: gl.constexpr,
+    LEFT_PHASE: gl.constexpr, MASK_ALL: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
+):  # fmt: skip
+    """out [B, Hq, Sq, Dv] and, if lse is not None, lse [B, Hq, Sq] fp32. scale: as in `kernels.forward`.
+
+    q_boxes, k_boxes, v_boxes: tensor descriptors over [B, H, S, D] with boxes of 64 (q) or BLOCK_N tokens by WIDTH (BLOCK_DV for v).
+    Any one-dimensional grid: its programs walk the tiles = pairs * row blocks; pairs = sequences (+ 1 if packed) * heads.
+    flags, int32 for each 64 rows of a pair: set to 1 where a value is not finite, so that masked values may have leaked.
+    """
+    dtype: gl.constexpr = v_boxes.dtype
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q_tiles = gl.allocate_shared_memory(dtype, [GROUPS * CHUNKS, 64, WIDTH], SHARED)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES * CHUNKS, BLOCK_N, WIDTH], SHARED)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_DV], SHARED)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=GROUPS)
+    for stage in gl.static_range(0, STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=GROUPS)
+        mbarrier.init(v_empty.index(stage), count=GROUPS)
+    fence_async_shared()
+
+    LIMITS: gl.constexpr = (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, CAUSAL and blocks_q is None)
+    tensors = (q_tiles, k_tiles, v_tiles)
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    place = (pairs, section, tiles)
+    lengths = (cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k)
+    limits = (left, right, chunk)
+    added = (bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b)
+    data = (
+        segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
+        bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
+    )  # fmt: skip
+    strides = (out_stride_b, out_stride_h, out_stride_s)
+    common = (tensors, barriers, out, lse, sinks, flags, strides, scale, softcap, place, lengths, limits, added, data)
+    copied = (q_boxes, k_boxes, v_boxes, tensors, barriers, place, lengths, limits)
+    # Registers: 65536 are shared by the computing warpgroups and the four warps' worth that the copying one counts as.
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (compute, (common, 0, Q_HEADS, V_HEAD_DIM, CHUNKS, GROUPS, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 1, Q_HEADS, V_HEAD_DIM, CHUNKS, GROUPS, LIMITS, SOFTCAP, NATURAL)),
+                (copy, (copied, Q_HEADS, GROUP, CHUNKS, GROUPS, LIMITS)),
+            ],
+            [4, 1], [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (compute, (common, 0, Q_HEADS, V_HEAD_DIM, CHUNKS, GROUPS, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 1, Q_HEADS, V_HEAD_DIM, CHUNKS, GROUPS, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 2, Q_HEADS, V_HEAD_DIM, CHUNKS, GROUPS, LIMITS, SOFTCAP, NATURAL)),
+                (copy, (copied, Q_HEADS, GROUP, CHUNKS, GROUPS, LIMITS)),
+            ],
+            [4, 4, 1], [160, 160, 32],
+        )  # fmt: skip

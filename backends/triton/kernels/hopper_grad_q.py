@@ -1,0 +1,273 @@
+"""dQ for Hopper in Gluon, by blocks of query rows: see `kernels.hopper` for the division of labour.
+
+The product dS K of one key tile runs beside the scores and dP of the next. delta = rowsum(grad_out * out) - grad_lse is made
+here, from tiles that are needed anyway, and written for the kernel of dK and dV.
+"""
+
+# Triton compiles this Python: constants are upper case, and an `if` over constants must stay a statement.
+# ruff: noqa: N803, N806, SIM102, SIM108, PLW2901
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from attnhub.backends.triton.kernels.hopper import (
+    RUNTIME,
+    any_nonfinite,
+    copy_box,
+    existing,
+    head_of,
+    keys,
+    multiply_transposed,
+    queries,
+    row_pointers,
+    rows_to_keys,
+    tile_place,
+    weights_again,
+)
+from attnhub.backends.triton.kernels.tile import INF, LOG2_E
+
+#: Tiles of V in flight; one of K is needed a little longer and has its own number.
+V_STAGES: gl.constexpr = gl.constexpr(2)
+
+
+@gluon.jit
+def compute(
+    common, WHICH: gl.constexpr, Q_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, GROUPS: gl.constexpr,
+    LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
+):  # fmt: skip
+    """Warpgroup WHICH: grad_q and delta of 64 of a tile's 64 * GROUPS query rows."""
+    tensors, barriers, out, lse, grad_lse, delta, grad_q, flags, strides, scales, place, lengths, limits, added, data = common
+    q_tiles, do_tiles, k_tiles, v_tiles = tensors
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    out_strides, grad_q_strides = strides
+    scale, softmax_scale, softcap = scales
+    sequences = lengths[5]
+    max_q = lengths[6]
+    tokens_q = lengths[8]
+    dtype: gl.constexpr = q_tiles.dtype
+    BLOCK_D: gl.constexpr = q_tiles.shape[2]
+    BLOCK_DV: gl.constexpr = do_tiles.shape[2]
+    STAGES: gl.constexpr = k_tiles.shape[0]
+    BLOCK_N: gl.constexpr = k_tiles.shape[1]
+    BLOCK_M: gl.constexpr = 64 * GROUPS
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    DS_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, Q_LAYOUT, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    # 16 bytes a thread.
+    WRITE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    READ: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
+    row_blocks = gl.cdiv(max_q, BLOCK_M)
+    it = 0
+    served = 0
+    for index in range(gl.program_id(0), place[2], gl.num_programs(0)):
+        pair, block = tile_place(index, place, row_blocks)
+        b = pair // Q_HEADS
+        h = pair % Q_HEADS
+        first_q, len_q, memory_b = queries(lengths, b)
+        if block * BLOCK_M < len_q:
+            _, len_k, _, lowest, _, prefix_len = keys(lengths, b)
+            lo, _, _, hi = rows_to_keys(block * BLOCK_M, BLOCK_M, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
+            first = block * BLOCK_M + WHICH * 64
+            _, full_lo, full_hi, _ = rows_to_keys(first, 64, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
+            row_base = (gl.cast(memory_b, gl.int64) * Q_HEADS + h) * tokens_q + first_q
+            read_row = first + gl.arange(0, 64, gl.SliceLayout(1, READ))
+            out_head = head_of(out, memory_b, h, out_strides)
+            o = gl.load(
+                row_pointers(out_head, first_q + read_row, out_strides, BLOCK_DV, READ), mask=existing(read_row < len_q, V_HEAD_DIM, BLOCK_DV, READ), other=0.0
+            )
+            row_delta = gl.zeros((64,), gl.float32, gl.SliceLayout(1, READ))
+            if grad_lse is not None:
+                row_delta = -gl.load(grad_lse + row_base + read_row, mask=read_row < len_q, other=0.0)
+            mbarrier.wait(q_full, served & 1)
+            served += 1
+            row_delta += gl.sum(o.to(gl.float32) * do_tiles.index(WHICH).load(READ).to(gl.float32), 1)
+            gl.store(delta + row_base + read_row, row_delta, mask=read_row < len_q)
+            dq = gl.zeros((64, BLOCK_D), gl.float32, Q_LAYOUT)
+            if hi > lo:
+                i = first + gl.arange(0, 64, ROW)
+                delta_i = gl.convert_layout(row_delta, ROW)
+                lse_i = gl.load(lse + row_base + i, mask=i < len_q, other=INF)
+                # Rows without keys, and rows that do not exist, have P = 0.
+                lse_i = gl.where(lse_i == -INF, INF, lse_i) * (1.0 if NATURAL else LOG2_E)
+                ds = gl.zeros((64, BLOCK_N), dtype, DS_LAYOUT)
+                n = lo + (hi - lo - 1) // BLOCK_N * BLOCK_N
+                # The first tile; then masked tiles at the end, full ones, masked ones at the beginning.
+                for phase in gl.static_range(-1, 3):
+                    if phase == -1:
+                        stop = n
+                    elif phase == 0:
+                        stop = gl.maximum(full_hi, lo)
+                    elif phase == 1:
+                        stop = gl.maximum(full_lo, lo)
+                    else:
+                        stop = lo
+                    if phase <= 0 or (phase == 1 and not LIMITS[6]) or (phase == 2 and LIMITS[5]):
+                        while n >= stop:
+                            before = (it + STAGES - 1) % STAGES
+                            mbarrier.wait(k_full.index(it % STAGES), it // STAGES & 1)
+                            s = multiply_transposed(q_tiles.index(WHICH), k_tiles.index(it % STAGES), S_LAYOUT)
+                            mbarrier.wait(v_full.index(it % V_STAGES), it // V_STAGES & 1)
+                            dp = multiply_transposed(do_tiles.index(WHICH), v_tiles.index(it % V_STAGES), S_LAYOUT)
+                            if phase >= 0:
+                                dq = warpgroup_mma(ds, k_tiles.index(before), dq, is_async=True)
+                            s = warpgroup_mma_wait(2 if phase >= 0 else 1, deps=[s])
+                            j = n + gl.arange(0, BLOCK_N, COLUMN)
+                            weights, slope, keep = weights_again(
+                                s, lse_i[:, None], b, h, i[:, None], j[None, :], len_q, len_k, lowest, prefix_len, scale, softcap,
+                                limits, added, data, LIMITS, SOFTCAP, NATURAL, phase != 1,
+                            )  # fmt: skip
+                            dp = warpgroup_mma_wait(1 if phase >= 0 else 0, deps=[dp])
+                            mbarrier.arrive(v_empty.index(it % V_STAGES), count=1)
+                            ds_wide = weights * (dp - delta_i[:, None]) * slope
+                            if phase != 1:
+                                ds_wide = gl.where(keep, ds_wide, 0.0)
+                            if phase >= 0:
+                                dq, ds = warpgroup_mma_wait(0, deps=[dq, ds])
+                                mbarrier.arrive(k_empty.index(before), count=1)
+                            ds = gl.convert_layout(ds_wide.to(dtype), DS_LAYOUT)
+                            it += 1
+                            n -= BLOCK_N
+                before = (it + STAGES - 1) % STAGES
+                dq = warpgroup_mma(ds, k_tiles.index(before), dq, is_async=True)
+                dq, ds = warpgroup_mma_wait(0, deps=[dq, ds])
+                mbarrier.arrive(k_empty.index(before), count=1)
+            if flags is not None:
+                gl.store(flags + (pair * row_blocks + block) * GROUPS + WHICH, any_nonfinite(dq))
+            # Through shared memory, where the tile of Q is done with, for wide stores.
+            q_tiles.index(WHICH).store((dq * softmax_scale).to(dtype))
+            result = q_tiles.index(WHICH).load(WRITE)
+            fence_async_shared()
+            mbarrier.arrive(q_empty, count=1)
+            head = head_of(grad_q, memory_b, h, grad_q_strides)
+            # Tokens behind the last sequence, of any number, have no gradient; their output was 0.
+            end = gl.where(b == sequences, len_q, first + 1)
+            for start in range(first, end, row_blocks * BLOCK_M):
+                row = start + gl.arange(0, 64, gl.SliceLayout(1, WRITE))
+                pointers = row_pointers(head, first_q + row, grad_q_strides, BLOCK_D, WRITE)
+                gl.store(pointers, result, mask=existing(row < len_q, HEAD_DIM, BLOCK_D, WRITE))
+                if start > first:
+                    further = start + gl.arange(0, 64, ROW)
+                    further_delta = gl.zeros((64,), gl.float32, ROW)
+                    if grad_lse is not None:
+                        further_delta = -gl.load(grad_lse + row_base + further, mask=further < len_q, other=0.0)
+                    gl.store(delta + row_base + further, further_delta, mask=further < len_q)
+
+
+@gluon.jit
+def copy(copied, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, LIMITS: gl.constexpr):
+    """One warp: a tile's query rows and their gradients once, then keys and values, as far ahead as there is room."""
+    q, k, v, grad_out, tensors, barriers, place, lengths, limits = copied
+    q_tiles, do_tiles, k_tiles, v_tiles = tensors
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    BLOCK_D: gl.constexpr = q_tiles.shape[2]
+    BLOCK_DV: gl.constexpr = do_tiles.shape[2]
+    STAGES: gl.constexpr = k_tiles.shape[0]
+    BLOCK_N: gl.constexpr = k_tiles.shape[1]
+    BLOCK_M: gl.constexpr = 64 * GROUPS
+    row_blocks = gl.cdiv(lengths[6], BLOCK_M)
+    it = 0
+    served = 0
+    for index in range(gl.program_id(0), place[2], gl.num_programs(0)):
+        pair, block = tile_place(index, place, row_blocks)
+        b = pair // Q_HEADS
+        h = pair % Q_HEADS
+        first_q, len_q, memory_b = queries(lengths, b)
+        if block * BLOCK_M < len_q:
+            first_k, len_k, _, lowest, memory_bk, prefix_len = keys(lengths, b)
+            lo, _, _, hi = rows_to_keys(block * BLOCK_M, BLOCK_M, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
+            mbarrier.wait(q_empty, (served & 1) ^ 1)
+            served += 1
+            mbarrier.expect(q_full, BLOCK_M * (BLOCK_D + BLOCK_DV) * 2)
+            for part in gl.static_range(0, GROUPS):
+                copy_box(q, memory_b, h, first_q + block * BLOCK_M + part * 64, 0, q_full, q_tiles.index(part))
+                copy_box(grad_out, memory_b, h, first_q + block * BLOCK_M + part * 64, 0, q_full, do_tiles.index(part))
+            if hi > lo:
+                n = lo + (hi - lo - 1) // BLOCK_N * BLOCK_N
+                while n >= lo:
+                    mbarrier.wait(k_empty.index(it % STAGES), (it // STAGES & 1) ^ 1)
+                    mbarrier.expect(k_full.index(it % STAGES), BLOCK_N * BLOCK_D * 2)
+                    copy_box(k, memory_bk, h // GROUP, first_k + n, 0, k_full.index(it % STAGES), k_tiles.index(it % STAGES))
+                    mbarrier.wait(v_empty.index(it % V_STAGES), (it // V_STAGES & 1) ^ 1)
+                    mbarrier.expect(v_full.index(it % V_STAGES), BLOCK_N * BLOCK_DV * 2)
+                    copy_box(v, memory_bk, h // GROUP, first_k + n, 0, v_full.index(it % V_STAGES), v_tiles.index(it % V_STAGES))
+                    it += 1
+                    n -= BLOCK_N
+
+
+@gluon.jit(do_not_specialize=RUNTIME)
+def hopper_grad_q_kernel(
+    q_boxes, k_boxes, v_boxes, grad_out_boxes, out, lse, grad_lse, delta, grad_q, flags, scale, softmax_scale, softcap,
+    out_stride_b, out_stride_h, out_stride_s, grad_q_stride_b, grad_q_stride_h, grad_q_stride_s,
+    cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k, left, right, chunk,
+    segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
+    bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
+    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tiles,
+    Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr, TOP_LEFT: gl.constexpr,
+    LEFT_PHASE: gl.constexpr, MASK_ALL: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
+):  # fmt: skip
+    """grad_q, and delta [B, Hq, Sq] fp32. The boxes are of 64 (q, grad_out) or BLOCK_N tokens; the rest is as in `kernels.hopper_forward`."""
+    dtype: gl.constexpr = q_boxes.dtype
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q_tiles = gl.allocate_shared_memory(dtype, [GROUPS, 64, BLOCK_D], SHARED)
+    do_tiles = gl.allocate_shared_memory(dtype, [GROUPS, 64, BLOCK_DV], SHARED)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], SHARED)
+    v_tiles = gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, BLOCK_DV], SHARED)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIER)
+    v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIER)
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=GROUPS)
+    for stage in gl.static_range(0, STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=GROUPS)
+    for stage in gl.static_range(0, V_STAGES):
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(v_empty.index(stage), count=GROUPS)
+    fence_async_shared()
+
+    LIMITS: gl.constexpr = (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, CAUSAL and blocks_q is None)
+    tensors = (q_tiles, do_tiles, k_tiles, v_tiles)
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    strides = ((out_stride_b, out_stride_h, out_stride_s), (grad_q_stride_b, grad_q_stride_h, grad_q_stride_s))
+    scales = (scale, softmax_scale, softcap)
+    place = (pairs, section, tiles)
+    lengths = (cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k)
+    limits = (left, right, chunk)
+    added = (bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b)
+    data = (
+        segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
+        bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
+    )  # fmt: skip
+    common = (tensors, barriers, out, lse, grad_lse, delta, grad_q, flags, strides, scales, place, lengths, limits, added, data)
+    copied = (q_boxes, k_boxes, v_boxes, grad_out_boxes, tensors, barriers, place, lengths, limits)
+    # Registers: see `kernels.hopper_forward`.
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (compute, (common, 0, Q_HEADS, HEAD_DIM, V_HEAD_DIM, GROUPS, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 1, Q_HEADS, HEAD_DIM, V_HEAD_DIM, GROUPS, LIMITS, SOFTCAP, NATURAL)),
+                (copy, (copied, Q_HEADS, GROUP, GROUPS, LIMITS)),
+            ],
+            [4, 1], [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (compute, (common, 0, Q_HEADS, HEAD_DIM, V_HEAD_DIM, GROUPS, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 1, Q_HEADS, HEAD_DIM, V_HEAD_DIM, GROUPS, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 2, Q_HEADS, HEAD_DIM, V_HEAD_DIM, GROUPS, LIMITS, SOFTCAP, NATURAL)),
+                (copy, (copied, Q_HEADS, GROUP, GROUPS, LIMITS)),
+            ],
+            [4, 4, 1], [160, 160, 32],
+        )  # fmt: skip
