@@ -19,7 +19,7 @@ from triton.runtime.errors import OutOfResources
 
 from attnhub import config
 from attnhub.backend import Call, Descale, Gradients, Needs, Plan, PrepareError, Repeat
-from attnhub.backends.triton import table
+from attnhub.backends.triton import hopper, table
 from attnhub.backends.triton import tiles as tiling
 from attnhub.backends.triton.block_sparse import block_sparse
 from attnhub.backends.triton.kernels.backward import delta_kernel, grad_kv_kernel, grad_q_kernel
@@ -70,7 +70,7 @@ class TritonPlan(Plan):
             item = _ITEM_BYTES.get(problem.q_dtype, 2)
             limit = tiling.shared_memory(problem.device.vendor, problem.device.arch)
             self._tiles = {role: tiling.choices(role, problem.head_dim, problem.v_head_dim, item, limit) for role in tiling.roles(item)}
-            self._tiles = table.preferred(self._tiles, problem, item)
+            self._tiles = {**table.preferred(self._tiles, problem, item), **hopper.choices(problem)}
         #: `_key` of a call -> how to repeat it.
         self._recordings: dict[tuple[Any, ...], Recording] = {}
         #: Role -> seconds that its first launch took, and whether Triton had the kernel on disk.
@@ -163,19 +163,21 @@ class TritonPlan(Plan):
             **_strides("grad_out", grad_out), **_strides("out", out),
         )  # fmt: skip
         arguments.update(recorder.inputs)
-        recorder.launch(delta_kernel, _cdiv(lse.numel(), _DELTA_ROWS), _ROW_TILES, **arguments, **_strides("grad", grad_out), BLOCK_R=_DELTA_ROWS)
-        bias = call.mask.bias
-        if needs.bias and bias is not None:
-            grad_bias = recorder.buffer("grad_bias", torch.empty(bias.shape, dtype=bias.dtype, device=bias.device))
-            self._run(_GRAD_BIAS, recorder, {**arguments, **_dense("grad_bias", "grad_bias", grad_bias)})
+        arguments["delta_made"] = False
         for name, x, needed in (("grad_k", call.k, needs.k or needs.v), ("grad_v", call.v, needs.k or needs.v), ("grad_q", call.q, needs.q)):
             if needed:
                 grad = arguments[name] = recorder.buffer(name, torch.empty_like(x))
                 arguments.update(_strides(name, grad))
-        if needs.k or needs.v:
-            self._run(_GRAD_KV, recorder, arguments)
+        # dQ first: one of its kernels makes delta on its way.
         if needs.q:
             self._run(_GRAD_Q, recorder, arguments)
+        _make_delta(recorder, arguments)
+        if needs.k or needs.v:
+            self._run(_GRAD_KV, recorder, arguments)
+        bias = call.mask.bias
+        if needs.bias and bias is not None:
+            grad_bias = recorder.buffer("grad_bias", torch.empty(bias.shape, dtype=bias.dtype, device=bias.device))
+            self._run(_GRAD_BIAS, recorder, {**arguments, **_dense("grad_bias", "grad_bias", grad_bias)})
         self._record(key, recorder)
         return recorder.buffers
 
@@ -257,6 +259,15 @@ def _forward(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
     )  # fmt: skip
 
 
+def _make_delta(recorder: Recorder, arguments: _Arguments) -> None:
+    """delta, unless it is there already."""
+    if not arguments["delta_made"]:
+        rows = arguments["rows"]
+        grad_strides = {f"grad_stride_{axis}": arguments[f"grad_out_stride_{axis}"] for axis in "bhs"}
+        recorder.launch(delta_kernel, _cdiv(rows, _DELTA_ROWS), _ROW_TILES, **arguments, **grad_strides, BLOCK_R=_DELTA_ROWS)
+        arguments["delta_made"] = True
+
+
 def _grad_kv(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
     programs = _cdiv(arguments["max_k"], tiles.block_n) * (arguments["Q_HEADS"] // arguments["GROUP"]) * _sequences(arguments)
     sparse = block_sparse(recorder, arguments, tiles.block_m, tiles.block_n, by_keys=True)
@@ -264,6 +275,7 @@ def _grad_kv(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
 
 
 def _grad_q(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
+    _make_delta(recorder, arguments)
     programs = _cdiv(arguments["max_q"], tiles.block_m) * arguments["Q_HEADS"] * _sequences(arguments)
     sparse = block_sparse(recorder, arguments, tiles.block_m, tiles.block_n)
     recorder.launch(grad_q_kernel, programs, tiles, **{**arguments, **sparse}, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n)
@@ -278,10 +290,10 @@ def _grad_bias(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
 
 
 #: In order of preference; the last of each serves everything.
-_FORWARD = (Variant("forward", _everything, _forward),)
+_FORWARD = (Variant("hopper_forward", hopper.serves, hopper.forward), Variant("forward", _everything, _forward))
 _DECODE = (Variant("decode", _everything, _forward),)
-_GRAD_KV = (Variant("grad_kv", _everything, _grad_kv),)
-_GRAD_Q = (Variant("grad_q", _everything, _grad_q),)
+_GRAD_KV = (Variant("hopper_grad_kv", hopper.serves, hopper.grad_kv), Variant("grad_kv", _everything, _grad_kv))
+_GRAD_Q = (Variant("hopper_grad_q", hopper.serves, hopper.grad_q), Variant("grad_q", _everything, _grad_q))
 _GRAD_BIAS = (Variant("grad_bias", _everything, _grad_bias),)
 
 
@@ -388,7 +400,7 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
         **_dense("bool", "bool_mask", None if mask.bool_mask is None else mask.bool_mask.view(torch.uint8)),
         **_dense("bias", "bias", mask.bias),
         "alibi": mask.alibi, "alibi_stride_b": 0 if mask.alibi is None or mask.alibi.ndim == 1 or mask.alibi.shape[0] == 1 else mask.alibi.stride(0),
-        "block_sparse": None, "block_size": mask.block_size,
+        "block_sparse": None, "block_size": mask.block_size, "flags": None, "flag_blocks": 0,
         **_dropout(call),
         **dict.fromkeys(("q_descale", "k_descale", "v_descale")), "FP8": fp8,
         "Q_HEADS": heads, "GROUP": heads // k.shape[1], "HEAD_DIM": head_dim, "V_HEAD_DIM": v.shape[3],

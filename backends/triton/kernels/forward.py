@@ -33,7 +33,7 @@ from attnhub.backends.triton.kernels.tile_map import listed_range, listed_token
 #: Lengths and limits change from call to call and take no part in the choice of instructions.
 RUNTIME = [
     "scale", "softcap", "sequences", "max_q", "max_k", "tokens_q", "tokens_k", "left", "right", "chunk", "splits", "table_stride",
-    "drop_below", "keep_scale", "tile_map_stride_b", "tile_map_stride_h", "tile_count",
+    "drop_below", "keep_scale", "tile_map_stride_b", "tile_map_stride_h", "tile_count", "flag_blocks",
 ]  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def forward_kernel(
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b,
     rng, drop_below, keep_scale, tile_map, tile_map_stride_b, tile_map_stride_h, tile_count,
-    sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q,
+    sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q, flags, flag_blocks,
     q_descale, k_descale, v_descale, descale_stride_b, descale_stride_h,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -143,6 +143,10 @@ def forward_kernel(
             return
     if row_block * BLOCK_M >= len_q * PACKED_HEADS:
         return
+    if flags is not None:
+        # A repetition: only of blocks that another kernel has marked.
+        if tl.load(flags + (b * Q_HEADS + head) * flag_blocks + row_block) == 0:
+            return
     first_k, len_k, _, lowest, memory_bk = key_block(cu_k, seqused_k, leftpad, b, max_k)
     if TOP_LEFT:
         shift = 0

@@ -4,7 +4,7 @@ one warp copies tiles (TMA) while warpgroups of 64 rows compute (the division of
 Ranges, masks, bias and ALiBi are the functions of `kernels.mask` and `kernels.tile`, compiled for Gluon. Arguments that only pass
 through a function travel as tuples:
 
-place    (pairs, section, tiles): see `tile_place`
+place    (pairs, section, tile_total): see `tile_place`
 lengths  (cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k)
 limits   (left, right, chunk); LIMITS their constants (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, whether ranges are causal)
 added    bias and ALiBi, in the order of `kernels.tile.add_bias`
@@ -36,7 +36,7 @@ load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 #: Lengths and limits change from call to call and take no part in the choice of instructions.
 RUNTIME = [
-    "scale", "softmax_scale", "softcap", "sequences", "max_q", "max_k", "tokens_q", "tokens_k", "left", "right", "chunk", "pairs", "section", "tiles",
+    "scale", "softmax_scale", "softcap", "sequences", "max_q", "max_k", "tokens_q", "tokens_k", "left", "right", "chunk", "pairs", "section", "tile_total",
 ]  # fmt: skip
 
 

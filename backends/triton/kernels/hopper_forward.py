@@ -245,7 +245,7 @@ def hopper_forward_kernel(
     cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k, left, right, chunk,
     segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
-    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tiles,
+    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tile_total,
     Q_HEADS: gl.constexpr, GROUP: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr,
     CHUNKS: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr, TOP_LEFT: gl.constexpr,
@@ -254,7 +254,7 @@ def hopper_forward_kernel(
     """out [B, Hq, Sq, Dv] and, if lse is not None, lse [B, Hq, Sq] fp32. scale: as in `kernels.forward`.
 
     q_boxes, k_boxes, v_boxes: tensor descriptors over [B, H, S, D] with boxes of 64 (q) or BLOCK_N tokens by WIDTH (BLOCK_DV for v).
-    Any one-dimensional grid: its programs walk the tiles = pairs * row blocks; pairs = sequences (+ 1 if packed) * heads.
+    Any one-dimensional grid: its programs walk the tile_total = pairs * row blocks; pairs = sequences (+ 1 if packed) * heads.
     flags, int32 for each 64 rows of a pair: set to 1 where a value is not finite, so that masked values may have leaked.
     """
     dtype: gl.constexpr = v_boxes.dtype
@@ -281,13 +281,13 @@ def hopper_forward_kernel(
     LIMITS: gl.constexpr = (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, CAUSAL and blocks_q is None)
     tensors = (q_tiles, k_tiles, v_tiles)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    place = (pairs, section, tiles)
+    place = (pairs, section, tile_total)
     lengths = (cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k)
     limits = (left, right, chunk)
     added = (bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b)
     data = (
         segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
-        bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
+        bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k, None, 0, 0, 0, 1, 1,
     )  # fmt: skip
     strides = (out_stride_b, out_stride_h, out_stride_s)
     common = (tensors, barriers, out, lse, sinks, flags, strides, scale, softcap, place, lengths, limits, added, data)

@@ -206,7 +206,7 @@ def hopper_grad_q_kernel(
     cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k, left, right, chunk,
     segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
-    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tiles,
+    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tile_total,
     Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr, TOP_LEFT: gl.constexpr,
@@ -241,13 +241,13 @@ def hopper_grad_q_kernel(
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     strides = ((out_stride_b, out_stride_h, out_stride_s), (grad_q_stride_b, grad_q_stride_h, grad_q_stride_s))
     scales = (scale, softmax_scale, softcap)
-    place = (pairs, section, tiles)
+    place = (pairs, section, tile_total)
     lengths = (cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k)
     limits = (left, right, chunk)
     added = (bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b)
     data = (
         segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
-        bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
+        bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k, None, 0, 0, 0, 1, 1,
     )  # fmt: skip
     common = (tensors, barriers, out, lse, grad_lse, delta, grad_q, flags, strides, scales, place, lengths, limits, added, data)
     copied = (q_boxes, k_boxes, v_boxes, grad_out_boxes, tensors, barriers, place, lengths, limits)
