@@ -115,7 +115,7 @@ def _specialised(kernel: Any, values: list[Any]) -> list[Any]:
             # Divisible or not; 32 bits or 64.
             found.append((value % 16 == 0, value < 2**31))
         elif type(value) in _NUMBERS:
-            found.append(value)
+            found.append((type(value), value))
         else:
             # A tensor descriptor: all of it but the tensor, its sizes and its strides.
             fixed = {name: part for name, part in vars(value).items() if name not in ("base", "shape", "strides")}

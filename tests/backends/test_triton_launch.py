@@ -12,6 +12,7 @@ import itertools
 import os
 import pathlib
 import random
+import sys
 import threading
 import time
 import weakref
@@ -53,8 +54,13 @@ def copy_kernel(x, out):
     pass
 
 
+@triton.jit(do_not_specialize=["size"])
+def sized_kernel(x, size, SIZE: triton.language.constexpr):
+    pass
+
+
 KERNELS = (
-    forward.forward_kernel, combine.combine_kernel, backward.delta_kernel, backward.grad_kv_kernel, backward.grad_q_kernel, copy_kernel,
+    forward.forward_kernel, combine.combine_kernel, backward.delta_kernel, backward.grad_kv_kernel, backward.grad_q_kernel, copy_kernel, sized_kernel,
 )  # fmt: skip
 
 
@@ -499,20 +505,50 @@ def test_threads_do_not_mix_their_tensors(gpu: Gpu) -> None:
     def work() -> None:
         own = mine.setdefault(threading.get_ident(), [])
         start.wait()
-        for _ in range(100):
+        for _ in range(300):
             q, k, v = (randn(1, 4, 20, 64) for _ in range(3))
             own.append((q.data_ptr(), k.data_ptr(), v.data_ptr(), shared.forward(Call(q, k, v, FULL, 0.125))[0].data_ptr()))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     launched: dict[int, list[tuple[int, ...]]] = {}
     for _, _, _, args, thread_id in gpu.launched:
         launched.setdefault(thread_id, []).append(tuple(x if isinstance(x, int) else x.data_ptr() for x in args[:4]))
     assert forward.forward_kernel.arg_names[:4] == ["q", "k", "v", "out"]
     assert launched == mine
+
+
+def test_a_compiled_kernel_is_found_by_all_that_triton_specialises_on(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(64)
+    values: list[Any] = [
+        0, 1, 2, 16, 17, 2**31 - 16, 2**31 - 1, 2**31, 2**31 + 1, -1, -16, -(2**31), -(2**31) - 1, 0.0, 1.0, 2.5, True, False, None,
+        x, x[1:], x[4:], x.half(), x.int(), x.bfloat16()[1:], x.bool(),
+    ]  # fmt: skip
+    tiles = [Tiles(0, 0, 4, 1), Tiles(0, 0, 8, 1), Tiles(0, 0, 4, 2)]
+
+    def specialised(value: Any, size: int, choice: Tiles) -> Any:
+        launch.launch(sized_kernel, 1, choice, x=value, size=value if isinstance(value, int) else 0, SIZE=size)
+        return gpu.launched.pop()[0].specialised
+
+    def by_triton(*args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "_DIRECT", False)
+            return specialised(*args)
+
+    order = [*itertools.product(values, (1, 2), tiles)] * 2
+    random.Random(3).shuffle(order)
+    for args in order:
+        assert specialised(*args) == by_triton(*args)
+    # One kernel serves all even numbers of 32 bits, say.
+    assert len(launch._compiled) < 6 * len(values)
 
 
 def test_what_cannot_be_repeated_is_not_recorded(gpu: Gpu) -> None:
@@ -547,7 +583,7 @@ def test_tensor_descriptors_describe_the_new_tensor(gpu: Gpu) -> None:
     recorded((48, 64), [16, 32])
     assert gpu.launched[-1][0] is kernel
     recorded((48, 64), [16, 64])
-    assert gpu.launched[-1][0] is not kernel
+    assert gpu.launched[-1][0] is not kernel and len(launch._compiled) == 2
     assert not [x for x in gc.get_referrers(x) if isinstance(x, (dict, TensorDescriptor))]
 
 
