@@ -197,6 +197,18 @@ def test_a_peer_without_finite_results_is_not_timed() -> None:
     assert row["skipped"] == "ArithmeticError: its result is not finite"
 
 
+def test_who_finds_no_memory_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing_left(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("none")
+
+    monkeypatch.setattr(peers, "_dense_mask", nothing_left)
+    monkeypatch.setattr(measure, "Truth", nothing_left)
+    case = Case(32, causal=True, window=5)
+    tensors = peers.inputs(case, CPU)
+    rows = measure.run_case(case, tensors, peers.assemble(case, tensors, ("sdpa",), ("reference",)), measure.Settings(1, 1e-4))
+    assert rows[0]["skipped"] == "there is no memory for it" and rows[1]["seconds"] > 0 and rows[1]["max_error"] is None
+
+
 def test_pages_hold_the_same_keys() -> None:
     case = Case(1, 64, batch=3, heads=4, kv_heads=2, head_dim=16, page_size=16)
     tensors = peers.inputs(case, CPU)

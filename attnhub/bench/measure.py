@@ -239,7 +239,10 @@ def _truth(case: Case, tensors: Inputs) -> Optional[Truth]:
     whole = case.scores() <= _CHECKED_SCORES
     if not whole and (tensors[0].device.type == "cpu" or case.seqlen_q > _CHECKED_LENGTH):
         return None
-    return Truth(case, tensors, whole)
+    try:
+        return Truth(case, tensors, whole)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _plan(step: Callable[[], Any], device: torch.device, settings: Settings) -> tuple[int, int]:

@@ -76,7 +76,7 @@ def assemble(case: Case, tensors: Inputs, peers: tuple[str, ...], backends: Opti
     if case.page_size:
         # The others read no pages and are in the case without them; one stands for them, since only times of one run compare.
         peers = tuple(name for name in peers if name in ("sdpa", "cudnn"))
-    found: list[Union[Peer, Absent]] = [_MAKE[name](case, tensors) for name in peers]
+    found: list[Union[Peer, Absent]] = [_made(name, case, tensors) for name in peers]
     if backends is None or "auto" in backends:
         found.append(_backend("", case, tensors))
     for name in registry.names() if backends is None else (b for b in backends if b != "auto"):
@@ -86,6 +86,14 @@ def assemble(case: Case, tensors: Inputs, peers: tuple[str, ...], backends: Opti
         plain, suffix = dataclasses.replace(case, page_size=0, fp8=False), CONTIGUOUS if case.page_size else f" {case.dtype}"
         found.extend(_backend(name, plain, tensors, f"attnhub {name}{suffix}") for name in timed)
     return found
+
+
+def _made(name: str, case: Case, tensors: Inputs) -> Union[Peer, Absent]:
+    try:
+        return _MAKE[name](case, tensors)
+    except torch.OutOfMemoryError:
+        # A dense mask, say.
+        return Absent(name, "there is no memory for it")
 
 
 # -- peers ---------------------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def _cases(args: argparse.Namespace, device: Any, settings: Any) -> dict[str, An
     """Measure the cases of a preset. The result file is written after each of them, so that a stop loses nothing."""
     import torch
 
-    from attnhub.bench import ceilings, measure, pages, peers, precompile, results, workers
+    from attnhub.bench import ceilings, pages, peers, precompile, results, workers
 
     started = time.monotonic()
     try:
@@ -148,14 +148,7 @@ def _cases(args: argparse.Namespace, device: Any, settings: Any) -> dict[str, An
             result["unmeasured"] = [str(left) for left in todo[n:]]
             print(f"--limit {args.limit:g}: {len(todo) - n} cases are not measured; --resume measures them", file=sys.stderr)
             break
-        if device.type == "cuda":
-            # Who needs much memory is asked for by what is free.
-            torch.cuda.empty_cache()
-        tensors = peers.inputs(case, device)
-        everybody = peers.assemble(case, tensors, names, backends)
-        turns = sum(isinstance(p, peers.Peer) for p in everybody) * (settings.rounds + 1)
-        with progress.bar(f"[{n + 1}/{len(todo)}] {case}", turns, args.json) as tick:
-            found = measure.run_case(case, tensors, everybody, settings, tick, limits)
+        found = _measured(f"[{n + 1}/{len(todo)}] {case}", case, device, names, backends, settings, limits, args.json)
         result["rows"].extend(found)
         if limits:
             result["environment"]["ceilings"] = limits.to_json()
@@ -168,6 +161,22 @@ def _cases(args: argparse.Namespace, device: Any, settings: Any) -> dict[str, An
     if preset.one_table and not args.json:
         console.table("together", *pages.one_table(result["rows"], args.preset), right=pages.NUMERIC)
     return result
+
+
+def _measured(text: str, case: Any, device: Any, names: tuple[str, ...], backends: Optional[tuple[str, ...]], settings: Any, limits: Any, quiet: bool) -> Any:
+    """The rows of one case. Its tensors go with the call."""
+    import torch
+
+    from attnhub.bench import measure, peers
+
+    if device.type == "cuda":
+        # Who needs much memory is asked for by what is free.
+        torch.cuda.empty_cache()
+    tensors = peers.inputs(case, device)
+    everybody = peers.assemble(case, tensors, names, backends)
+    turns = sum(isinstance(p, peers.Peer) for p in everybody) * (settings.rounds + 1)
+    with progress.bar(text, turns, quiet) as tick:
+        return measure.run_case(case, tensors, everybody, settings, tick, limits)
 
 
 def _list(args: argparse.Namespace, todo: list[Any], names: tuple[str, ...], backends: Optional[tuple[str, ...]], settings: Any) -> dict[str, Any]:
