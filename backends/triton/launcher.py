@@ -32,7 +32,6 @@ _DELTA_ROWS = 16
 _LARGEST = 2**30
 _Arguments = dict[str, Any]
 _FP8 = "float8_e4m3fn"
-_NO_FACTORS: _Arguments = {"q_descale": None, "k_descale": None, "v_descale": None, "descale_stride_b": 0, "descale_stride_h": 0, "FP8": False}
 #: Item size of q, k and v by dtype; the others have 2 bytes.
 _ITEM_BYTES = {"float32": 4, _FP8: 1}
 #: For kernels that work row by row: only the warps and stages count.
@@ -220,14 +219,12 @@ def _strides(name: str, x: Tensor) -> dict[str, int]:
 
 
 def _factors(call: Call) -> _Arguments:
-    """Factors of fp8 inputs. They share two strides, as contiguous ones and expanded numbers do by themselves."""
-    if call.q.dtype != torch.float8_e4m3fn:
-        return _NO_FACTORS
-    given = {f"{name}_descale": t for name, t in (call.descale or Descale())._asdict().items() if t is not None}
-    if len({t.stride() for t in given.values()}) > 1:
-        given = {name: t.contiguous() for name, t in given.items()}
-    strides = next((t.stride() for t in given.values()), (0, 0))
-    return {**_NO_FACTORS, **given, "descale_stride_b": strides[0], "descale_stride_h": strides[1], "FP8": True}
+    """Factors of fp8 inputs, and whether the inputs are in fp8."""
+    found: _Arguments = {"FP8": call.q.dtype == torch.float8_e4m3fn}
+    for name, x in zip(("q_descale", "k_descale", "v_descale"), call.descale or Descale()):
+        found[name] = x
+        found[f"{name}_stride_b"], found[f"{name}_stride_h"] = (0, 0) if x is None else x.stride()
+    return found
 
 
 def _ids(name: str, ids: Optional[tuple[Tensor, Tensor]]) -> _Arguments:

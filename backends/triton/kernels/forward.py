@@ -23,7 +23,9 @@ from attnhub.backends.triton.kernels.tile import (
     dot,
     dot_kept,
     head_pointer,
+    load_factor,
     load_tile,
+    negated_fp8,
     power,
     tanh,
 )
@@ -76,7 +78,8 @@ def forward_kernel(
     segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b,
-    q_descale, k_descale, v_descale, descale_stride_b, descale_stride_h,
+    q_descale, q_descale_stride_b, q_descale_stride_h, k_descale, k_descale_stride_b, k_descale_stride_h,
+    v_descale, v_descale_stride_b, v_descale_stride_h,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
@@ -157,14 +160,12 @@ def forward_kernel(
         q + tl.cast(memory_b, tl.int64) * q_stride_b + q_rows[:, None] + dims[None, :], row_ok, dims < HEAD_DIM, True, BLOCK_D != HEAD_DIM
     )
     if FP8:
-        factor = tl.cast(b, tl.int64) * descale_stride_b + kv_head * descale_stride_h
         if q_descale is not None:
-            scale *= tl.load(q_descale + factor)
+            scale *= load_factor(q_descale, b, kv_head, q_descale_stride_b, q_descale_stride_h)
         if k_descale is not None:
-            scale *= tl.load(k_descale + factor)
+            scale *= load_factor(k_descale, b, kv_head, k_descale_stride_b, k_descale_stride_h)
         # The largest score is taken before it is scaled: a negative scale goes into the signs of q.
-        bits = q_tile.to(tl.uint8, bitcast=True)
-        q_tile = tl.where(scale < 0, bits ^ 0x80, bits).to(q.dtype.element_ty, bitcast=True)
+        q_tile = negated_fp8(q_tile, scale < 0)
         scale = tl.abs(scale)
     if PAGE_SIZE > 0:
         k_base = head_pointer(k, 0, kv_head, 0, k_stride_b, k_stride_h, k_stride_s)
@@ -285,7 +286,7 @@ def forward_kernel(
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     if v_descale is not None:
-        acc *= tl.load(v_descale + factor)
+        acc *= load_factor(v_descale, b, kv_head, v_descale_stride_b, v_descale_stride_h)
     out_rows = tl.cast(memory_b, tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h + (first_q + i).to(tl.int64) * out_stride_s
     tl.store(out + out_rows[:, None] + v_dims[None, :], acc.to(out.dtype.element_ty), mask=row_ok[:, None] & (v_dims[None, :] < V_HEAD_DIM))
     if lse is not None:
