@@ -147,8 +147,6 @@ class TritonPlan(Plan):
             PAGE_SIZE=0 if table is None else call.k.shape[2], **dict.fromkeys(("sinks", "block_table")),
         )  # fmt: skip
         arguments.update(recorder.inputs)
-        factor = next((inputs[name] for name in ("q_descale", "k_descale", "v_descale") if name in inputs), None)
-        arguments["descale_stride_b"], arguments["descale_stride_h"] = (0, 0) if factor is None else factor.stride()
         self._run(_DECODE if max_q * (group if pack else 1) <= _DECODE_ROWS else _FORWARD, recorder, arguments)
         self._record(key, recorder)
         return recorder.buffers
@@ -328,7 +326,7 @@ def _inputs(call: Call) -> dict[str, Tensor]:
         if mask.block_sparse is not None:
             inputs["block_sparse"] = mask.block_sparse.contiguous().view(torch.uint8)
     if call.descale is not None:
-        inputs.update(_factors(call))
+        inputs.update((f"{name}_descale", x) for name, x in call.descale._asdict().items() if x is not None)
     if call.sinks is not None:
         inputs["sinks"] = call.sinks
     if call.rng is not None:
@@ -400,9 +398,9 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
         **_dense("bool", "bool_mask", None if mask.bool_mask is None else mask.bool_mask.view(torch.uint8)),
         **_dense("bias", "bias", mask.bias),
         "alibi": mask.alibi, "alibi_stride_b": 0 if mask.alibi is None or mask.alibi.ndim == 1 or mask.alibi.shape[0] == 1 else mask.alibi.stride(0),
-        "block_sparse": None, "block_size": mask.block_size, "flags": None, "flag_blocks": 0,
+        "block_sparse": None, "block_size": mask.block_size,
         **_dropout(call),
-        **dict.fromkeys(("q_descale", "k_descale", "v_descale")), "FP8": fp8,
+        **_factors(call),
         "Q_HEADS": heads, "GROUP": heads // k.shape[1], "HEAD_DIM": head_dim, "V_HEAD_DIM": v.shape[3],
         "BLOCK_D": width, "BLOCK_DV": width,
         "LEFT": left >= 0, "RIGHT": right >= 0, "CHUNK": mask.chunk > 0, "CAUSAL": widened, "TOP_LEFT": mask.align == "top_left",
@@ -416,12 +414,13 @@ def _strides(name: str, x: Tensor) -> dict[str, int]:
     return {f"{name}_stride_{axis}": x.stride(dim) if x.shape[dim] > 1 else 0 for dim, axis in enumerate("bhs")}
 
 
-def _factors(call: Call) -> dict[str, Tensor]:
-    """Factors of fp8 inputs, by name. They share two strides, as contiguous ones and expanded numbers do by themselves."""
-    given = {f"{name}_descale": t for name, t in (call.descale or Descale())._asdict().items() if t is not None}
-    if len({t.stride() for t in given.values()}) > 1:
-        given = {name: t.contiguous() for name, t in given.items()}
-    return given
+def _factors(call: Call) -> _Arguments:
+    """Factors of fp8 inputs, and whether the inputs are in fp8."""
+    found: _Arguments = {"FP8": call.q.dtype == torch.float8_e4m3fn}
+    for name, x in zip(("q_descale", "k_descale", "v_descale"), call.descale or Descale()):
+        found[name] = x
+        found[f"{name}_stride_b"], found[f"{name}_stride_h"] = (0, 0) if x is None else x.stride()
+    return found
 
 
 def _ids(name: str, ids: Optional[tuple[Tensor, Tensor]]) -> _Arguments:

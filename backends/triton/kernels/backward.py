@@ -31,7 +31,7 @@ from attnhub.backends.triton.kernels.tile_map import listed_range, listed_token
 
 RUNTIME = [
     "scale", "softmax_scale", "softcap", "sequences", "max_q", "max_k", "tokens_q", "tokens_k", "left", "right", "chunk", "drop_below", "keep_scale",
-    "tile_map_stride_b", "tile_map_stride_h", "tile_count", "flag_blocks",
+    "tile_map_stride_b", "tile_map_stride_h", "tile_count",
 ]  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def grad_kv_kernel(
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b,
     rng, drop_below, keep_scale, tile_map, tile_map_stride_b, tile_map_stride_h, tile_count,
-    sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q, flags, flag_blocks,
+    sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
@@ -102,10 +102,6 @@ def grad_kv_kernel(
     first_k, len_k, room, lowest, memory_bk = key_block(cu_k, seqused_k, leftpad, b, max_k)
     if block * BLOCK_N >= room:
         return
-    if flags is not None:
-        # A repetition: only of blocks that another kernel has marked.
-        if tl.load(flags + pid // key_blocks * flag_blocks + block) == 0:
-            return
     first_q, len_q, memory_b = query_block(cu_q, b, max_q, tokens_q, sequences)
     if TOP_LEFT:
         shift = 0
@@ -250,7 +246,7 @@ def grad_q_kernel(
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b,
     rng, drop_below, keep_scale, tile_map, tile_map_stride_b, tile_map_stride_h, tile_count,
-    sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q, flags, flag_blocks,
+    sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
@@ -281,10 +277,6 @@ def grad_q_kernel(
             return
     if block * BLOCK_M >= len_q:
         return
-    if flags is not None:
-        # A repetition: only of blocks that another kernel has marked.
-        if tl.load(flags + pid // row_blocks * flag_blocks + block) == 0:
-            return
     first_k, len_k, _, lowest, memory_bk = key_block(cu_k, seqused_k, leftpad, b, max_k)
     if TOP_LEFT:
         shift = 0

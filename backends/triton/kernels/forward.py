@@ -24,7 +24,9 @@ from attnhub.backends.triton.kernels.tile import (
     dot,
     dot_kept,
     head_pointer,
+    load_factor,
     load_tile,
+    negated_fp8,
     power,
     tanh,
 )
@@ -33,7 +35,7 @@ from attnhub.backends.triton.kernels.tile_map import listed_range, listed_token
 #: Lengths and limits change from call to call and take no part in the choice of instructions.
 RUNTIME = [
     "scale", "softcap", "sequences", "max_q", "max_k", "tokens_q", "tokens_k", "left", "right", "chunk", "splits", "table_stride",
-    "drop_below", "keep_scale", "tile_map_stride_b", "tile_map_stride_h", "tile_count", "flag_blocks",
+    "drop_below", "keep_scale", "tile_map_stride_b", "tile_map_stride_h", "tile_count",
 ]  # fmt: skip
 
 
@@ -82,8 +84,9 @@ def forward_kernel(
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b,
     rng, drop_below, keep_scale, tile_map, tile_map_stride_b, tile_map_stride_h, tile_count,
-    sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q, flags, flag_blocks,
-    q_descale, k_descale, v_descale, descale_stride_b, descale_stride_h,
+    sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q,
+    q_descale, q_descale_stride_b, q_descale_stride_h, k_descale, k_descale_stride_b, k_descale_stride_h,
+    v_descale, v_descale_stride_b, v_descale_stride_h,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
@@ -143,10 +146,6 @@ def forward_kernel(
             return
     if row_block * BLOCK_M >= len_q * PACKED_HEADS:
         return
-    if flags is not None:
-        # A repetition: only of blocks that another kernel has marked.
-        if tl.load(flags + (b * Q_HEADS + head) * flag_blocks + row_block) == 0:
-            return
     first_k, len_k, _, lowest, memory_bk = key_block(cu_k, seqused_k, leftpad, b, max_k)
     if TOP_LEFT:
         shift = 0
@@ -170,14 +169,12 @@ def forward_kernel(
         q + tl.cast(memory_b, tl.int64) * q_stride_b + q_rows[:, None] + dims[None, :], row_ok, dims < HEAD_DIM, True, BLOCK_D != HEAD_DIM
     )
     if FP8:
-        factor = tl.cast(b, tl.int64) * descale_stride_b + kv_head * descale_stride_h
         if q_descale is not None:
-            scale *= tl.load(q_descale + factor)
+            scale *= load_factor(q_descale, b, kv_head, q_descale_stride_b, q_descale_stride_h)
         if k_descale is not None:
-            scale *= tl.load(k_descale + factor)
+            scale *= load_factor(k_descale, b, kv_head, k_descale_stride_b, k_descale_stride_h)
         # The largest score is taken before it is scaled: a negative scale goes into the signs of q.
-        bits = q_tile.to(tl.uint8, bitcast=True)
-        q_tile = tl.where(scale < 0, bits ^ 0x80, bits).to(q.dtype.element_ty, bitcast=True)
+        q_tile = negated_fp8(q_tile, scale < 0)
         scale = tl.abs(scale)
     if PAGE_SIZE > 0:
         k_base = head_pointer(k, 0, kv_head, 0, k_stride_b, k_stride_h, k_stride_s)
@@ -318,7 +315,7 @@ def forward_kernel(
     if rng is not None:
         acc = acc * keep_scale
     if v_descale is not None:
-        acc *= tl.load(v_descale + factor)
+        acc *= load_factor(v_descale, b, kv_head, v_descale_stride_b, v_descale_stride_h)
     out_rows = tl.cast(memory_b, tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h + (first_q + i).to(tl.int64) * out_stride_s
     tl.store(out + out_rows[:, None] + v_dims[None, :], acc.to(out.dtype.element_ty), mask=row_ok[:, None] & (v_dims[None, :] < V_HEAD_DIM))
     if lse is not None:

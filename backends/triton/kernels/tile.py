@@ -30,6 +30,19 @@ def load_tile(pointers, row_ok, column_ok, MASK_ROWS: tl.constexpr, MASK_COLUMNS
 
 
 @triton.jit
+def load_factor(factors, b, h, stride_b, stride_h):
+    """What fp8 numbers of sequence b and K/V head h are multiplied by."""
+    return tl.load(factors + tl.cast(b, tl.int64) * stride_b + h * stride_h)
+
+
+@triton.jit
+def negated_fp8(x, negate):
+    """-x if negate, a scalar, else x: by the sign bit, since fp8 has no arithmetic."""
+    bits = x.to(tl.uint8, bitcast=True)
+    return tl.where(negate, bits ^ 0x80, bits).to(x.dtype, bitcast=True)
+
+
+@triton.jit
 def tanh(x):
     """tanh in fp32 with a relative error of a few 1e-7: the quotient of exponentials alone loses small arguments."""
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
