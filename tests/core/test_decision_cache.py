@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -14,8 +15,9 @@ from torch import Tensor
 import attnhub
 from attnhub import Backend, Call, Gradients, KVCache, Needs, Plan, Problem, runtime
 from attnhub.backend import Repeat
-from attnhub.backends.reference import EVERYTHING, FLOATS, ReferencePlan
+from attnhub.backends.reference import EVERYTHING, FLOATS, ReferencePlan, maths
 from attnhub.capability import Capability, DeviceRange
+from attnhub.mask import FULL
 from attnhub.problem import Feature
 from attnhub.registry import registry
 
@@ -149,10 +151,10 @@ def _elsewhere(x: Tensor) -> Tensor:
 
 
 def _reference_grads(tensors: Any, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    tensors = [x.detach().requires_grad_() for x in tensors]
-    out = attnhub.attention(*tensors, backend="reference", **kwargs)
-    assert isinstance(out, Tensor)
-    return torch.autograd.grad(out.sum(), tensors)
+    """Torch's own derivatives of the definition, without any backward of ours."""
+    q, k, v = (x.detach().requires_grad_() for x in tensors)
+    call = Call(q, k, v, kwargs.get("mask", FULL), kwargs.get("softmax_scale", q.shape[3] ** -0.5), kwargs.get("softcap", 0.0))
+    return torch.autograd.grad(maths.forward(call, None, torch.float64, False)[0].sum(), (q, k, v))
 
 
 def test_a_mask_whose_bias_needs_a_gradient_gets_one(counting: Counting) -> None:
@@ -184,6 +186,12 @@ def test_a_masks_tensors_are_saved_as_tensors_are(register: Register) -> None:
         lengths.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.sum().backward()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
+            own = torch.tensor([3, 4], dtype=torch.int32)
+            kept, out = weakref.ref(own), attnhub.attention(q, q, q, attnhub.SeqLens(own))
+            del own
+        assert isinstance(out, Tensor) and kept() is None
+        out.sum().backward()
 
 
 def test_a_mask_that_does_not_fit_is_refused_after_one_that_did(counting: Counting) -> None:
