@@ -55,7 +55,7 @@ def copy_kernel(x, out):
 
 
 @triton.jit(do_not_specialize=["size"])
-def sized_kernel(x, size, SIZE: triton.language.constexpr):
+def sized_kernel(x, size, CONSTANT: triton.language.constexpr):
     pass
 
 
@@ -524,6 +524,9 @@ def test_threads_do_not_mix_their_tensors(gpu: Gpu) -> None:
         launched.setdefault(thread_id, []).append(tuple(x if isinstance(x, int) else x.data_ptr() for x in args[:4]))
     assert forward.forward_kernel.arg_names[:4] == ["q", "k", "v", "out"]
     assert launched == mine
+    # A recording is not changed by being replayed.
+    for recording in shared._recordings.values():
+        assert [step.arguments[position] for step in recording._steps for position, _ in step.pointers] == [None] * 4
 
 
 def test_a_compiled_kernel_is_found_by_all_that_triton_specialises_on(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -534,8 +537,8 @@ def test_a_compiled_kernel_is_found_by_all_that_triton_specialises_on(gpu: Gpu, 
     ]  # fmt: skip
     tiles = [Tiles(0, 0, 4, 1), Tiles(0, 0, 8, 1), Tiles(0, 0, 4, 2)]
 
-    def specialised(value: Any, size: int, choice: Tiles) -> Any:
-        launch.launch(sized_kernel, 1, choice, x=value, size=value if isinstance(value, int) else 0, SIZE=size)
+    def specialised(value: Any, constant: int, choice: Tiles, runtime: bool) -> Any:
+        launch.launch(sized_kernel, 1, choice, x=None if runtime else value, size=value if runtime else 7, CONSTANT=constant)
         return gpu.launched.pop()[0].specialised
 
     def by_triton(*args: Any) -> Any:
@@ -543,12 +546,12 @@ def test_a_compiled_kernel_is_found_by_all_that_triton_specialises_on(gpu: Gpu, 
             patch.setattr(launch, "_DIRECT", False)
             return specialised(*args)
 
-    order = [*itertools.product(values, (1, 2), tiles)] * 2
+    order = [*itertools.product(values, (1, 2), tiles, (False, True))] * 2
     random.Random(3).shuffle(order)
     for args in order:
         assert specialised(*args) == by_triton(*args)
     # One kernel serves all even numbers of 32 bits, say.
-    assert len(launch._compiled) < 6 * len(values)
+    assert len(launch._compiled) < 12 * len(values)
 
 
 def test_what_cannot_be_repeated_is_not_recorded(gpu: Gpu) -> None:

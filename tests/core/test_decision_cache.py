@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -14,8 +15,10 @@ from torch import Tensor
 import attnhub
 from attnhub import Backend, Call, Gradients, KVCache, Needs, Plan, Problem, runtime
 from attnhub.backend import Repeat
-from attnhub.backends.reference import EVERYTHING, FLOATS, ReferencePlan
+from attnhub.backends.reference import EVERYTHING, FLOATS, ReferencePlan, maths
 from attnhub.capability import Capability, DeviceRange
+from attnhub.mask import FULL
+from attnhub.problem import Feature
 from attnhub.registry import registry
 
 Register = Callable[[Backend], Backend]
@@ -74,6 +77,8 @@ class Shortened(Counting):
 
     def prepare(self, problem: Problem) -> Plan:
         plan, shortened = super().prepare(problem), self
+        # Else its torch operations are differentiated, and no backward of the plan's.
+        plan.differentiable = False
 
         def repeat(call: Call) -> Repeat:
             def again(q: Tensor, k: Tensor, v: Tensor) -> Optional[tuple[Tensor, Optional[Tensor]]]:
@@ -126,6 +131,8 @@ def test_a_plans_shorter_way_serves_only_its_own_call(register: Register, refuse
         # The same values elsewhere, in the same layout. Allocations are aligned, and so is what lies one element behind them not.
         tensors = tuple(_elsewhere(x).requires_grad_(grad) for x in tensors)  # type: ignore[assignment]
         got = attnhub.attention(*tensors, **kwargs)
+        decision = attnhub.last_decision()
+        assert decision is not None and decision.problem == attnhub.explain(*tensors, **kwargs).problem, name
         want = attnhub.attention(*(x.detach() for x in tensors), backend="reference", **kwargs)
         for a, b in zip(got if isinstance(got, tuple) else (got,), want if isinstance(want, tuple) else (want,)):
             torch.testing.assert_close(a.detach(), b)
@@ -144,10 +151,10 @@ def _elsewhere(x: Tensor) -> Tensor:
 
 
 def _reference_grads(tensors: Any, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    tensors = [x.detach().requires_grad_() for x in tensors]
-    out = attnhub.attention(*tensors, backend="reference", **kwargs)
-    assert isinstance(out, Tensor)
-    return torch.autograd.grad(out.sum(), tensors)
+    """Torch's own derivatives of the definition, without any backward of ours."""
+    q, k, v = (x.detach().requires_grad_() for x in tensors)
+    call = Call(q, k, v, kwargs.get("mask", FULL), kwargs.get("softmax_scale", q.shape[3] ** -0.5), kwargs.get("softcap", 0.0))
+    return torch.autograd.grad(maths.forward(call, None, torch.float64, False)[0].sum(), (q, k, v))
 
 
 def test_a_mask_whose_bias_needs_a_gradient_gets_one(counting: Counting) -> None:
@@ -161,9 +168,30 @@ def test_a_mask_whose_bias_needs_a_gradient_gets_one(counting: Counting) -> None
     mask = attnhub.Bias(bias)
     for _ in range(2):
         out = attnhub.attention(q, q, q, mask)
+        decision = attnhub.last_decision()
+        assert decision is not None and Feature.BIAS_GRAD in decision.problem.features
         assert isinstance(out, Tensor)
         (grad,) = torch.autograd.grad(out.square().sum(), bias)
         assert grad.abs().sum() > 0
+
+
+def test_a_masks_tensors_are_saved_as_tensors_are(register: Register) -> None:
+    """Changed in place between forward and backward, they are an error, as for every operation of torch."""
+    register(Shortened())
+    lengths = torch.tensor([3, 4], dtype=torch.int32)
+    q = torch.randn(2, 2, 6, 8, requires_grad=True)
+    for _ in range(2):
+        out = attnhub.attention(q, q, q, attnhub.SeqLens(lengths))
+        assert isinstance(out, Tensor)
+        lengths.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
+            own = torch.tensor([3, 4], dtype=torch.int32)
+            kept, out = weakref.ref(own), attnhub.attention(q, q, q, attnhub.SeqLens(own))
+            del own
+        assert isinstance(out, Tensor) and kept() is None
+        out.sum().backward()
 
 
 def test_a_mask_that_does_not_fit_is_refused_after_one_that_did(counting: Counting) -> None:
