@@ -10,7 +10,7 @@ from attnhub.backends.triton.kernels.tile_map import tile_map_kernel
 from attnhub.backends.triton.launch import Recorder
 from attnhub.backends.triton.tiles import Tiles
 
-NO_SPARSE: dict[str, Any] = {
+_NONE: dict[str, Any] = {
     "tile_map": None, "tile_map_stride_b": 0, "tile_map_stride_h": 0, "tile_count": 0,
     "sparse": None, "sparse_stride_b": 0, "sparse_stride_h": 0, "sparse_stride_q": 0, "SPARSE_Q": 1, "SPARSE_K": 1,
 }  # fmt: skip
@@ -27,7 +27,7 @@ def block_sparse(recorder: Recorder, arguments: dict[str, Any], block_m: int, bl
     """
     blocks = arguments["block_sparse"]
     if blocks is None:
-        return NO_SPARSE
+        return _NONE
     batch, heads, rows, columns = blocks.shape
     row_size, column_size = arguments["block_size"]
     max_q, max_k = arguments["max_q"], arguments["max_k"]
@@ -58,7 +58,7 @@ def block_sparse(recorder: Recorder, arguments: dict[str, Any], block_m: int, bl
         tile_rows=tile_rows, tile_columns=tile_columns, row_tiles=row_tiles, column_tiles=column_tiles, BLOCK=_STEP,
     )  # fmt: skip
     return {
-        **NO_SPARSE, **pairs,
+        **_NONE, **pairs,
         "tile_map": tile_map, "tile_map_stride_b": 0 if batch == 1 else tile_map.stride(0), "tile_map_stride_h": 0 if heads == 1 else tile_map.stride(1),
         "tile_count": column_tiles,
     }  # fmt: skip

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mma_v2, tma, warpgroup_mma
 
 from attnhub.backends.triton.kernels import forward, mask, tile
 from attnhub.backends.triton.kernels.tile import INF, LOG2_E
@@ -168,6 +168,51 @@ def multiply_transposed(a, x, layout: gl.constexpr):
 def any_nonfinite(x):
     """Whether a 2-D tile holds NaN or an infinity: a scalar, 0 or 1."""
     return gl.max(gl.max(gl.where(gl.abs(x) < INF, 0, 1), 1), 0)
+
+
+# -- values that are not finite -------------------------------------------------------------------------------------------
+#
+# A masked pair has weight 0, but 0 * NaN is NaN. A warpgroup whose sums end up with a NaN or infinity computes its 64 rows once
+# more, CAREFUL rows of the other side at a time, with the products of `kept_product`.
+
+#: Rows of the other side in a step of the repetition: the smallest product's.
+CAREFUL: gl.constexpr = gl.constexpr(16)
+
+
+@gluon.jit
+def load_rows(head, first, rows, rows_ok, strides, DIM: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """A tile of WIDTH dimensions, of which DIM exist, at ``rows`` of a head; 0 where there is nothing."""
+    return gl.load(row_pointers(head, first + rows, strides, WIDTH, layout), mask=existing(rows_ok, DIM, WIDTH, layout), other=0.0)
+
+
+@gluon.jit
+def add_transposed(a, x, acc):
+    """acc + a x^T for a tile a [64, W] in shared memory and x [CAREFUL, W] in registers; acc has a layout of version 2."""
+    layout: gl.constexpr = acc.type.layout
+    left = a.load(gl.DotOperandLayout(0, layout, 2))
+    return mma_v2(left, gl.convert_layout(gl.permute(x, (1, 0)), gl.DotOperandLayout(1, layout, 2)), acc)
+
+
+@gluon.jit
+def add_kept(p, keep, x, acc):
+    """acc + p x over the kept pairs only: a NaN or infinity in x reaches a row only through a pair that keep allows.
+
+    The product sees finite values; which rows meet which other value is a second product, of zeros and ones.
+    """
+    layout: gl.constexpr = acc.type.layout
+    A: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    B: gl.constexpr = gl.DotOperandLayout(1, layout, 2)
+    wide = x.to(gl.float32)
+    finite = gl.abs(wide) < INF
+    acc = mma_v2(gl.convert_layout(p.to(x.dtype), A), gl.convert_layout(gl.where(finite, wide, 0.0).to(x.dtype), B), acc)
+    ones = gl.convert_layout(gl.where(keep, 1.0, 0.0).to(x.dtype), A)
+    # NaN counts as both infinities: their sum.
+    for sign in gl.static_range(0, 2):
+        special = INF if sign == 0 else -INF
+        marks = gl.where(finite | (wide == -special), 0.0, 1.0).to(x.dtype)
+        met = mma_v2(ones, gl.convert_layout(marks, B), gl.zeros_like(acc))
+        acc += gl.where(met > 0, special, 0.0)
+    return acc
 
 
 @gluon.jit

@@ -15,7 +15,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from attnhub.backends.triton.kernels.hopper import (
+    CAREFUL,
     RUNTIME,
+    add_kept,
+    add_transposed,
     any_nonfinite,
     biased,
     copy_box,
@@ -23,6 +26,7 @@ from attnhub.backends.triton.kernels.hopper import (
     head_of,
     kept,
     keys,
+    load_rows,
     power,
     queries,
     row_pointers,
@@ -38,8 +42,9 @@ def softmax_step(
     s, m, total, b, h, i, j, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
     LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """(weights, m, total, shrink) after one key tile. s: raw products; m is kept in base 2, or base e with NATURAL."""
+    """(weights, m, total, shrink, pairs kept) after one key tile. s: raw products; m is kept in base 2, or base e with NATURAL."""
     alibi: gl.constexpr = added[5] is not None
+    keep = True
     if SOFTCAP:
         s = softcap * (1.0 if NATURAL else LOG2_E) * tanh(s * (scale / softcap))
     elif MASKED or alibi:
@@ -65,7 +70,7 @@ def softmax_step(
         weights = gl.exp2(s * scale - m_new[:, None])
         shrink = gl.exp2(m - m_new)
     total = total * shrink + gl.sum(weights, 1)
-    return weights, m_new, total, shrink
+    return weights, m_new, total, shrink, keep
 
 
 @gluon.jit
@@ -80,12 +85,48 @@ def multiply_scores(q_tiles, k_tiles, stage, WHICH: gl.constexpr, CHUNKS: gl.con
 
 
 @gluon.jit
+def attend_carefully(
+    q_tiles, heads, strides, first, lo, hi, b, h, first_k, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
+    WHICH: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_DV: gl.constexpr, CHUNKS: gl.constexpr,
+    LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
+):  # fmt: skip
+    """(sums [64, BLOCK_DV], m, total) of 64 query rows again, see `kernels.hopper`."""
+    k_head, v_head = heads
+    k_strides, v_strides = strides
+    WIDTH: gl.constexpr = q_tiles.shape[2]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
+    K_ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    V_ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
+    i = first + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    m = gl.full((64,), -INF, gl.float32, gl.SliceLayout(1, LAYOUT))
+    total = gl.full((64,), 0.0, gl.float32, gl.SliceLayout(1, LAYOUT))
+    acc = gl.zeros((64, BLOCK_DV), gl.float32, LAYOUT)
+    for n in range(lo, hi, CAREFUL):
+        k_row = n + gl.arange(0, CAREFUL, gl.SliceLayout(1, K_ROWS))
+        s = gl.zeros((64, CAREFUL), gl.float32, LAYOUT)
+        for c in gl.static_range(0, CHUNKS):
+            k_ok = (k_row < len_k) & (k_row >= lowest)
+            k = load_rows(k_head + c * WIDTH, first_k, k_row, k_ok, k_strides, HEAD_DIM - c * WIDTH, WIDTH, K_ROWS)
+            s = add_transposed(q_tiles.index(WHICH * CHUNKS + c), k, s)
+        j = n + gl.arange(0, CAREFUL, gl.SliceLayout(0, LAYOUT))
+        weights, m, total, shrink, keep = softmax_step(
+            s, m, total, b, h, i, j, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data, LIMITS, SOFTCAP, NATURAL, True
+        )
+        v_row = n + gl.arange(0, CAREFUL, gl.SliceLayout(1, V_ROWS))
+        v = load_rows(v_head, first_k, v_row, (v_row < len_k) & (v_row >= lowest), v_strides, V_HEAD_DIM, BLOCK_DV, V_ROWS)
+        acc = add_kept(weights, keep, v, acc * shrink[:, None])
+    return acc, m, total
+
+
+@gluon.jit
 def compute(
-    common, WHICH: gl.constexpr, Q_HEADS: gl.constexpr, V_HEAD_DIM: gl.constexpr, CHUNKS: gl.constexpr, GROUPS: gl.constexpr,
+    common, WHICH: gl.constexpr, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr,
+    CHUNKS: gl.constexpr, GROUPS: gl.constexpr, HIDES: gl.constexpr,
     LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WHICH: out and lse of 64 of a tile's 64 * GROUPS query rows."""
-    tensors, barriers, out, lse, sinks, flags, out_strides, scale, softcap, place, lengths, limits, added, data = common
+    tensors, barriers, k, v, out, lse, sinks, strides, scale, softcap, place, lengths, limits, added, data = common
+    out_strides, k_strides, v_strides = strides
     q_tiles, k_tiles, v_tiles = tensors
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     sequences = lengths[5]
@@ -113,7 +154,7 @@ def compute(
         h = pair % Q_HEADS
         first_q, len_q, memory_b = queries(lengths, b)
         if block * BLOCK_M < len_q:
-            _, len_k, _, lowest, _, prefix_len = keys(lengths, b)
+            first_k, len_k, _, lowest, memory_bk, prefix_len = keys(lengths, b)
             lo, _, _, hi = rows_to_keys(block * BLOCK_M, BLOCK_M, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
             first = block * BLOCK_M + WHICH * 64
             _, full_lo, full_hi, _ = rows_to_keys(first, 64, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
@@ -128,7 +169,7 @@ def compute(
                 s = multiply_scores(q_tiles, k_tiles, it % STAGES, WHICH, CHUNKS, S_LAYOUT)
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(k_empty.index(it % STAGES), count=1)
-                following, m, total, shrink = softmax_step(
+                following, m, total, shrink, first_kept = softmax_step(
                     s, m, total, b, h, i, n + gl.arange(0, BLOCK_N, COLUMN), len_q, len_k, lowest, prefix_len, scale, softcap,
                     limits, added, data, LIMITS, SOFTCAP, NATURAL, True,
                 )  # fmt: skip
@@ -154,7 +195,7 @@ def compute(
                             acc = warpgroup_mma(weights, v_tiles.index(before), acc, is_async=True)
                             s = warpgroup_mma_wait(1, deps=[s])
                             mbarrier.arrive(k_empty.index(stage), count=1)
-                            following, m, total, shrink = softmax_step(
+                            following, m, total, shrink, tile_kept = softmax_step(
                                 s, m, total, b, h, i, n + gl.arange(0, BLOCK_N, COLUMN), len_q, len_k, lowest, prefix_len, scale, softcap,
                                 limits, added, data, LIMITS, SOFTCAP, NATURAL, phase != 1,
                             )  # fmt: skip
@@ -162,15 +203,23 @@ def compute(
                             mbarrier.arrive(v_empty.index(before), count=1)
                             acc = acc * gl.convert_layout(shrink, OUT_ROW)[:, None]
                             weights = gl.convert_layout(following.to(dtype), P_LAYOUT)
-                mbarrier.arrive(q_empty, count=1)
-                served += 1
                 mbarrier.wait(v_full.index(it % STAGES), it // STAGES & 1)
                 acc = warpgroup_mma(weights, v_tiles.index(it % STAGES), acc, is_async=True)
                 acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
                 mbarrier.arrive(v_empty.index(it % STAGES), count=1)
                 it += 1
-            if flags is not None:
-                gl.store(flags + (pair * row_blocks + block) * GROUPS + WHICH, any_nonfinite(acc))
+                if HIDES:
+                    if any_nonfinite(acc) > 0:
+                        heads = (head_of(k, memory_bk, h // GROUP, k_strides), head_of(v, memory_bk, h // GROUP, v_strides))
+                        again, m_again, total_again = attend_carefully(
+                            q_tiles, heads, (k_strides, v_strides), first, lo, hi, b, h, first_k, len_q, len_k, lowest, prefix_len, scale, softcap,
+                            limits, added, data, WHICH, HEAD_DIM, V_HEAD_DIM, BLOCK_DV, CHUNKS, LIMITS, SOFTCAP, NATURAL,
+                        )  # fmt: skip
+                        acc = gl.convert_layout(again, O_LAYOUT)
+                        m = gl.convert_layout(m_again, ROW)
+                        total = gl.convert_layout(total_again, ROW)
+                mbarrier.arrive(q_empty, count=1)
+                served += 1
 
             if sinks is not None:
                 sink = gl.load(sinks + h) * (1.0 if NATURAL else LOG2_E)
@@ -241,13 +290,14 @@ def copy(copied, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, CHUNKS: gl.constexp
 
 @gluon.jit(do_not_specialize=RUNTIME)
 def hopper_forward_kernel(
-    q_boxes, k_boxes, v_boxes, out, lse, sinks, flags, scale, softcap, out_stride_b, out_stride_h, out_stride_s,
+    q_boxes, k_boxes, v_boxes, k, v, out, lse, sinks, scale, softcap, out_stride_b, out_stride_h, out_stride_s,
+    k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k, left, right, chunk,
     segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tile_total,
-    Q_HEADS: gl.constexpr, GROUP: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr,
-    CHUNKS: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr,
+    CHUNKS: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, HIDES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr, TOP_LEFT: gl.constexpr,
     LEFT_PHASE: gl.constexpr, MASK_ALL: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
 ):  # fmt: skip
@@ -255,7 +305,7 @@ def hopper_forward_kernel(
 
     q_boxes, k_boxes, v_boxes: tensor descriptors over [B, H, S, D] with boxes of 64 (q) or BLOCK_N tokens by WIDTH (BLOCK_DV for v).
     Any one-dimensional grid: its programs walk the tile_total = pairs * row blocks; pairs = sequences (+ 1 if packed) * heads.
-    flags, int32 for each 64 rows of a pair: set to 1 where a value is not finite, so that masked values may have leaked.
+    HIDES: whether a tile can hold values that some of its rows must not see.
     """
     dtype: gl.constexpr = v_boxes.dtype
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -289,15 +339,17 @@ def hopper_forward_kernel(
         segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
         bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k, None, 0, 0, 0, 1, 1,
     )  # fmt: skip
-    strides = (out_stride_b, out_stride_h, out_stride_s)
-    common = (tensors, barriers, out, lse, sinks, flags, strides, scale, softcap, place, lengths, limits, added, data)
+    strides = (
+        (out_stride_b, out_stride_h, out_stride_s), (k_stride_b, k_stride_h, k_stride_s), (v_stride_b, v_stride_h, v_stride_s),
+    )  # fmt: skip
+    common = (tensors, barriers, k, v, out, lse, sinks, strides, scale, softcap, place, lengths, limits, added, data)
     copied = (q_boxes, k_boxes, v_boxes, tensors, barriers, place, lengths, limits)
     # Registers: 65536 are shared by the computing warpgroups and the four warps' worth that the copying one counts as.
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (compute, (common, 0, Q_HEADS, V_HEAD_DIM, CHUNKS, GROUPS, LIMITS, SOFTCAP, NATURAL)),
-                (compute, (common, 1, Q_HEADS, V_HEAD_DIM, CHUNKS, GROUPS, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 0, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, CHUNKS, GROUPS, HIDES, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 1, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, CHUNKS, GROUPS, HIDES, LIMITS, SOFTCAP, NATURAL)),
                 (copy, (copied, Q_HEADS, GROUP, CHUNKS, GROUPS, LIMITS)),
             ],
             [4, 1], [240, 24],
@@ -305,9 +357,9 @@ def hopper_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (compute, (common, 0, Q_HEADS, V_HEAD_DIM, CHUNKS, GROUPS, LIMITS, SOFTCAP, NATURAL)),
-                (compute, (common, 1, Q_HEADS, V_HEAD_DIM, CHUNKS, GROUPS, LIMITS, SOFTCAP, NATURAL)),
-                (compute, (common, 2, Q_HEADS, V_HEAD_DIM, CHUNKS, GROUPS, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 0, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, CHUNKS, GROUPS, HIDES, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 1, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, CHUNKS, GROUPS, HIDES, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 2, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, CHUNKS, GROUPS, HIDES, LIMITS, SOFTCAP, NATURAL)),
                 (copy, (copied, Q_HEADS, GROUP, CHUNKS, GROUPS, LIMITS)),
             ],
             [4, 4, 1], [160, 160, 32],

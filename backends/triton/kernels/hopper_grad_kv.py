@@ -14,13 +14,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from attnhub.backends.triton.kernels.hopper import (
+    CAREFUL,
     RUNTIME,
+    add_kept,
+    add_transposed,
     any_nonfinite,
     copy_box,
     existing,
     head_of,
     keys,
     keys_to_rows,
+    load_rows,
     multiply_transposed,
     queries,
     row_pointers,
@@ -31,15 +35,57 @@ from attnhub.backends.triton.kernels.tile import INF, LOG2_E
 
 
 @gluon.jit
+def grad_carefully(
+    k_tile, v_tile, q, grad_out, lse, delta, strides, first, lo, hi, b, kv_head, first_q, memory_b, tokens_q, len_q, len_k, lowest, prefix_len,
+    scale, softcap, limits, added, data, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, WANT_K: gl.constexpr, WANT_V: gl.constexpr,
+    LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
+):  # fmt: skip
+    """The sums of 64 rows of grad_k and grad_v again, see `kernels.hopper`."""
+    q_strides, do_strides = strides
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
+    Q_ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    DO_ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
+    j = first + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    dk = gl.zeros((64, BLOCK_D), gl.float32, LAYOUT)
+    dv = gl.zeros((64, BLOCK_DV), gl.float32, LAYOUT)
+    for g in range(0, GROUP):
+        h = kv_head * GROUP + g
+        q_head = head_of(q, memory_b, h, q_strides)
+        do_head = head_of(grad_out, memory_b, h, do_strides)
+        row_base = (gl.cast(memory_b, gl.int64) * Q_HEADS + h) * tokens_q + first_q
+        for m in range(lo, hi, CAREFUL):
+            q_row = m + gl.arange(0, CAREFUL, gl.SliceLayout(1, Q_ROWS))
+            do_row = m + gl.arange(0, CAREFUL, gl.SliceLayout(1, DO_ROWS))
+            q_rows = load_rows(q_head, first_q, q_row, q_row < len_q, q_strides, HEAD_DIM, BLOCK_D, Q_ROWS)
+            do_rows = load_rows(do_head, first_q, do_row, do_row < len_q, do_strides, V_HEAD_DIM, BLOCK_DV, DO_ROWS)
+            i = m + gl.arange(0, CAREFUL, gl.SliceLayout(0, LAYOUT))
+            row_lse = gl.load(lse + row_base + i, mask=i < len_q, other=INF)
+            row_lse = gl.where(row_lse == -INF, INF, row_lse) * (1.0 if NATURAL else LOG2_E)
+            zeros = gl.zeros((64, CAREFUL), gl.float32, LAYOUT)
+            weights, slope, keep = weights_again(
+                add_transposed(k_tile, q_rows, zeros), row_lse[None, :], b, h, i[None, :], j[:, None], len_q, len_k, lowest, prefix_len, scale, softcap,
+                limits, added, data, LIMITS, SOFTCAP, NATURAL, True,
+            )  # fmt: skip
+            if WANT_V:
+                dv = add_kept(weights, keep, do_rows, dv)
+            if WANT_K:
+                row_delta = gl.load(delta + row_base + i, mask=i < len_q, other=0.0)
+                ds = gl.where(keep, weights * (add_transposed(v_tile, do_rows, zeros) - row_delta[None, :]) * slope, 0.0)
+                dk = add_kept(ds, keep, q_rows, dk)
+    return dk, dv
+
+
+@gluon.jit
 def compute(
     common, WHICH: gl.constexpr, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr,
-    GROUPS: gl.constexpr, WANT_K: gl.constexpr, WANT_V: gl.constexpr, LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
+    GROUPS: gl.constexpr, HIDES: gl.constexpr, WANT_K: gl.constexpr, WANT_V: gl.constexpr, LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WHICH: grad_k and grad_v of 64 of a tile's 64 * GROUPS keys."""
-    tensors, barriers, grad_k, grad_v, flags, strides, scales, place, lengths, limits, added, data = common
+    tensors, barriers, q, grad_out, lse, delta, grad_k, grad_v, strides, scales, place, lengths, limits, added, data = common
     q_tiles, do_tiles, row_data, k_tiles, v_tiles = tensors
     kv_full, kv_empty, q_full, q_empty, do_full, do_empty = barriers
-    k_strides, v_strides = strides
+    k_strides, v_strides, q_strides, do_strides = strides
     scale, softmax_scale, softcap = scales
     sequences = lengths[5]
     max_k = lengths[7]
@@ -123,12 +169,24 @@ def compute(
                                 mbarrier.arrive(q_empty.index(stage), count=1)
                                 it += 1
                                 m += BLOCK_M
+                if HIDES:
+                    bad = 0
+                    if WANT_K:
+                        bad = any_nonfinite(dk)
+                    if WANT_V:
+                        bad = gl.maximum(bad, any_nonfinite(dv))
+                    if bad > 0:
+                        dk_again, dv_again = grad_carefully(
+                            k_tiles.index(WHICH), v_tiles.index(WHICH), q, grad_out, lse, delta, (q_strides, do_strides), first, lo, hi,
+                            b, kv_head, first_q, memory_b, lengths[8], len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
+                            Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, WANT_K, WANT_V, LIMITS, SOFTCAP, NATURAL,
+                        )  # fmt: skip
+                        dk = gl.convert_layout(dk_again, K_LAYOUT)
+                        dv = gl.convert_layout(dv_again, V_LAYOUT)
             # Blocks behind the last sequence are met once each; the loops are for tokens beyond max_k of them.
             end = gl.where(b == sequences, room, first + 1)
-            bad = 0
             # Through shared memory, where the tiles of K and V are done with, for wide stores.
             if WANT_K:
-                bad = any_nonfinite(dk)
                 k_tiles.index(WHICH).store((dk * softmax_scale).to(dtype))
                 k_result = k_tiles.index(WHICH).load(WRITE_K)
                 k_head = head_of(grad_k, memory_bk, kv_head, k_strides)
@@ -137,7 +195,6 @@ def compute(
                     value = gl.where(((key < len_k) & (key >= lowest))[:, None], k_result, 0.0)
                     gl.store(row_pointers(k_head, first_k + key, k_strides, BLOCK_D, WRITE_K), value, mask=existing(key < room, HEAD_DIM, BLOCK_D, WRITE_K))
             if WANT_V:
-                bad = gl.maximum(bad, any_nonfinite(dv))
                 # Without dK there is no tile of V.
                 v_place = (v_tiles if WANT_K else k_tiles).index(WHICH)
                 v_place.store(dv.to(dtype))
@@ -150,8 +207,6 @@ def compute(
                     gl.store(v_pointers, v_value, mask=existing(v_key < room, V_HEAD_DIM, BLOCK_DV, WRITE_V))
             fence_async_shared()
             mbarrier.arrive(kv_empty, count=1)
-            if flags is not None:
-                gl.store(flags + (pair * key_blocks + block) * GROUPS + WHICH, bad)
 
 
 @gluon.jit
@@ -216,7 +271,8 @@ def copy(
 
 @gluon.jit(do_not_specialize=RUNTIME)
 def hopper_grad_kv_kernel(
-    q_boxes, k_boxes, v_boxes, grad_out_boxes, lse, delta, grad_k, grad_v, flags, scale, softmax_scale, softcap,
+    q_boxes, k_boxes, v_boxes, grad_out_boxes, q, grad_out, lse, delta, grad_k, grad_v, scale, softmax_scale, softcap,
+    q_stride_b, q_stride_h, q_stride_s, grad_out_stride_b, grad_out_stride_h, grad_out_stride_s,
     grad_k_stride_b, grad_k_stride_h, grad_k_stride_s, grad_v_stride_b, grad_v_stride_h, grad_v_stride_s,
     cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k, left, right, chunk,
     segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
@@ -224,7 +280,7 @@ def hopper_grad_kv_kernel(
     bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tile_total,
     Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
-    WANT_K: gl.constexpr, WANT_V: gl.constexpr,
+    HIDES: gl.constexpr, WANT_K: gl.constexpr, WANT_V: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr, TOP_LEFT: gl.constexpr,
     LEFT_PHASE: gl.constexpr, MASK_ALL: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
 ):  # fmt: skip
@@ -259,7 +315,10 @@ def hopper_grad_kv_kernel(
     LIMITS: gl.constexpr = (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, CAUSAL and blocks_q is None)
     tensors = (q_tiles, do_tiles, row_data, k_tiles, v_tiles)
     barriers = (kv_full, kv_empty, q_full, q_empty, do_full, do_empty)
-    strides = ((grad_k_stride_b, grad_k_stride_h, grad_k_stride_s), (grad_v_stride_b, grad_v_stride_h, grad_v_stride_s))
+    strides = (
+        (grad_k_stride_b, grad_k_stride_h, grad_k_stride_s), (grad_v_stride_b, grad_v_stride_h, grad_v_stride_s),
+        (q_stride_b, q_stride_h, q_stride_s), (grad_out_stride_b, grad_out_stride_h, grad_out_stride_s),
+    )  # fmt: skip
     scales = (scale, softmax_scale, softcap)
     place = (pairs, section, tile_total)
     lengths = (cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k)
@@ -269,14 +328,14 @@ def hopper_grad_kv_kernel(
         segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
         bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k, None, 0, 0, 0, 1, 1,
     )  # fmt: skip
-    common = (tensors, barriers, grad_k, grad_v, flags, strides, scales, place, lengths, limits, added, data)
+    common = (tensors, barriers, q, grad_out, lse, delta, grad_k, grad_v, strides, scales, place, lengths, limits, added, data)
     copied = (q_boxes, k_boxes, v_boxes, grad_out_boxes, lse, delta, tensors, barriers, place, lengths, limits)
     # Registers: see `kernels.hopper_forward`.
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (compute, (common, 0, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, GROUPS, WANT_K, WANT_V, LIMITS, SOFTCAP, NATURAL)),
-                (compute, (common, 1, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, GROUPS, WANT_K, WANT_V, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 0, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, GROUPS, HIDES, WANT_K, WANT_V, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 1, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, GROUPS, HIDES, WANT_K, WANT_V, LIMITS, SOFTCAP, NATURAL)),
                 (copy, (copied, Q_HEADS, GROUP, GROUPS, WANT_K, LIMITS, NATURAL)),
             ],
             [4, 1], [240, 24],
@@ -284,9 +343,9 @@ def hopper_grad_kv_kernel(
     else:
         gl.warp_specialize(
             [
-                (compute, (common, 0, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, GROUPS, WANT_K, WANT_V, LIMITS, SOFTCAP, NATURAL)),
-                (compute, (common, 1, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, GROUPS, WANT_K, WANT_V, LIMITS, SOFTCAP, NATURAL)),
-                (compute, (common, 2, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, GROUPS, WANT_K, WANT_V, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 0, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, GROUPS, HIDES, WANT_K, WANT_V, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 1, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, GROUPS, HIDES, WANT_K, WANT_V, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 2, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, GROUPS, HIDES, WANT_K, WANT_V, LIMITS, SOFTCAP, NATURAL)),
                 (copy, (copied, Q_HEADS, GROUP, GROUPS, WANT_K, LIMITS, NATURAL)),
             ],
             [4, 4, 1], [160, 160, 32],

@@ -14,12 +14,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from attnhub.backends.triton.kernels.hopper import (
+    CAREFUL,
     RUNTIME,
+    add_kept,
+    add_transposed,
     any_nonfinite,
     copy_box,
     existing,
     head_of,
     keys,
+    load_rows,
     multiply_transposed,
     queries,
     row_pointers,
@@ -34,15 +38,46 @@ V_STAGES: gl.constexpr = gl.constexpr(2)
 
 
 @gluon.jit
+def grad_carefully(
+    q_tile, do_tile, heads, strides, i, lse_i, delta_i, lo, hi, b, h, first_k, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
+    HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
+):  # fmt: skip
+    """The sums of 64 rows of grad_q again, see `kernels.hopper`. i, lse_i, delta_i are of the layout's rows."""
+    k_head, v_head = heads
+    k_strides, v_strides = strides
+    BLOCK_D: gl.constexpr = q_tile.shape[1]
+    BLOCK_DV: gl.constexpr = do_tile.shape[1]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
+    K_ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    V_ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
+    dq = gl.zeros((64, BLOCK_D), gl.float32, LAYOUT)
+    for n in range(lo, hi, CAREFUL):
+        k_row = n + gl.arange(0, CAREFUL, gl.SliceLayout(1, K_ROWS))
+        v_row = n + gl.arange(0, CAREFUL, gl.SliceLayout(1, V_ROWS))
+        k = load_rows(k_head, first_k, k_row, (k_row < len_k) & (k_row >= lowest), k_strides, HEAD_DIM, BLOCK_D, K_ROWS)
+        v = load_rows(v_head, first_k, v_row, (v_row < len_k) & (v_row >= lowest), v_strides, V_HEAD_DIM, BLOCK_DV, V_ROWS)
+        zeros = gl.zeros((64, CAREFUL), gl.float32, LAYOUT)
+        j = n + gl.arange(0, CAREFUL, gl.SliceLayout(0, LAYOUT))
+        weights, slope, keep = weights_again(
+            add_transposed(q_tile, k, zeros), lse_i[:, None], b, h, i[:, None], j[None, :], len_q, len_k, lowest, prefix_len, scale, softcap,
+            limits, added, data, LIMITS, SOFTCAP, NATURAL, True,
+        )  # fmt: skip
+        ds = gl.where(keep, weights * (add_transposed(do_tile, v, zeros) - delta_i[:, None]) * slope, 0.0)
+        dq = add_kept(ds, keep, k, dq)
+    return dq
+
+
+@gluon.jit
 def compute(
-    common, WHICH: gl.constexpr, Q_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, GROUPS: gl.constexpr,
+    common, WHICH: gl.constexpr, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr,
+    GROUPS: gl.constexpr, HIDES: gl.constexpr,
     LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WHICH: grad_q and delta of 64 of a tile's 64 * GROUPS query rows."""
-    tensors, barriers, out, lse, grad_lse, delta, grad_q, flags, strides, scales, place, lengths, limits, added, data = common
+    tensors, barriers, k, v, out, lse, grad_lse, delta, grad_q, strides, scales, place, lengths, limits, added, data = common
     q_tiles, do_tiles, k_tiles, v_tiles = tensors
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    out_strides, grad_q_strides = strides
+    out_strides, grad_q_strides, k_strides, v_strides = strides
     scale, softmax_scale, softcap = scales
     sequences = lengths[5]
     max_q = lengths[6]
@@ -70,7 +105,7 @@ def compute(
         h = pair % Q_HEADS
         first_q, len_q, memory_b = queries(lengths, b)
         if block * BLOCK_M < len_q:
-            _, len_k, _, lowest, _, prefix_len = keys(lengths, b)
+            first_k, len_k, _, lowest, memory_bk, prefix_len = keys(lengths, b)
             lo, _, _, hi = rows_to_keys(block * BLOCK_M, BLOCK_M, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
             first = block * BLOCK_M + WHICH * 64
             _, full_lo, full_hi, _ = rows_to_keys(first, 64, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
@@ -136,8 +171,16 @@ def compute(
                 dq = warpgroup_mma(ds, k_tiles.index(before), dq, is_async=True)
                 dq, ds = warpgroup_mma_wait(0, deps=[dq, ds])
                 mbarrier.arrive(k_empty.index(before), count=1)
-            if flags is not None:
-                gl.store(flags + (pair * row_blocks + block) * GROUPS + WHICH, any_nonfinite(dq))
+                if HIDES:
+                    if any_nonfinite(dq) > 0:
+                        AGAIN: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
+                        heads = (head_of(k, memory_bk, h // GROUP, k_strides), head_of(v, memory_bk, h // GROUP, v_strides))
+                        again = grad_carefully(
+                            q_tiles.index(WHICH), do_tiles.index(WHICH), heads, (k_strides, v_strides), gl.convert_layout(i, AGAIN),
+                            gl.convert_layout(lse_i, AGAIN), gl.convert_layout(delta_i, AGAIN), lo, hi, b, h, first_k, len_q, len_k, lowest, prefix_len,
+                            scale, softcap, limits, added, data, HEAD_DIM, V_HEAD_DIM, LIMITS, SOFTCAP, NATURAL,
+                        )  # fmt: skip
+                        dq = gl.convert_layout(again, Q_LAYOUT)
             # Through shared memory, where the tile of Q is done with, for wide stores.
             q_tiles.index(WHICH).store((dq * softmax_scale).to(dtype))
             result = q_tiles.index(WHICH).load(WRITE)
@@ -201,14 +244,15 @@ def copy(copied, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexp
 
 @gluon.jit(do_not_specialize=RUNTIME)
 def hopper_grad_q_kernel(
-    q_boxes, k_boxes, v_boxes, grad_out_boxes, out, lse, grad_lse, delta, grad_q, flags, scale, softmax_scale, softcap,
+    q_boxes, k_boxes, v_boxes, grad_out_boxes, k, v, out, lse, grad_lse, delta, grad_q, scale, softmax_scale, softcap,
     out_stride_b, out_stride_h, out_stride_s, grad_q_stride_b, grad_q_stride_h, grad_q_stride_s,
+    k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k, left, right, chunk,
     segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tile_total,
     Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, HIDES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr, TOP_LEFT: gl.constexpr,
     LEFT_PHASE: gl.constexpr, MASK_ALL: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
 ):  # fmt: skip
@@ -239,7 +283,10 @@ def hopper_grad_q_kernel(
     LIMITS: gl.constexpr = (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, CAUSAL and blocks_q is None)
     tensors = (q_tiles, do_tiles, k_tiles, v_tiles)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    strides = ((out_stride_b, out_stride_h, out_stride_s), (grad_q_stride_b, grad_q_stride_h, grad_q_stride_s))
+    strides = (
+        (out_stride_b, out_stride_h, out_stride_s), (grad_q_stride_b, grad_q_stride_h, grad_q_stride_s),
+        (k_stride_b, k_stride_h, k_stride_s), (v_stride_b, v_stride_h, v_stride_s),
+    )  # fmt: skip
     scales = (scale, softmax_scale, softcap)
     place = (pairs, section, tile_total)
     lengths = (cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k)
@@ -249,14 +296,14 @@ def hopper_grad_q_kernel(
         segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
         bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k, None, 0, 0, 0, 1, 1,
     )  # fmt: skip
-    common = (tensors, barriers, out, lse, grad_lse, delta, grad_q, flags, strides, scales, place, lengths, limits, added, data)
+    common = (tensors, barriers, k, v, out, lse, grad_lse, delta, grad_q, strides, scales, place, lengths, limits, added, data)
     copied = (q_boxes, k_boxes, v_boxes, grad_out_boxes, tensors, barriers, place, lengths, limits)
     # Registers: see `kernels.hopper_forward`.
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (compute, (common, 0, Q_HEADS, HEAD_DIM, V_HEAD_DIM, GROUPS, LIMITS, SOFTCAP, NATURAL)),
-                (compute, (common, 1, Q_HEADS, HEAD_DIM, V_HEAD_DIM, GROUPS, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 0, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, GROUPS, HIDES, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 1, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, GROUPS, HIDES, LIMITS, SOFTCAP, NATURAL)),
                 (copy, (copied, Q_HEADS, GROUP, GROUPS, LIMITS)),
             ],
             [4, 1], [240, 24],
@@ -264,9 +311,9 @@ def hopper_grad_q_kernel(
     else:
         gl.warp_specialize(
             [
-                (compute, (common, 0, Q_HEADS, HEAD_DIM, V_HEAD_DIM, GROUPS, LIMITS, SOFTCAP, NATURAL)),
-                (compute, (common, 1, Q_HEADS, HEAD_DIM, V_HEAD_DIM, GROUPS, LIMITS, SOFTCAP, NATURAL)),
-                (compute, (common, 2, Q_HEADS, HEAD_DIM, V_HEAD_DIM, GROUPS, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 0, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, GROUPS, HIDES, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 1, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, GROUPS, HIDES, LIMITS, SOFTCAP, NATURAL)),
+                (compute, (common, 2, Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, GROUPS, HIDES, LIMITS, SOFTCAP, NATURAL)),
                 (copy, (copied, Q_HEADS, GROUP, GROUPS, LIMITS)),
             ],
             [4, 4, 1], [160, 160, 32],
