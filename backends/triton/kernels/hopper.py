@@ -12,7 +12,7 @@ data     ids, boolean and block masks, in the order of `kernels.mask.keep_pairs`
 """
 
 # Triton compiles this Python: constants are upper case, and an `if` over constants must stay a statement.
-# ruff: noqa: N803, N806, SIM108
+# ruff: noqa: N803, N806
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from __future__ import annotations
 

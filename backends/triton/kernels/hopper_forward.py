@@ -6,7 +6,7 @@ meets its only masked tiles at the start.
 """
 
 # Triton compiles this Python: constants are upper case, and an `if` over constants must stay a statement.
-# ruff: noqa: N803, N806, SIM102, SIM108, PLW2901
+# ruff: noqa: N803, N806, SIM102
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def compute(
                 s = multiply_scores(q_tiles, k_tiles, it % STAGES, WHICH, CHUNKS, S_LAYOUT)
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(k_empty.index(it % STAGES), count=1)
-                following, m, total, shrink, first_kept = softmax_step(
+                following, m, total, shrink, _first = softmax_step(
                     s, m, total, b, h, i, n + gl.arange(0, BLOCK_N, COLUMN), len_q, len_k, lowest, prefix_len, scale, softcap,
                     limits, added, data, LIMITS, SOFTCAP, NATURAL, True,
                 )  # fmt: skip
@@ -195,7 +195,7 @@ def compute(
                             acc = warpgroup_mma(weights, v_tiles.index(before), acc, is_async=True)
                             s = warpgroup_mma_wait(1, deps=[s])
                             mbarrier.arrive(k_empty.index(stage), count=1)
-                            following, m, total, shrink, tile_kept = softmax_step(
+                            following, m, total, shrink, _tile = softmax_step(
                                 s, m, total, b, h, i, n + gl.arange(0, BLOCK_N, COLUMN), len_q, len_k, lowest, prefix_len, scale, softcap,
                                 limits, added, data, LIMITS, SOFTCAP, NATURAL, phase != 1,
                             )  # fmt: skip

@@ -5,7 +5,7 @@ fit into the registers of a warpgroup (head_dim 256), the kernel runs once for e
 """
 
 # Triton compiles this Python: constants are upper case, and an `if` over constants must stay a statement.
-# ruff: noqa: N803, N806, SIM102, SIM108, PLW2901
+# ruff: noqa: N803, N806
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ here, from tiles that are needed anyway, and written for the kernel of dK and dV
 """
 
 # Triton compiles this Python: constants are upper case, and an `if` over constants must stay a statement.
-# ruff: noqa: N803, N806, SIM102, SIM108, PLW2901
+# ruff: noqa: N803, N806, SIM102
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from __future__ import annotations
 
