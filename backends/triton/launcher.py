@@ -70,7 +70,7 @@ class TritonPlan(Plan):
     def _forward(self, call: Call, arguments: _Arguments, tiles: Tiles, pack: bool, rows: int, out: Tensor, lse: Optional[Tensor]) -> None:
         block_m = tiles.block_m
         if rows <= 64 and not self._interpreted:
-            block_m = max(block_m, tiling.padded(rows))
+            block_m = max(block_m, min(tiling.padded(rows), 64 if arguments["BLOCK_DV"] < 512 else 32))
         heads = arguments["Q_HEADS"] // (arguments["GROUP"] if pack else 1)
         programs = _cdiv(rows, block_m) * heads * (arguments["sequences"] + (arguments["cu_q"] is not None))
         splits = 1
@@ -96,7 +96,7 @@ class TritonPlan(Plan):
                 combine_kernel, _cdiv(count, _COMBINE_ROWS), _ROW_TILES,
                 partial_out=target, partial_lse=target_lse, out=out, lse=lse, sinks=call.sinks, **_strides("out", out),
                 rows=count, splits=splits, tokens_q=arguments["tokens_q"],
-                Q_HEADS=arguments["Q_HEADS"], V_HEAD_DIM=arguments["V_HEAD_DIM"], BLOCK_DV=arguments["BLOCK_DV"], BLOCK_R=_COMBINE_ROWS,
+                Q_HEADS=arguments["Q_HEADS"], V_HEAD_DIM=arguments["V_HEAD_DIM"], BLOCK_DV=tiling.padded(arguments["V_HEAD_DIM"]), BLOCK_R=_COMBINE_ROWS,
             )  # fmt: skip
 
     def backward(self, call: Call, grad_out: Tensor, grad_lse: Optional[Tensor], out: Tensor, lse: Tensor, needs: Needs) -> Gradients:
@@ -113,7 +113,7 @@ class TritonPlan(Plan):
                 delta_kernel, _cdiv(count, _DELTA_ROWS), _ROW_TILES,
                 out=out, grad_out=grad_out, grad_lse=grad_lse, delta=delta, **_strides("out", out), **_strides("grad", grad_out),
                 rows=count, tokens_q=arguments["tokens_q"],
-                Q_HEADS=arguments["Q_HEADS"], V_HEAD_DIM=arguments["V_HEAD_DIM"], BLOCK_DV=arguments["BLOCK_DV"], BLOCK_R=_DELTA_ROWS,
+                Q_HEADS=arguments["Q_HEADS"], V_HEAD_DIM=arguments["V_HEAD_DIM"], BLOCK_DV=tiling.padded(arguments["V_HEAD_DIM"]), BLOCK_R=_DELTA_ROWS,
             )  # fmt: skip
             arguments.update(grad_out=grad_out, lse=lse, delta=delta, softmax_scale=abs(float(call.softmax_scale)), **_strides("grad_out", grad_out))
             grad_q = grad_k = grad_v = grad_bias = grad_sinks = None
@@ -204,7 +204,7 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
     mask_all = mask.segments is not None or blocks is not None or mask.bool_mask is not None or mask.bias is not None
     limited = left >= 0 or right >= 0 or mask.chunk > 0 or widened
     strides = {**_strides("q", q), **_strides("k", k), **_strides("v", v)}
-    width = tiling.padded(head_dim, v.shape[3])
+    width = tiling.widths(head_dim, v.shape[3])
     return {
         "negated": negated, "q": q, "k": k, "v": v, **strides,
         "scale": scale if call.softcap or mask.bias is not None else scale * math.log2(math.e), "softcap": float(call.softcap),
@@ -219,7 +219,7 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
         "alibi": mask.alibi, "alibi_stride_b": 0 if mask.alibi is None or mask.alibi.ndim == 1 or mask.alibi.shape[0] == 1 else mask.alibi.stride(0),
         **_dropout(call),
         "Q_HEADS": heads, "GROUP": heads // k.shape[1], "HEAD_DIM": head_dim, "V_HEAD_DIM": v.shape[3],
-        "BLOCK_D": width, "BLOCK_DV": width,
+        "BLOCK_D": width.main, "REST_D": width.rest, "BLOCK_DV": width.v_main, "REST_DV": width.v_rest,
         "LEFT": left >= 0, "RIGHT": right >= 0, "CHUNK": mask.chunk > 0, "CAUSAL": widened, "TOP_LEFT": mask.align == "top_left",
         "LEFT_PHASE": not mask_all and (left >= 0 or mask.chunk > 0 or mask.leftpad is not None), "MASK_ALL": mask_all, "MASK_VALUES": mask_all or limited, "SOFTCAP": call.softcap != 0.0, "NATURAL": mask.bias is not None,
         "WIDE": max(strides.values()) >= 2**23, "PRECISION": _precision(q), "UPCAST": interpreted and q.dtype == torch.bfloat16,

@@ -247,10 +247,20 @@ def test_two_byte_types(dtype: torch.dtype, dims: tuple[int, int]) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("dims", [(1, 1), (3, 40), (80, 8)])
+@pytest.mark.parametrize("dims", [(1, 1), (3, 40), (80, 8), (40, 40), (48, 33), (64, 96), (129, 129), (192, 128), (320, 257), (512, 512), (576, 512)])
 def test_any_head_dim(dims: tuple[int, int]) -> None:
-    q, k, v = tensors(1, (2, 2), (18, 33), dims, torch.float32)
+    q, k, v = tensors(1, (2, 2), (18, 70), dims, torch.float32)
     check(Call(q, k, v, Causal(), dims[0] ** -0.5, need_lse=True))
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["packed", "packed_decode", "decode_split_sinks", "dropout_bias", "bias_of_keys", "block_sparse_by_head", "softcap"])
+def test_features_with_a_head_dim_in_parts(name: str) -> None:
+    lengths, mask, extra = CASES[name]
+    extra = dict(extra)
+    scale = extra.pop("softmax_scale", 0.25)
+    q, k, v = tensors(1 if "varlen" in extra else 2, (2, 1), lengths, (41, 35), torch.float32)
+    check(Call(q, k, v, mask, scale, need_lse=True, **extra))
 
 
 @interpreted
@@ -298,14 +308,15 @@ def test_paged(page_size: int, length: int) -> None:
 
 
 @interpreted
-def test_masked_values_that_are_not_finite() -> None:
-    """NaN and infinities reach exactly the rows that attend to them, in both directions."""
-    q, k, v = tensors(1, (2, 1), (40, 40), (16, 16), torch.float32)
-    v[:, :, 30], v[:, 0, 35, 3], v[:, 0, 36, 4] = float("nan"), float("inf"), float("-inf")
+@pytest.mark.parametrize("dim", [16, 40])
+def test_masked_values_that_are_not_finite(dim: int) -> None:
+    """NaN and infinities reach exactly the rows that attend to them, in both directions; in the last dimensions too, which may be a part apart."""
+    q, k, v = tensors(1, (2, 1), (40, 40), (dim, dim), torch.float32)
+    v[:, :, 30, -2:], v[:, 0, 35, -3], v[:, 0, 36, -4] = float("nan"), float("inf"), float("-inf")
     check(Call(q, k, v, Causal(), 0.25, need_lse=True), backward=False)
 
-    q, k, v = tensors(1, (2, 1), (40, 40), (16, 16), torch.float32)
-    k[:, :, 30], v[:, :, 33] = float("nan"), float("nan")
+    q, k, v = tensors(1, (2, 1), (40, 40), (dim, dim), torch.float32)
+    k[:, :, 30, -1], v[:, :, 33, -1] = float("nan"), float("nan")
     call = Call(q, k, v, Causal(), 0.25, need_lse=True)
     plan = plan_for(call)
     out, lse = plan.forward(call)
@@ -314,16 +325,19 @@ def test_masked_values_that_are_not_finite() -> None:
     grads = plan.backward(call, torch.ones_like(out), None, out, lse, Needs())
     assert grads.q is not None and torch.isfinite(grads.q[:, :, :30]).all()
 
-    q, k, v = tensors(1, (2, 1), (40, 40), (16, 16), torch.float32)
+    q, k, v = tensors(1, (2, 1), (40, 40), (dim, dim), torch.float32)
     call = Call(q, k, v, Window(2, 0), 0.25, need_lse=True)
     out, lse = plan.forward(call)
     assert lse is not None
     grad_out = torch.ones_like(out)
-    grad_out[:, :, 20] = float("nan")
+    clean = plan.backward(call, grad_out, None, out, lse, Needs())
+    grad_out[:, :, 20, -1] = float("nan")
     grads = plan.backward(call, grad_out, None, out, lse, Needs())
-    for grad in (grads.k, grads.v):
-        assert grad is not None
-        assert (~torch.isfinite(grad[0, 0, :, 0])).nonzero().flatten().tolist() == [18, 19, 20]
+    others = [j for j in range(40) if j not in (18, 19, 20)]
+    for grad, right in ((grads.k, clean.k), (grads.v, clean.v)):
+        assert grad is not None and right is not None
+        assert (~torch.isfinite(grad[0, 0, :, -1])).nonzero().flatten().tolist() == [18, 19, 20]
+        torch.testing.assert_close(grad[:, :, others], right[:, :, others])
 
 
 @interpreted
@@ -448,7 +462,7 @@ def test_declaration() -> None:
     assert [r.code for r in backend.capability.check(problem(q, k, v, DeviceInfo("cuda", "nvidia", (7, 0))))] == [Code.ARCH]
     if not torch.cuda.is_available() and not torch.xpu.is_available():
         assert [r.code for r in backend.probe()] == [Code.NO_DEVICE]
-    wide = tensors(1, (2, 2), (4, 4), (320, 320), torch.float32)
+    wide = tensors(1, (2, 2), (4, 4), (577, 512), torch.float32)
     assert Code.HEAD_DIM in {r.code for r in backend.capability.check(problem(*wide, DeviceInfo("cuda", "nvidia", (9, 0))))}
 
 
@@ -526,15 +540,16 @@ def shared_memory_of(kernel: Any, arguments: dict[str, Any], choice: tiles.Tiles
 
 @compiled
 @pytest.mark.parametrize(
-    ("arch", "dtype", "dim", "mask", "extra"),
+    ("arch", "dtype", "dims", "mask", "extra"),
     [
-        ((9, 0), torch.bfloat16, 64, Causal() & SeqLens(ints(64, 64)), {}),
-        ((9, 0), torch.bfloat16, 64, some_blocks((256, 256), (100, 100)), DROPOUT),
-        ((8, 0), torch.float16, 64, BoolMask(torch.ones(1, 1, 256, 256, dtype=torch.bool)) & bias_of(1, 4, 256, 256), {}),
+        ((9, 0), torch.bfloat16, (64, 64), Causal() & SeqLens(ints(64, 64)), {}),
+        ((9, 0), torch.bfloat16, (576, 512), Causal(), {}),
+        ((9, 0), torch.bfloat16, (64, 64), some_blocks((256, 256), (100, 100)), DROPOUT),
+        ((8, 0), torch.float16, (64, 64), BoolMask(torch.ones(1, 1, 256, 256, dtype=torch.bool)) & bias_of(1, 4, 256, 256), {}),
     ],
 )
 def test_compiles_for_gpus_that_are_not_here(
-    arch: tuple[int, int], dtype: torch.dtype, dim: int, mask: Mask, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    arch: tuple[int, int], dtype: torch.dtype, dims: tuple[int, int], mask: Mask, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All kernels compile for the architecture, and the first tiles offered fit its shared memory."""
     from attnhub.backends.triton import block_sparse, launcher
@@ -542,15 +557,15 @@ def test_compiles_for_gpus_that_are_not_here(
     from attnhub.backends.triton.kernels.forward import forward_kernel
     from attnhub.backends.triton.kernels.grad_bias import grad_bias_kernel
 
-    q, k, v = (torch.empty(2, heads, 256, dim, dtype=dtype) for heads in (4, 2, 2))
+    q, k, v, out = (torch.empty(2, heads, 256, dim, dtype=dtype) for heads, dim in ((4, dims[0]), (2, dims[0]), (2, dims[1]), (4, dims[1])))
     arguments = launcher._arguments(Call(q, k, v, mask, 0.1, **extra), False)
     row = torch.empty(2, 4, 256)
     forward = {
-        **arguments, **launcher._strides("out", q), "out": q, "lse": row, "sinks": row, "block_table": None, "table_stride": 0,
+        **arguments, **launcher._strides("out", out), "out": out, "lse": row, "sinks": row, "block_table": None, "table_stride": 0,
         "splits": 1, "PAGE_SIZE": 0, "PACK": False, "SPLIT": False,
     }  # fmt: skip
-    backward = {**arguments, "grad_out": q, "lse": row, "delta": row, "softmax_scale": 0.1, "grad_q": q, "grad_k": k, "grad_v": v}
-    for name, x in (("grad_out", q), ("grad_q", q), ("grad_k", k), ("grad_v", v)):
+    backward = {**arguments, "grad_out": out, "lse": row, "delta": row, "softmax_scale": 0.1, "grad_q": q, "grad_k": k, "grad_v": v}
+    for name, x in (("grad_out", out), ("grad_q", q), ("grad_k", k), ("grad_v", v)):
         backward.update(launcher._strides(name, x))
     limit = tiles.shared_memory("nvidia", arch)
     kernels = {"forward": forward_kernel, "decode": forward_kernel, "grad_kv": grad_kv_kernel, "grad_q": grad_q_kernel}
@@ -560,7 +575,7 @@ def test_compiles_for_gpus_that_are_not_here(
     maps: list[Any] = []
     monkeypatch.setattr(block_sparse, "launch", lambda *a, **k: maps.append((a, k)))
     for role, kernel in kernels.items():
-        choice = tiles.choices(role, dim, dim, 2, limit)[0]
+        choice = tiles.choices(role, *dims, 2, limit)[0]
         decode = role == "decode"
         changes = {"PACK": True, "SPLIT": True, "out": row} if decode else {}
         sparse = block_sparse.block_sparse(mask, arguments, choice.block_m, choice.block_n, by_keys=role == "grad_kv", group=2 if decode else 1)
