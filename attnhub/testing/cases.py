@@ -350,13 +350,22 @@ def _all(level: str) -> Iterator[Case]:
         Case(page_size=16, seqlen_q=1, seqlen_k=77, q_heads=4, backward=False), Case(page_size=1, seqlen_q=3, seqlen_k=19, parts=("causal",), backward=False),
         Case(page_size=16, seqlen_q=6, seqlen_k=100, q_heads=8, head_dim=64, dtype="bfloat16", parts=("causal",), backward=False),
         Case(page_size=5, seqlen_q=1, seqlen_k=33, parts=("window_left", "causal"), backward=False),
+        Case(parts=("causal", "block_sparse"), q_heads=4, seqlen_q=40, seqlen_k=70), Case(parts=("block_sparse", "seqlens"), seqlen_q=3, seqlen_k=70, q_heads=4),
+        Case(lengths_q=(5, 0, 33), lengths_k=(8, 3, 40), parts=("block_sparse",), q_heads=4), Case(parts=("block_sparse", "bias_row"), dropout_p=0.2),
+        Case(lengths_q=(5, 0, 17), lengths_k=(8, 3, 40), parts=("causal",), q_heads=4, dropout_p=0.4), Case(seqlen_q=1, seqlen_k=150, q_heads=4, dropout_p=0.4),
+        Case(lengths_q=(5, 0, 17), lengths_k=(8, 3, 40), parts=("bias",)), Case(parts=("window_left", "bias_row"), dtype="bfloat16", softcap=5.0, q_heads=4),
+        # Multi-head latent attention: prefill, and decoding with the latent as both K and V.
+        Case(head_dim=192, v_head_dim=128, seqlen_q=20, seqlen_k=37, parts=("causal",)),
+        Case("bfloat16", batch=1, q_heads=16, kv_heads=1, seqlen_q=1, seqlen_k=100, head_dim=576, v_head_dim=512),
+        Case("bfloat16", batch=1, seqlen_q=18, seqlen_k=35, head_dim=576, v_head_dim=512, parts=("causal",)),
+        Case("bfloat16", seqlen_q=18, seqlen_k=35, head_dim=96, v_head_dim=64), Case("bfloat16", seqlen_q=18, seqlen_k=35, head_dim=64, v_head_dim=96),
     ]  # fmt: skip
     yield from basic
     yield from _fp8()
     dims = (1, 2, 3, 8, 15, 40, 64, 72, 80, 96, 100, 128) + (() if level == "tiny" else (160, 192, 256, 257, 384, 512))
     for dim in dims:
         yield Case(head_dim=dim, seqlen_q=18, seqlen_k=35, parts=("causal",))
-    for dim in (64, 80, 128, 256):
+    for dim in (64, 80, 128, 256) + (() if level == "tiny" else (40, 96, 160, 192, 320, 512)):
         for dtype in ("bfloat16", "float16"):
             yield Case(dtype, head_dim=dim, seqlen_q=18, seqlen_k=35, parts=("causal",), q_heads=4)
     if level == "tiny":

@@ -38,7 +38,8 @@ class TritonBackend(Backend):
         self.capability = Capability(
             devices=(*_GPUS, _INTERPRETER) if config.triton_interpret() else _GPUS,
             features=_BOTH_WAYS | {Feature.LSE, Feature.PAGED},
-            head_dims=(1, 256, 1),
+            head_dims=(1, 576, 1),
+            v_head_dims=(1, 512, 1),
             backward_features=_BOTH_WAYS | {Feature.LSE_GRAD, Feature.SINKS_GRAD, Feature.BIAS_GRAD},
         )
 

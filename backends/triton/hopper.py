@@ -106,6 +106,12 @@ def serves(arguments: dict[str, Any]) -> bool:
     return all(_addressable(arguments[name]) for name in ("q", "k", "v", "grad_out") if arguments.get(name) is not None)
 
 
+def serves_forward(arguments: dict[str, Any]) -> bool:
+    """As `serves`, of the forward; where blocks of 64 rows are for less than half of the device, smaller programs that divide the keys are faster."""
+    pairs = arguments["Q_HEADS"] * (arguments["sequences"] + (arguments["cu_q"] is not None))
+    return serves(arguments) and 2 * pairs * -(-arguments["max_q"] // 64) > _processors(arguments["q"].device)
+
+
 def _addressable(x: Tensor) -> bool:
     """Whether a tensor descriptor can describe it: aligned to 16 bytes, and nothing repeated."""
     item = x.element_size()

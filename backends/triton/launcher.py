@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
@@ -32,6 +33,8 @@ from attnhub.layouts import empty_out
 from attnhub.mask import FULL
 from attnhub.problem import Problem
 from attnhub.reasons import Code, Reason
+
+log = logging.getLogger("attnhub")
 
 #: Queries up to this length are packed: all heads of a K/V head's group in one block of rows.
 _PACKED_SEQLEN_Q = 16
@@ -75,6 +78,8 @@ class TritonPlan(Plan):
         self._recordings: dict[tuple[Any, ...], Recording] = {}
         #: Role -> seconds that its first launch took, and whether Triton had the kernel on disk.
         self._compiled: dict[str, tuple[float, Optional[bool]]] = {}
+        #: Role -> why its kernel, not the last choice, cannot run here.
+        self._refused: dict[str, str] = {}
 
     def describe(self) -> dict[str, Any]:
         described: dict[str, Any] = {"kernel": "triton"}
@@ -82,7 +87,7 @@ class TritonPlan(Plan):
             if choices:
                 seconds, from_disk = self._compiled.get(role, (None, None))
                 described[role] = {**vars(choices[0]), "compile_seconds": seconds, "from_disk_cache": from_disk}
-        return described
+        return {**described, **({"refused": dict(self._refused)} if self._refused else {})}
 
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
         if call.softmax_scale < 0 and call.q.dtype != torch.float8_e4m3fn:
@@ -190,6 +195,8 @@ class TritonPlan(Plan):
                 if variant is variants[-1] or error.reason.code not in (Code.OUT_OF_RESOURCES, Code.COMPILE_FAILED):
                     raise
                 self._tiles[variant.role] = []
+                self._refused[variant.role] = str(error.reason)
+                log.warning("triton: %s; the general kernel serves instead", error.reason)
                 continue
             if variant.role not in self._compiled and recorder.launched[before:]:
                 launched = recorder.launched[before:]
@@ -228,18 +235,25 @@ def _everything(arguments: _Arguments) -> bool:
     return True
 
 
-def _forward(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
-    """`forward_kernel`; few query rows are divided among programs by keys, and combined."""
+def _full_of_pages(arguments: _Arguments) -> bool:
+    """Whether K and V lie in pages and there is a program for nearly every multiprocessor."""
+    programs = arguments["sequences"] * arguments["Q_HEADS"] // (arguments["GROUP"] if arguments["PACK"] else 1)
+    return bool(arguments["PAGE_SIZE"]) and programs >= 0.8 * _processors(arguments["q"].device, config.triton_interpret())
+
+
+def _forward(recorder: Recorder, arguments: _Arguments, tiles: Tiles, role: str = "forward") -> None:
+    """`forward_kernel`; where rows and heads are too few for the device, the keys are divided among programs, and combined."""
     group = arguments["GROUP"] if arguments["PACK"] else 1
     rows = arguments["max_q"] * group
     interpreted = config.triton_interpret()
     block_m = tiles.block_m
     if rows <= _DECODE_ROWS and not interpreted:
-        block_m = max(block_m, tiling.padded(rows))
+        block_m = max(block_m, min(tiling.padded(rows), 64 if arguments["BLOCK_DV"] < 512 else 32))
     programs = _cdiv(rows, block_m) * (arguments["Q_HEADS"] // group) * _sequences(arguments)
+    slots = _processors(arguments["q"].device, interpreted) * tiling.RESIDENT.get(role, 1)
     splits = 1
-    if rows <= _DECODE_ROWS:
-        splits = tiling.split_count(programs, _cdiv(arguments["max_k"], tiles.block_n), _processors(arguments["q"].device, interpreted))
+    if rows <= _DECODE_ROWS or 2 * programs <= slots:
+        splits = tiling.split_count(programs, _cdiv(arguments["max_k"], tiles.block_n), slots)
     arguments = {**arguments, **block_sparse(recorder, arguments, block_m, tiles.block_n, group=group)}
     blocks = {"splits": splits, "SPLIT": splits > 1, "BLOCK_M": block_m, "BLOCK_N": tiles.block_n}
     if splits == 1:
@@ -253,7 +267,8 @@ def _forward(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
     rows = math.prod(out.shape[:3])
     recorder.launch(
         combine_kernel, _cdiv(rows, _COMBINE_ROWS), _ROW_TILES,
-        **arguments, partial_out=partial_out, partial_lse=partial_lse, rows=rows, splits=splits, BLOCK_R=_COMBINE_ROWS,
+        **{**arguments, "BLOCK_DV": tiling.padded(arguments["V_HEAD_DIM"])}, partial_out=partial_out, partial_lse=partial_lse,
+        rows=rows, splits=splits, BLOCK_R=_COMBINE_ROWS,
     )  # fmt: skip
 
 
@@ -262,7 +277,8 @@ def _make_delta(recorder: Recorder, arguments: _Arguments) -> None:
     if not arguments["delta_made"]:
         rows = arguments["rows"]
         grad_strides = {f"grad_stride_{axis}": arguments[f"grad_out_stride_{axis}"] for axis in "bhs"}
-        recorder.launch(delta_kernel, _cdiv(rows, _DELTA_ROWS), _ROW_TILES, **arguments, **grad_strides, BLOCK_R=_DELTA_ROWS)
+        width = {"BLOCK_DV": tiling.padded(arguments["V_HEAD_DIM"])}
+        recorder.launch(delta_kernel, _cdiv(rows, _DELTA_ROWS), _ROW_TILES, **{**arguments, **grad_strides, **width}, BLOCK_R=_DELTA_ROWS)
         arguments["delta_made"] = True
 
 
@@ -288,8 +304,11 @@ def _grad_bias(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
 
 
 #: In order of preference; the last of each serves everything.
-_FORWARD = (Variant("hopper_forward", hopper.serves, hopper.forward), Variant("forward", _everything, _forward))
-_DECODE = (Variant("decode", _everything, _forward),)
+_FORWARD = (Variant("hopper_forward", hopper.serves_forward, hopper.forward), Variant("forward", _everything, _forward))
+_DECODE = (
+    Variant("decode_paged", _full_of_pages, functools.partial(_forward, role="decode_paged")),
+    Variant("decode", _everything, functools.partial(_forward, role="decode")),
+)
 _GRAD_KV = (Variant("hopper_grad_kv", hopper.serves, hopper.grad_kv), Variant("grad_kv", _everything, _grad_kv))
 _GRAD_Q = (Variant("hopper_grad_q", hopper.serves, hopper.grad_q), Variant("grad_q", _everything, _grad_q))
 _GRAD_BIAS = (Variant("grad_bias", _everything, _grad_bias),)
@@ -385,7 +404,7 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
     limited = left >= 0 or right >= 0 or mask.chunk > 0 or widened
     strides = {**_strides("q", q), **_strides("k", k), **_strides("v", v)}
     # The smallest product of fp8 operands takes 32 dimensions.
-    width = max(tiling.padded(head_dim, v.shape[3]), 32 if fp8 else 16)
+    width = tiling.widths(head_dim, v.shape[3], 32 if fp8 else 16)
     return {
         "q": q, "k": k, "v": v, **strides,
         "scale": scale if call.softcap or mask.bias is not None else scale * math.log2(math.e), "softcap": float(call.softcap),
@@ -402,7 +421,7 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
         **_dropout(call),
         **_factors(call),
         "Q_HEADS": heads, "GROUP": heads // k.shape[1], "HEAD_DIM": head_dim, "V_HEAD_DIM": v.shape[3],
-        "BLOCK_D": width, "BLOCK_DV": width,
+        "BLOCK_D": width.main, "REST_D": width.rest, "BLOCK_DV": width.v_main, "REST_DV": width.v_rest,
         "LEFT": left >= 0, "RIGHT": right >= 0, "CHUNK": mask.chunk > 0, "CAUSAL": widened, "TOP_LEFT": mask.align == "top_left",
         "LEFT_PHASE": not mask_all and (left >= 0 or mask.chunk > 0 or mask.leftpad is not None), "MASK_ALL": mask_all, "MASK_VALUES": mask_all or limited, "SOFTCAP": call.softcap != 0.0, "NATURAL": mask.bias is not None,
         "WIDE": max(strides.values()) >= 2**23, "PRECISION": _precision(q), "UPCAST": interpreted and q.dtype == torch.bfloat16,

@@ -123,7 +123,7 @@ def preferred(chosen: dict[str, list[Tiles]], problem: Problem, item: int) -> di
     named = config.tune()
     tables = [] if not named or named == NOW else [load(pathlib.Path(named).expanduser())]
     tables.append(load(SHIPPED))
-    device, width, which = device_class(problem.device), padded(problem.head_dim, problem.v_head_dim), kind(problem)
+    device, width, which = device_class(problem.device), padded(max(problem.head_dim, problem.v_head_dim)), kind(problem)
     missing = [role for role in chosen if not any(find(table, device, role, item, width, which) for table in tables)]
     if named == NOW and missing and problem.device.type == "cuda" and not getattr(_state, "measuring", False):
         from attnhub.backends.triton.tune import kept

@@ -25,42 +25,82 @@ class Tiles:
         return Tiles(block_m, block_n, min(self.num_warps, 4), 2)
 
 
-def padded(head_dim: int, v_head_dim: int = 0) -> int:
-    """The width that a kernel gives both head dimensions: a power of two, at least 16 (the smallest matrix product).
+def padded(size: int) -> int:
+    """The power of two at or above a size, at least 16 (the smallest matrix product)."""
+    return max(16, 1 << (size - 1).bit_length())
 
-    One width for both, although the kernels take two: with 64 for q and k and 32 for v, the code that Triton 3.6 makes for
-    Hopper gave wrong results in bf16 (out, dQ and dK; the same kernels are right when interpreted).
+
+def _cut(head_dim: int, least: int) -> tuple[int, int]:
+    main = max(padded(head_dim), least)
+    if main in (head_dim, least):
+        return main, 0
+    rest = max(padded(head_dim - main // 2), least)
+    return (main, 0) if rest >= main // 2 else (main // 2, rest)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What a kernel gives the head dimensions: a main part and a rest (0: none), each a power of two, for q/k and for v."""
+
+    main: int
+    rest: int
+    v_main: int
+    v_rest: int
+
+    @property
+    def total(self) -> int:
+        return self.main + self.rest + self.v_main + self.v_rest
+
+
+@functools.lru_cache(maxsize=256)
+def widths(head_dim: int, v_head_dim: int, least: int = 16) -> Widths:
+    """Both head dimensions in parts: 192 is 128 + 64, 576 is 512 + 64, 96 is 64 + 32; 100 would be 64 + 64 and is 128. least: of each part.
+
+    The main parts of q/k and v are equal (where they would differ, the smaller head_dim is padded to the larger one's main part):
+    with 64 for q and k and 32 for v, the code that Triton 3.6 makes for Hopper gave wrong results in bf16 (out, dQ and dK; the same
+    kernels are right when interpreted).
     """
-    return max(16, 1 << (max(head_dim, v_head_dim) - 1).bit_length())
+    (main, rest), (v_main, v_rest) = _cut(head_dim, least), _cut(v_head_dim, least)
+    if main < v_main:
+        main, rest = v_main, 0
+    elif v_main < main:
+        v_main, v_rest = main, 0
+    return Widths(main, rest, v_main, v_rest)
 
 
-#: role -> element size -> largest padded head_dim -> tiles. The 2-byte rows are the fastest of four to six measured on an
-#: H200 at 4096 tokens (decode: of five at 8192 keys); in fp32 the products run
-#: on ordinary units, whose operands all live in registers, so that blocks are small. Those of fp8 (1) are the 2-byte ones, not
-#: measured: v is multiplied as fp16.
+#: role -> element size -> largest mean of the two padded head dims -> tiles. The 2-byte rows up to 256 are the fastest of four to
+#: six measured on an H200 at 4096 tokens (decode: of five at 8192 keys). The others are not measured: chosen by what ptxas reports.
+#: Above 256, with 64 rows, Hopper's warp-group products leave every warp group the whole accumulator, which spills 16 KB: 32 rows
+#: go to the older instructions. In fp32 the products run on ordinary units, whose operands all live in registers: small blocks. Rows
+#: of fp8 (1) are the 2-byte ones: v is multiplied as fp16.
 _TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
     "forward": {
-        1: {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2)},
-        2: {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2)},
-        4: {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 16, 4, 1)},
+        1: {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2), 576: Tiles(32, 32, 8, 2)},
+        2: {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2), 576: Tiles(32, 32, 8, 2)},
+        4: {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 16, 8, 1), 576: Tiles(16, 16, 8, 1)},
     },
     "decode": {
-        1: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 4, 3), 256: Tiles(16, 64, 4, 2)},
-        2: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 4, 3), 256: Tiles(16, 64, 4, 2)},
-        4: {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 32, 4, 2), 256: Tiles(16, 16, 4, 2)},
+        1: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 128, 4, 3), 256: Tiles(16, 64, 4, 2), 576: Tiles(16, 32, 8, 2)},
+        2: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 128, 4, 3), 256: Tiles(16, 64, 4, 2), 576: Tiles(16, 32, 8, 2)},
+        4: {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 32, 4, 2), 256: Tiles(16, 16, 4, 2), 576: Tiles(16, 16, 8, 1)},
+    },
+    # For pages, with programs for every multiprocessor; else those for decoding.
+    "decode_paged": {
+        1: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 2, 4), 256: Tiles(16, 64, 4, 2), 576: Tiles(16, 32, 8, 2)},
+        2: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 2, 4), 256: Tiles(16, 64, 4, 2), 576: Tiles(16, 32, 8, 2)},
+        4: {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 32, 4, 2), 256: Tiles(16, 16, 4, 2), 576: Tiles(16, 16, 8, 1)},
     },
     "grad_kv": {
-        2: {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(32, 64, 8, 2)},
-        4: {64: Tiles(32, 32, 4, 1), 128: Tiles(16, 32, 4, 1), 256: Tiles(16, 16, 4, 1)},
+        2: {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(32, 64, 8, 2), 576: Tiles(32, 32, 8, 1)},
+        4: {64: Tiles(32, 32, 4, 1), 128: Tiles(16, 32, 4, 1), 256: Tiles(16, 16, 8, 1), 576: Tiles(16, 16, 16, 1)},
     },
     "grad_q": {
-        2: {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(128, 32, 8, 1)},
-        4: {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 4, 1)},
+        2: {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(128, 32, 8, 1), 576: Tiles(32, 32, 8, 1)},
+        4: {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 8, 1), 576: Tiles(16, 16, 8, 1)},
     },
-    # Not measured: chosen by what the compiler reports.
     "grad_bias": {
-        2: {64: Tiles(64, 64, 4, 1), 128: Tiles(64, 64, 4, 1), 256: Tiles(64, 64, 8, 1)},
-        4: {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 4, 1)},
+        2: {64: Tiles(64, 64, 4, 1), 128: Tiles(64, 64, 4, 1), 256: Tiles(64, 64, 8, 1), 576: Tiles(64, 32, 8, 1)},
+        4: {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 8, 1), 576: Tiles(16, 16, 8, 1)},
     },
 }
 ROLES = tuple(_TABLE)
@@ -86,7 +126,7 @@ def shared_memory(vendor: str, arch: tuple[int, ...]) -> int:
 
 def estimate(role: str, tiles: Tiles, dims: int, item: int) -> int:
     """Bytes of shared memory that a kernel needs, roughly: resident operands plus staged ones. dims is D + Dv, padded."""
-    if role in ("forward", "decode"):
+    if role in ("forward", "decode", "decode_paged"):
         return item * (tiles.block_m * dims // 2 + tiles.num_stages * tiles.block_n * dims)
     resident, staged = (tiles.block_n, tiles.block_m) if role == "grad_kv" else (tiles.block_m, tiles.block_n)
     return item * (resident * dims + tiles.num_stages * staged * dims + tiles.block_m * tiles.block_n)
@@ -94,12 +134,12 @@ def estimate(role: str, tiles: Tiles, dims: int, item: int) -> int:
 
 def choices(role: str, head_dim: int, v_head_dim: int, item: int, limit: int) -> list[Tiles]:
     """Tiles to try in this order for a kernel: the table's, then smaller ones, without those that surely do not fit."""
-    width = padded(head_dim, v_head_dim)
+    width = widths(head_dim, v_head_dim)
     rows = _TABLE[role][item]
-    tiles: Tiles | None = rows[min(d for d in rows if d >= width)]
+    tiles: Tiles | None = rows[min(d for d in rows if 2 * d >= width.total)]
     found = []
     while tiles is not None:
-        if estimate(role, tiles, 2 * width, item) <= limit:
+        if estimate(role, tiles, width.total, item) <= limit:
             found.append(tiles)
         tiles = tiles.smaller()
     return found
@@ -111,20 +151,19 @@ def interpreted() -> dict[str, list[Tiles]]:
     return {role: [Tiles(*sizes[role], 1, 1)] for role in ROLES}
 
 
-#: Programs of a decode kernel (4 warps, 72 KB of shared memory at head_dim 128) that one multiprocessor runs at a time.
-_RESIDENT = 3
+#: Programs of a decoding role that one multiprocessor runs at a time. One with deep tiles reads as fast as three with small ones.
+RESIDENT = {"decode": 1, "decode_paged": 3}
 
 
 @functools.lru_cache(maxsize=1024)
-def split_count(programs: int, key_tiles: int, processors: int) -> int:
-    """Into how many parts to divide the keys so that every multiprocessor has work.
+def split_count(programs: int, key_tiles: int, slots: int) -> int:
+    """Into how many parts to divide the keys so that every slot (multiprocessor, times the programs it runs at a time) has work.
 
     One if the programs nearly fill the device, else the fewest that reach 85% of the best achievable wave efficiency, with
     at least two key tiles in each.
     """
-    if programs >= 0.8 * processors or key_tiles <= 1:
+    if programs >= 0.8 * slots or key_tiles <= 1:
         return 1
-    slots = processors * _RESIDENT
     most = max(1, min(key_tiles // 2, 128, slots // programs))
     efficiency = []
     for splits in range(1, most + 1):

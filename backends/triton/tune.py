@@ -295,7 +295,7 @@ def kept(problem: Problem, missing: list[str]) -> dict[str, Any]:
     path = config.cache_dir() / f"triton-tune-{slug(' '.join(str(facts[name]) for name in ('device', 'driver', 'torch', 'triton')))}.json"
     with _locked(path):
         found = table.load(path) if path.exists() else table.empty()
-        name, item, width, which = table.device_class(problem.device), ITEM.get(problem.q_dtype, 0), padded(problem.head_dim, problem.v_head_dim), table.kind(problem)
+        name, item, width, which = table.device_class(problem.device), ITEM.get(problem.q_dtype, 0), padded(max(problem.head_dim, problem.v_head_dim)), table.kind(problem)
         todo = [
             Group(role, problem.q_dtype, width, which) for role in missing
             if _wanted(role, problem) and (role, item) in _BLOCKS and not table.find(found, name, role, item, width, which)

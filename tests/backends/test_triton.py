@@ -320,10 +320,20 @@ def test_fp8_paged() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("dims", [(1, 1), (3, 40), (80, 8)])
+@pytest.mark.parametrize("dims", [(1, 1), (3, 40), (80, 8), (40, 40), (48, 33), (64, 96), (129, 129), (192, 128), (320, 257), (512, 512), (576, 512)])
 def test_any_head_dim(dims: tuple[int, int]) -> None:
-    q, k, v = tensors(1, (2, 2), (18, 33), dims, torch.float32)
+    q, k, v = tensors(1, (2, 2), (18, 70), dims, torch.float32)
     check(Call(q, k, v, Causal(), dims[0] ** -0.5, need_lse=True))
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["packed", "packed_decode", "decode_split_sinks", "dropout_bias", "bias_of_keys", "block_sparse_by_head", "softcap"])
+def test_features_with_a_head_dim_in_parts(name: str) -> None:
+    lengths, mask, extra = CASES[name]
+    extra = dict(extra)
+    scale = extra.pop("softmax_scale", 0.25)
+    q, k, v = tensors(1 if "varlen" in extra else 2, (2, 1), lengths, (41, 35), torch.float32)
+    check(Call(q, k, v, mask, scale, need_lse=True, **extra))
 
 
 @interpreted
@@ -342,15 +352,28 @@ def test_expanded_keys_and_strange_strides() -> None:
     check(Call(q, k, v, Causal(), 0.25, need_lse=True))
 
 
-# Known and open: on a Zen 4 with Triton 3.9 the interpreted kernel's error is 1.0 to 1.7 times what the rule allows, with the kernel as it was when
-# this test passed elsewhere, hence not strict. The cause is not found: plain maths in base 2 have half of the error, so it is not that.
-@pytest.mark.xfail(strict=False, raises=AssertionError, reason="fp32 scores of 300: more error than the rule allows on some processors")
 @interpreted
 def test_extreme_scores() -> None:
+    """Scores of 300 in fp32: rounding of the scores themselves is all the error there is, and it hangs on the order in which q k^T is summed.
+
+    The 300 are one summand. Where torch's product meets it last, a score is rounded once at that size (rms error 0.9e-5); where it comes
+    first, with every summand that follows (3.5e-5). numpy's product, by which Triton interprets tl.dot, sums in an order of its own that
+    differs between processors (2.0e-5 on a Zen 4, last or not). A dot product has no order: the kernel is allowed twice the error of plain
+    maths in the worse of the two.
+    """
     q, k, v = tensors(4, (4, 4), (17, 33), (16, 16), torch.float32)
     for shift in (-300.0, 300.0):
-        far = torch.cat([k, torch.full_like(k[..., :1], shift)], -1)
-        check(Call(torch.cat([q, torch.ones_like(q[..., :1])], -1), far, v, Causal(), 1.0, need_lse=True), backward=False)
+        far, one = torch.full_like(k[..., :1], shift), torch.ones_like(q[..., :1])
+        calls = [
+            Call(torch.cat(q_parts, -1), torch.cat(k_parts, -1), v, Causal(), 1.0, need_lse=True)
+            for q_parts, k_parts in (((q, one), (k, far)), ((one, q), (far, k)))
+        ]
+        want = maths.forward(variant(calls[0], torch.float64), None, torch.float64, True)
+        plains = [maths.forward(variant(call, torch.float32), None, torch.float32, True) for call in calls]
+        for call in calls:
+            for name, got, right, *plain in zip(("out", "lse"), plan_for(call).forward(call), want, *plains):
+                assert got is not None and right is not None
+                agree(name, got, right, max(plain, key=lambda p: (p.double() - right).abs().max().item()), torch.float32)
 
 
 @interpreted
@@ -371,14 +394,15 @@ def test_paged(page_size: int, length: int) -> None:
 
 
 @interpreted
-def test_masked_values_that_are_not_finite() -> None:
-    """NaN and infinities reach exactly the rows that attend to them, in both directions."""
-    q, k, v = tensors(1, (2, 1), (40, 40), (16, 16), torch.float32)
-    v[:, :, 30], v[:, 0, 35, 3], v[:, 0, 36, 4] = float("nan"), float("inf"), float("-inf")
+@pytest.mark.parametrize("dim", [16, 40])
+def test_masked_values_that_are_not_finite(dim: int) -> None:
+    """NaN and infinities reach exactly the rows that attend to them, in both directions; in the last dimensions too, which may be a part apart."""
+    q, k, v = tensors(1, (2, 1), (40, 40), (dim, dim), torch.float32)
+    v[:, :, 30, -2:], v[:, 0, 35, -3], v[:, 0, 36, -4] = float("nan"), float("inf"), float("-inf")
     check(Call(q, k, v, Causal(), 0.25, need_lse=True), backward=False)
 
-    q, k, v = tensors(1, (2, 1), (40, 40), (16, 16), torch.float32)
-    k[:, :, 30], v[:, :, 33] = float("nan"), float("nan")
+    q, k, v = tensors(1, (2, 1), (40, 40), (dim, dim), torch.float32)
+    k[:, :, 30, -1], v[:, :, 33, -1] = float("nan"), float("nan")
     call = Call(q, k, v, Causal(), 0.25, need_lse=True)
     plan = plan_for(call)
     out, lse = plan.forward(call)
@@ -387,16 +411,19 @@ def test_masked_values_that_are_not_finite() -> None:
     grads = plan.backward(call, torch.ones_like(out), None, out, lse, Needs())
     assert grads.q is not None and torch.isfinite(grads.q[:, :, :30]).all()
 
-    q, k, v = tensors(1, (2, 1), (40, 40), (16, 16), torch.float32)
+    q, k, v = tensors(1, (2, 1), (40, 40), (dim, dim), torch.float32)
     call = Call(q, k, v, Window(2, 0), 0.25, need_lse=True)
     out, lse = plan.forward(call)
     assert lse is not None
     grad_out = torch.ones_like(out)
-    grad_out[:, :, 20] = float("nan")
+    clean = plan.backward(call, grad_out, None, out, lse, Needs())
+    grad_out[:, :, 20, -1] = float("nan")
     grads = plan.backward(call, grad_out, None, out, lse, Needs())
-    for grad in (grads.k, grads.v):
-        assert grad is not None
-        assert (~torch.isfinite(grad[0, 0, :, 0])).nonzero().flatten().tolist() == [18, 19, 20]
+    others = [j for j in range(40) if j not in (18, 19, 20)]
+    for grad, right in ((grads.k, clean.k), (grads.v, clean.v)):
+        assert grad is not None and right is not None
+        assert (~torch.isfinite(grad[0, 0, :, -1])).nonzero().flatten().tolist() == [18, 19, 20]
+        torch.testing.assert_close(grad[:, :, others], right[:, :, others])
 
 
 @interpreted
@@ -524,7 +551,7 @@ def test_declaration() -> None:
     eighth = tensors(1, (2, 2), (4, 4), (16, 16), torch.float8_e4m3fn)
     for arch, reasons in (((8, 0), [Code.DTYPE]), ((8, 6), [Code.DTYPE]), ((8, 9), []), ((9, 0), []), ((12, 0), [])):
         assert [r.code for r in backend.capability.check(problem(*eighth, DeviceInfo("cuda", "nvidia", arch)))] == reasons
-    wide = tensors(1, (2, 2), (4, 4), (320, 320), torch.float32)
+    wide = tensors(1, (2, 2), (4, 4), (577, 512), torch.float32)
     assert Code.HEAD_DIM in {r.code for r in backend.capability.check(problem(*wide, DeviceInfo("cuda", "nvidia", (9, 0))))}
 
 

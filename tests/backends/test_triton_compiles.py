@@ -111,6 +111,7 @@ DROPOUT = {"dropout_p": 0.1, "rng": torch.zeros(2, dtype=torch.int64)}
 #: (compute capability, dtype, head_dim, mask, further arguments)
 GENERAL = [
     ((9, 0), torch.bfloat16, 64, BLOCKS, DROPOUT),
+    ((9, 0), torch.bfloat16, 576, Causal(), {}),
     ((8, 9), torch.bfloat16, 64, Causal() & SeqLens(torch.tensor([64, 64], dtype=torch.int32)), {}),
     ((8, 0), torch.float16, 64, BoolMask(torch.ones(1, 1, 256, 256, dtype=torch.bool)) & Bias(torch.zeros(1, 4, 256, 256, dtype=torch.float16)), {}),
 ]
@@ -121,7 +122,7 @@ def test_general_kernels(
     arch: tuple[int, int], dtype: torch.dtype, dim: int, mask: Mask, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of them compile for the architecture, and the first tiles offered fit its shared memory."""
-    call = Call(*qkv(256, dim, dtype), mask, 0.1, **extra)
+    call = Call(*qkv(256, dim, dtype, min(dim, 512)), mask, 0.1, **extra)
     short = Call(call.q[:, :, :1], call.k, call.v, SeqLens(torch.tensor([64, 64], dtype=torch.int32)), 0.1)
     needs = Needs(True, True, True, mask.bias is not None, False)
     made = [*launches(call, arch, monkeypatch), *launches(short, arch, monkeypatch), *launches(call, arch, monkeypatch, needs)]

@@ -25,6 +25,7 @@ from attnhub.backends.triton.kernels.tile import (
     head_pointer,
     load_tile,
     power,
+    store_tile,
     tanh,
 )
 from attnhub.backends.triton.kernels.tile_map import listed_range, listed_token
@@ -69,7 +70,7 @@ def grad_kv_kernel(
     rng, drop_below, keep_scale, tile_map, tile_map_stride_b, tile_map_stride_h, tile_count,
     sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
     LEFT_PHASE: tl.constexpr, MASK_ALL: tl.constexpr, MASK_VALUES: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -85,19 +86,25 @@ def grad_kv_kernel(
     columns = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     v_dims = tl.arange(0, BLOCK_DV)
+    if REST_D > 0:
+        rest_dims = BLOCK_D + tl.arange(0, REST_D)
+    if REST_DV > 0:
+        rest_v_dims = BLOCK_DV + tl.arange(0, REST_DV)
     if cu_k is not None:
         if b == sequences:
             # Tokens behind the last sequence belong to none.
             behind = tl.load(cu_k + b)
             for start in tl.range(behind + block * BLOCK_N, tokens_k, key_blocks * BLOCK_N):
                 token = start + columns
-                k_rows = tl.cast(kv_head, tl.int64) * grad_k_stride_h + token.to(tl.int64) * grad_k_stride_s
-                v_rows = tl.cast(kv_head, tl.int64) * grad_v_stride_h + token.to(tl.int64) * grad_v_stride_s
-                ok = (token < tokens_k)[:, None]
-                no_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32).to(grad_k.dtype.element_ty)
-                no_v = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32).to(grad_v.dtype.element_ty)
-                tl.store(grad_k + k_rows[:, None] + dims[None, :], no_k, mask=ok & (dims[None, :] < HEAD_DIM))
-                tl.store(grad_v + v_rows[:, None] + v_dims[None, :], no_v, mask=ok & (v_dims[None, :] < V_HEAD_DIM))
+                k_rows = grad_k + (tl.cast(kv_head, tl.int64) * grad_k_stride_h + token.to(tl.int64) * grad_k_stride_s)[:, None]
+                v_rows = grad_v + (tl.cast(kv_head, tl.int64) * grad_v_stride_h + token.to(tl.int64) * grad_v_stride_s)[:, None]
+                ok = token < tokens_k
+                store_tile(k_rows + dims[None, :], tl.zeros((BLOCK_N, BLOCK_D), tl.float32), ok, dims < HEAD_DIM)
+                store_tile(v_rows + v_dims[None, :], tl.zeros((BLOCK_N, BLOCK_DV), tl.float32), ok, v_dims < V_HEAD_DIM)
+                if REST_D > 0:
+                    store_tile(k_rows + rest_dims[None, :], tl.zeros((BLOCK_N, REST_D), tl.float32), ok, rest_dims < HEAD_DIM)
+                if REST_DV > 0:
+                    store_tile(v_rows + rest_v_dims[None, :], tl.zeros((BLOCK_N, REST_DV), tl.float32), ok, rest_v_dims < V_HEAD_DIM)
             return
     first_k, len_k, room, lowest, memory_bk = key_block(cu_k, seqused_k, leftpad, b, max_k)
     if block * BLOCK_N >= room:
@@ -117,8 +124,12 @@ def grad_kv_kernel(
     v_rows = (first_k + j).to(tl.int64) * v_stride_s
     k_base = head_pointer(k, memory_bk, kv_head, 0, k_stride_b, k_stride_h, k_stride_s)
     v_base = head_pointer(v, memory_bk, kv_head, 0, v_stride_b, v_stride_h, v_stride_s)
-    k_tile = load_tile(k_base + k_rows[:, None] + dims[None, :], column_ok, dims < HEAD_DIM, True, BLOCK_D != HEAD_DIM)
-    v_tile = load_tile(v_base + v_rows[:, None] + v_dims[None, :], column_ok, v_dims < V_HEAD_DIM, True, BLOCK_DV != V_HEAD_DIM)
+    k_tile = load_tile(k_base + k_rows[:, None] + dims[None, :], column_ok, dims < HEAD_DIM, True, BLOCK_D > HEAD_DIM)
+    v_tile = load_tile(v_base + v_rows[:, None] + v_dims[None, :], column_ok, v_dims < V_HEAD_DIM, True, BLOCK_DV > V_HEAD_DIM)
+    if REST_D > 0:
+        k_rest = load_tile(k_base + k_rows[:, None] + rest_dims[None, :], column_ok, rest_dims < HEAD_DIM, True, BLOCK_D + REST_D > HEAD_DIM)
+    if REST_DV > 0:
+        v_rest = load_tile(v_base + v_rows[:, None] + rest_v_dims[None, :], column_ok, rest_v_dims < V_HEAD_DIM, True, BLOCK_DV + REST_DV > V_HEAD_DIM)
 
     key_first = block * BLOCK_N
     key_last = tl.minimum(key_first + BLOCK_N, len_k) - 1
@@ -133,18 +144,34 @@ def grad_kv_kernel(
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    if REST_D > 0:
+        dk_rest = tl.zeros((BLOCK_N, REST_D), tl.float32)
+    if REST_DV > 0:
+        dv_rest = tl.zeros((BLOCK_N, REST_DV), tl.float32)
     # A second attempt, with products that keep masked values apart, if a NaN or infinity has shown up in the first.
     for attempt in tl.static_range(0, 2 if MASK_VALUES else 1):
         rows = tl.arange(0, CAREFUL if attempt == 1 else BLOCK_M)
         offset_rows = rows.to(tl.int64) if WIDE else rows
         q_offsets = offset_rows[:, None] * q_stride_s + dims[None, :]
         do_offsets = offset_rows[:, None] * grad_out_stride_s + v_dims[None, :]
+        if REST_D > 0:
+            q_rest_offsets = offset_rows[:, None] * q_stride_s + rest_dims[None, :]
+        if REST_DV > 0:
+            do_rest_offsets = offset_rows[:, None] * grad_out_stride_s + rest_v_dims[None, :]
         heads = GROUP
         if attempt == 1:
             bad = any_nonfinite(tl.where(column_ok[:, None], dk, 0.0)) | any_nonfinite(tl.where(column_ok[:, None], dv, 0.0))
+            if REST_D > 0:
+                bad = bad | any_nonfinite(tl.where(column_ok[:, None], dk_rest, 0.0))
+            if REST_DV > 0:
+                bad = bad | any_nonfinite(tl.where(column_ok[:, None], dv_rest, 0.0))
             heads = tl.where(bad, GROUP, 0)
             dk = tl.where(bad, 0.0, dk)
             dv = tl.where(bad, 0.0, dv)
+            if REST_D > 0:
+                dk_rest = tl.where(bad, 0.0, dk_rest)
+            if REST_DV > 0:
+                dv_rest = tl.where(bad, 0.0, dv_rest)
         for g in tl.range(0, heads):
             h = kv_head * GROUP + g
             q_base = head_pointer(q, memory_b, h, first_q, q_stride_b, q_stride_h, q_stride_s)
@@ -178,11 +205,15 @@ def grad_kv_kernel(
                         p = i + shift
                         row_ok = i < len_q
                         q_pointers = q_base + tl.cast(start_m, tl.int64) * q_stride_s + q_offsets
-                        q_tile = load_tile(q_pointers, row_ok, dims < HEAD_DIM, phase != 1, BLOCK_D != HEAD_DIM)
+                        q_tile = load_tile(q_pointers, row_ok, dims < HEAD_DIM, phase != 1, BLOCK_D > HEAD_DIM)
                         # Rows without keys, and rows that do not exist, have P = 0.
                         row_lse = tl.load(lse + row_base + i, mask=row_ok, other=INF)
                         row_lse = tl.where(row_lse == -INF, INF, row_lse) * (1.0 if NATURAL else LOG2_E)
                         s = dot(k_tile, tl.trans(q_tile), tl.zeros((BLOCK_N, CAREFUL if attempt == 1 else BLOCK_M), tl.float32), PRECISION, UPCAST)
+                        if REST_D > 0:
+                            q_rest_pointers = q_base + tl.cast(start_m, tl.int64) * q_stride_s + q_rest_offsets
+                            q_rest = load_tile(q_rest_pointers, row_ok, rest_dims < HEAD_DIM, phase != 1, BLOCK_D + REST_D > HEAD_DIM)
+                            s = dot(k_rest, tl.trans(q_rest), s, PRECISION, UPCAST)
                         slope = 1.0
                         if SOFTCAP:
                             capped = tanh(s * (scale / softcap))
@@ -207,8 +238,12 @@ def grad_kv_kernel(
                                 keep = keep & (s != -INF)
                             weights = tl.where(keep, weights, 0.0)
                         do_pointers = do_base + tl.cast(start_m, tl.int64) * grad_out_stride_s + do_offsets
-                        do_tile = load_tile(do_pointers, row_ok, v_dims < V_HEAD_DIM, phase != 1, BLOCK_DV != V_HEAD_DIM)
+                        do_tile = load_tile(do_pointers, row_ok, v_dims < V_HEAD_DIM, phase != 1, BLOCK_DV > V_HEAD_DIM)
                         dp = dot(v_tile, tl.trans(do_tile), tl.zeros((BLOCK_N, CAREFUL if attempt == 1 else BLOCK_M), tl.float32), PRECISION, UPCAST)
+                        if REST_DV > 0:
+                            do_rest_pointers = do_base + tl.cast(start_m, tl.int64) * grad_out_stride_s + do_rest_offsets
+                            do_rest = load_tile(do_rest_pointers, row_ok, rest_v_dims < V_HEAD_DIM, phase != 1, BLOCK_DV + REST_DV > V_HEAD_DIM)
+                            dp = dot(v_rest, tl.trans(do_rest), dp, PRECISION, UPCAST)
                         row_delta = tl.load(delta + row_base + i, mask=row_ok, other=0.0)
                         used = weights
                         if rng is not None:
@@ -224,16 +259,29 @@ def grad_kv_kernel(
                         else:
                             dv = dot(used.to(do_tile.dtype), do_tile, dv, PRECISION, UPCAST)
                             dk = dot(ds.to(q_tile.dtype), q_tile, dk, PRECISION, UPCAST)
+                        if REST_DV > 0:
+                            if attempt == 1:
+                                dv_rest = dot_kept(used.to(do_rest.dtype), keep, do_rest, dv_rest, PRECISION, UPCAST)
+                            else:
+                                dv_rest = dot(used.to(do_rest.dtype), do_rest, dv_rest, PRECISION, UPCAST)
+                        if REST_D > 0:
+                            if attempt == 1:
+                                dk_rest = dot_kept(ds.to(q_rest.dtype), keep, q_rest, dk_rest, PRECISION, UPCAST)
+                            else:
+                                dk_rest = dot(ds.to(q_rest.dtype), q_rest, dk_rest, PRECISION, UPCAST)
 
-    stored = (j < room)[:, None]
-    dk = tl.where(column_ok[:, None], dk * softmax_scale, 0.0)
-    dv = tl.where(column_ok[:, None], dv if rng is None else dv * keep_scale, 0.0)
+    stored = j < room
+    v_scale = 1.0 if rng is None else keep_scale
     grad_k_rows = (first_k + j).to(tl.int64) * grad_k_stride_s
     grad_v_rows = (first_k + j).to(tl.int64) * grad_v_stride_s
-    grad_k_base = head_pointer(grad_k, memory_bk, kv_head, 0, grad_k_stride_b, grad_k_stride_h, grad_k_stride_s)
-    grad_v_base = head_pointer(grad_v, memory_bk, kv_head, 0, grad_v_stride_b, grad_v_stride_h, grad_v_stride_s)
-    tl.store(grad_k_base + grad_k_rows[:, None] + dims[None, :], dk.to(grad_k.dtype.element_ty), mask=stored & (dims[None, :] < HEAD_DIM))
-    tl.store(grad_v_base + grad_v_rows[:, None] + v_dims[None, :], dv.to(grad_v.dtype.element_ty), mask=stored & (v_dims[None, :] < V_HEAD_DIM))
+    grad_k_base = head_pointer(grad_k, memory_bk, kv_head, 0, grad_k_stride_b, grad_k_stride_h, grad_k_stride_s) + grad_k_rows[:, None]
+    grad_v_base = head_pointer(grad_v, memory_bk, kv_head, 0, grad_v_stride_b, grad_v_stride_h, grad_v_stride_s) + grad_v_rows[:, None]
+    store_tile(grad_k_base + dims[None, :], tl.where(column_ok[:, None], dk * softmax_scale, 0.0), stored, dims < HEAD_DIM)
+    store_tile(grad_v_base + v_dims[None, :], tl.where(column_ok[:, None], dv * v_scale, 0.0), stored, v_dims < V_HEAD_DIM)
+    if REST_D > 0:
+        store_tile(grad_k_base + rest_dims[None, :], tl.where(column_ok[:, None], dk_rest * softmax_scale, 0.0), stored, rest_dims < HEAD_DIM)
+    if REST_DV > 0:
+        store_tile(grad_v_base + rest_v_dims[None, :], tl.where(column_ok[:, None], dv_rest * v_scale, 0.0), stored, rest_v_dims < V_HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -248,7 +296,7 @@ def grad_q_kernel(
     rng, drop_below, keep_scale, tile_map, tile_map_stride_b, tile_map_stride_h, tile_count,
     sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
     LEFT_PHASE: tl.constexpr, MASK_ALL: tl.constexpr, MASK_VALUES: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -265,15 +313,20 @@ def grad_q_kernel(
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     v_dims = tl.arange(0, BLOCK_DV)
+    if REST_D > 0:
+        rest_dims = BLOCK_D + tl.arange(0, REST_D)
+    if REST_DV > 0:
+        rest_v_dims = BLOCK_DV + tl.arange(0, REST_DV)
     first_q, len_q, memory_b = query_block(cu_q, b, max_q, tokens_q, sequences)
     grad_q_base = head_pointer(grad_q, memory_b, h, first_q, grad_q_stride_b, grad_q_stride_h, grad_q_stride_s)
     if cu_q is not None:
         if b == sequences:
             for start in tl.range(block * BLOCK_M, len_q, row_blocks * BLOCK_M):
                 tail = start + rows
-                pointers = grad_q_base + (tail.to(tl.int64) * grad_q_stride_s)[:, None] + dims[None, :]
-                zeros = tl.zeros((BLOCK_M, BLOCK_D), tl.float32).to(grad_q.dtype.element_ty)
-                tl.store(pointers, zeros, mask=(tail < len_q)[:, None] & (dims[None, :] < HEAD_DIM))
+                pointers = grad_q_base + (tail.to(tl.int64) * grad_q_stride_s)[:, None]
+                store_tile(pointers + dims[None, :], tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tail < len_q, dims < HEAD_DIM)
+                if REST_D > 0:
+                    store_tile(pointers + rest_dims[None, :], tl.zeros((BLOCK_M, REST_D), tl.float32), tail < len_q, rest_dims < HEAD_DIM)
             return
     if block * BLOCK_M >= len_q:
         return
@@ -291,10 +344,14 @@ def grad_q_kernel(
     row_ok = i < len_q
     q_base = head_pointer(q, memory_b, h, first_q, q_stride_b, q_stride_h, q_stride_s)
     do_base = head_pointer(grad_out, memory_b, h, first_q, grad_out_stride_b, grad_out_stride_h, grad_out_stride_s)
-    q_pointers = q_base + (i.to(tl.int64) * q_stride_s)[:, None] + dims[None, :]
-    do_pointers = do_base + (i.to(tl.int64) * grad_out_stride_s)[:, None] + v_dims[None, :]
-    q_tile = load_tile(q_pointers, row_ok, dims < HEAD_DIM, True, BLOCK_D != HEAD_DIM)
-    do_tile = load_tile(do_pointers, row_ok, v_dims < V_HEAD_DIM, True, BLOCK_DV != V_HEAD_DIM)
+    q_pointers = q_base + (i.to(tl.int64) * q_stride_s)[:, None]
+    do_pointers = do_base + (i.to(tl.int64) * grad_out_stride_s)[:, None]
+    q_tile = load_tile(q_pointers + dims[None, :], row_ok, dims < HEAD_DIM, True, BLOCK_D > HEAD_DIM)
+    do_tile = load_tile(do_pointers + v_dims[None, :], row_ok, v_dims < V_HEAD_DIM, True, BLOCK_DV > V_HEAD_DIM)
+    if REST_D > 0:
+        q_rest = load_tile(q_pointers + rest_dims[None, :], row_ok, rest_dims < HEAD_DIM, True, BLOCK_D + REST_D > HEAD_DIM)
+    if REST_DV > 0:
+        do_rest = load_tile(do_pointers + rest_v_dims[None, :], row_ok, rest_v_dims < V_HEAD_DIM, True, BLOCK_DV + REST_DV > V_HEAD_DIM)
     row_base = (tl.cast(memory_b, tl.int64) * Q_HEADS + h) * tokens_q + first_q
     row_lse = tl.load(lse + row_base + i, mask=row_ok, other=INF)
     row_lse = tl.where(row_lse == -INF, INF, row_lse) * (1.0 if NATURAL else LOG2_E)
@@ -315,6 +372,8 @@ def grad_q_kernel(
         lo, full_lo, full_hi, hi = listed_range(listed, tile_count, lo, full_lo, full_hi, hi, BLOCK_N)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if REST_D > 0:
+        dq_rest = tl.zeros((BLOCK_M, REST_D), tl.float32)
     # The phases of the forward pass.
     for phase in tl.static_range(0, 4):
         if phase == 0:
@@ -331,6 +390,9 @@ def grad_q_kernel(
             stop = hi
             if MASK_VALUES:
                 bad = any_nonfinite(dq)
+                if REST_D > 0:
+                    bad = bad | any_nonfinite(dq_rest)
+                    dq_rest = tl.where(bad, 0.0, dq_rest)
                 start = tl.where(bad, lo, hi)
                 dq = tl.where(bad, 0.0, dq)
         if (phase == 0 and LEFT_PHASE) or (phase == 1 and not MASK_ALL) or phase == 2 or (phase == 3 and MASK_VALUES):
@@ -338,6 +400,10 @@ def grad_q_kernel(
             offset_columns = columns.to(tl.int64) if WIDE else columns
             k_offsets = offset_columns[:, None] * k_stride_s + dims[None, :]
             v_offsets = offset_columns[:, None] * v_stride_s + v_dims[None, :]
+            if REST_D > 0:
+                k_rest_offsets = offset_columns[:, None] * k_stride_s + rest_dims[None, :]
+            if REST_DV > 0:
+                v_rest_offsets = offset_columns[:, None] * v_stride_s + rest_v_dims[None, :]
             if tile_map is not None and phase == 3:
                 start *= BLOCK_N // CAREFUL
                 stop *= BLOCK_N // CAREFUL
@@ -349,9 +415,13 @@ def grad_q_kernel(
                 column_ok = (j < len_k) & (j >= lowest)
                 k_pointers = k_base + tl.cast(n, tl.int64) * k_stride_s + k_offsets
                 v_pointers = v_base + tl.cast(n, tl.int64) * v_stride_s + v_offsets
-                k_tile = load_tile(k_pointers, column_ok, dims < HEAD_DIM, phase != 1, BLOCK_D != HEAD_DIM)
-                v_tile = load_tile(v_pointers, column_ok, v_dims < V_HEAD_DIM, phase != 1, BLOCK_DV != V_HEAD_DIM)
+                k_tile = load_tile(k_pointers, column_ok, dims < HEAD_DIM, phase != 1, BLOCK_D > HEAD_DIM)
+                v_tile = load_tile(v_pointers, column_ok, v_dims < V_HEAD_DIM, phase != 1, BLOCK_DV > V_HEAD_DIM)
                 s = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, CAREFUL if phase == 3 else BLOCK_N), tl.float32), PRECISION, UPCAST)
+                if REST_D > 0:
+                    k_rest_pointers = k_base + tl.cast(n, tl.int64) * k_stride_s + k_rest_offsets
+                    k_rest = load_tile(k_rest_pointers, column_ok, rest_dims < HEAD_DIM, phase != 1, BLOCK_D + REST_D > HEAD_DIM)
+                    s = dot(q_rest, tl.trans(k_rest), s, PRECISION, UPCAST)
                 slope = 1.0
                 if SOFTCAP:
                     capped = tanh(s * (scale / softcap))
@@ -365,6 +435,10 @@ def grad_q_kernel(
                 )  # fmt: skip
                 weights = power(s - row_lse[:, None], NATURAL)
                 dp = dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK_M, CAREFUL if phase == 3 else BLOCK_N), tl.float32), PRECISION, UPCAST)
+                if REST_DV > 0:
+                    v_rest_pointers = v_base + tl.cast(n, tl.int64) * v_stride_s + v_rest_offsets
+                    v_rest = load_tile(v_rest_pointers, column_ok, rest_v_dims < V_HEAD_DIM, phase != 1, BLOCK_DV + REST_DV > V_HEAD_DIM)
+                    dp = dot(do_rest, tl.trans(v_rest), dp, PRECISION, UPCAST)
                 if rng is not None:
                     kept = kept_by_dropout(rng, drop_below, b, h, i[:, None], n, Q_HEADS, CAREFUL if phase == 3 else BLOCK_N, False)
                     dp = tl.where(kept, dp * keep_scale, 0.0)
@@ -384,6 +458,13 @@ def grad_q_kernel(
                     dq = dot_kept(ds.to(k_tile.dtype), keep, k_tile, dq, PRECISION, UPCAST)
                 else:
                     dq = dot(ds.to(k_tile.dtype), k_tile, dq, PRECISION, UPCAST)
+                if REST_D > 0:
+                    if phase == 3:
+                        dq_rest = dot_kept(ds.to(k_rest.dtype), keep, k_rest, dq_rest, PRECISION, UPCAST)
+                    else:
+                        dq_rest = dot(ds.to(k_rest.dtype), k_rest, dq_rest, PRECISION, UPCAST)
 
-    grad_pointers = grad_q_base + (i.to(tl.int64) * grad_q_stride_s)[:, None] + dims[None, :]
-    tl.store(grad_pointers, (dq * softmax_scale).to(grad_q.dtype.element_ty), mask=row_ok[:, None] & (dims[None, :] < HEAD_DIM))
+    grad_pointers = grad_q_base + (i.to(tl.int64) * grad_q_stride_s)[:, None]
+    store_tile(grad_pointers + dims[None, :], dq * softmax_scale, row_ok, dims < HEAD_DIM)
+    if REST_D > 0:
+        store_tile(grad_pointers + rest_dims[None, :], dq_rest * softmax_scale, row_ok, rest_dims < HEAD_DIM)

@@ -28,6 +28,7 @@ from attnhub.backends.triton.kernels.tile import (
     load_tile,
     negated_fp8,
     power,
+    store_tile,
     tanh,
 )
 from attnhub.backends.triton.kernels.tile_map import listed_range, listed_token
@@ -88,7 +89,7 @@ def forward_kernel(
     q_descale, q_descale_stride_b, q_descale_stride_h, k_descale, k_descale_stride_b, k_descale_stride_h,
     v_descale, v_descale_stride_b, v_descale_stride_h,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
     LEFT_PHASE: tl.constexpr, MASK_ALL: tl.constexpr, MASK_VALUES: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, PAGE_SIZE: tl.constexpr,
     PACK: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, FP8: tl.constexpr,
@@ -98,6 +99,7 @@ def forward_kernel(
 
     The grid is one-dimensional: (sequences (+ 1 if packed) * heads * splits * row blocks); heads are K/V heads with PACK.
     scale is softmax_scale * log2(e), or softmax_scale alone with SOFTCAP or NATURAL; it is never negative, but with FP8.
+    Head dimensions are cut into a main part and a rest, each a power of two: HEAD_DIM <= BLOCK_D + REST_D, V_HEAD_DIM <= BLOCK_DV + REST_DV.
     rng (int64 [2] or None), drop_below: see `kernels.dropout`; keep_scale is 1 / (1 - p).
     """
     PACKED_HEADS: tl.constexpr = GROUP if PACK else 1
@@ -120,6 +122,10 @@ def forward_kernel(
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     v_dims = tl.arange(0, BLOCK_DV)
+    if REST_D > 0:
+        rest_dims = BLOCK_D + tl.arange(0, REST_D)
+    if REST_DV > 0:
+        rest_v_dims = BLOCK_DV + tl.arange(0, REST_DV)
     if SPLIT:
         # Partial results lie split by split, each in the shape of the whole.
         split_rows = tl.cast(split, tl.int64) * tokens_q * Q_HEADS
@@ -135,9 +141,10 @@ def forward_kernel(
                 h = head * PACKED_HEADS + tail % PACKED_HEADS
                 token = first_q + tail // PACKED_HEADS
                 ok = tail < len_q * PACKED_HEADS
-                pointers = out + (h.to(tl.int64) * out_stride_h + token.to(tl.int64) * out_stride_s)[:, None] + v_dims[None, :]
-                zeros = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-                tl.store(pointers, zeros.to(out.dtype.element_ty), mask=ok[:, None] & (v_dims[None, :] < V_HEAD_DIM))
+                pointers = out + (h.to(tl.int64) * out_stride_h + token.to(tl.int64) * out_stride_s)[:, None]
+                store_tile(pointers + v_dims[None, :], tl.zeros((BLOCK_M, BLOCK_DV), tl.float32), ok, v_dims < V_HEAD_DIM)
+                if REST_DV > 0:
+                    store_tile(pointers + rest_v_dims[None, :], tl.zeros((BLOCK_M, REST_DV), tl.float32), ok, rest_v_dims < V_HEAD_DIM)
                 if lse is not None:
                     no_keys = tl.full((BLOCK_M,), -INF, tl.float32)
                     if sinks is not None and not SPLIT:
@@ -165,9 +172,10 @@ def forward_kernel(
     position_last = tl.minimum((row_block * BLOCK_M + BLOCK_M - 1) // PACKED_HEADS, len_q - 1) + shift
 
     q_rows = h.to(tl.int64) * q_stride_h + (first_q + i).to(tl.int64) * q_stride_s
-    q_tile = load_tile(
-        q + tl.cast(memory_b, tl.int64) * q_stride_b + q_rows[:, None] + dims[None, :], row_ok, dims < HEAD_DIM, True, BLOCK_D != HEAD_DIM
-    )
+    q_pointers = q + tl.cast(memory_b, tl.int64) * q_stride_b + q_rows[:, None]
+    q_tile = load_tile(q_pointers + dims[None, :], row_ok, dims < HEAD_DIM, True, BLOCK_D > HEAD_DIM)
+    if REST_D > 0:
+        q_rest = load_tile(q_pointers + rest_dims[None, :], row_ok, rest_dims < HEAD_DIM, True, BLOCK_D + REST_D > HEAD_DIM)
     if FP8:
         if q_descale is not None:
             scale *= load_factor(q_descale, b, kv_head, q_descale_stride_b, q_descale_stride_h)
@@ -175,6 +183,8 @@ def forward_kernel(
             scale *= load_factor(k_descale, b, kv_head, k_descale_stride_b, k_descale_stride_h)
         # The largest score is taken before it is scaled: a negative scale goes into the signs of q.
         q_tile = negated_fp8(q_tile, scale < 0)
+        if REST_D > 0:
+            q_rest = negated_fp8(q_rest, scale < 0)
         scale = tl.abs(scale)
     if PAGE_SIZE > 0:
         k_base = head_pointer(k, 0, kv_head, 0, k_stride_b, k_stride_h, k_stride_s)
@@ -205,6 +215,8 @@ def forward_kernel(
         full_hi = tl.maximum(tl.minimum(full_hi, hi // TILE * TILE), full_lo)
 
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    if REST_DV > 0:
+        acc_rest = tl.zeros((BLOCK_M, REST_DV), tl.float32)
     m = tl.full((BLOCK_M,), -INF, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     # Phases: 0 masked tiles on the left, 1 full tiles, 2 masked tiles on the right; 3 repeats everything, with the product
@@ -224,6 +236,9 @@ def forward_kernel(
             stop = hi
             if MASK_VALUES:
                 bad = any_nonfinite(acc)
+                if REST_DV > 0:
+                    bad = bad | any_nonfinite(acc_rest)
+                    acc_rest = tl.where(bad, 0.0, acc_rest)
                 start = tl.where(bad, lo, hi)
                 acc = tl.where(bad, 0.0, acc)
                 m = tl.where(bad, -INF, m)
@@ -233,6 +248,10 @@ def forward_kernel(
             offset_columns = columns.to(tl.int64) if WIDE else columns
             k_offsets = offset_columns[:, None] * k_stride_s + dims[None, :]
             v_offsets = offset_columns[:, None] * v_stride_s + v_dims[None, :]
+            if REST_D > 0:
+                k_rest_offsets = offset_columns[:, None] * k_stride_s + rest_dims[None, :]
+            if REST_DV > 0:
+                v_rest_offsets = offset_columns[:, None] * v_stride_s + rest_v_dims[None, :]
             if tile_map is not None and phase == 3:
                 start *= BLOCK_N // CAREFUL
                 stop *= BLOCK_N // CAREFUL
@@ -245,13 +264,26 @@ def forward_kernel(
                 if PAGE_SIZE > 0:
                     page = tl.load(table + j // PAGE_SIZE, mask=column_ok, other=0).to(tl.int64)
                     slot = j % PAGE_SIZE
-                    k_tile_pointers = k_base + (page * k_stride_b + slot * k_stride_s)[:, None] + dims[None, :]
-                    v_tile_pointers = v_base + (page * v_stride_b + slot * v_stride_s)[:, None] + v_dims[None, :]
+                    k_rows = k_base + (page * k_stride_b + slot * k_stride_s)[:, None]
+                    v_rows = v_base + (page * v_stride_b + slot * v_stride_s)[:, None]
+                    k_tile_pointers = k_rows + dims[None, :]
+                    v_tile_pointers = v_rows + v_dims[None, :]
+                    if REST_D > 0:
+                        k_rest_pointers = k_rows + rest_dims[None, :]
+                    if REST_DV > 0:
+                        v_rest_pointers = v_rows + rest_v_dims[None, :]
                 else:
                     k_tile_pointers = k_base + tl.cast(n, tl.int64) * k_stride_s + k_offsets
                     v_tile_pointers = v_base + tl.cast(n, tl.int64) * v_stride_s + v_offsets
-                k_tile = load_tile(k_tile_pointers, column_ok, dims < HEAD_DIM, phase != 1, BLOCK_D != HEAD_DIM)
+                    if REST_D > 0:
+                        k_rest_pointers = k_base + tl.cast(n, tl.int64) * k_stride_s + k_rest_offsets
+                    if REST_DV > 0:
+                        v_rest_pointers = v_base + tl.cast(n, tl.int64) * v_stride_s + v_rest_offsets
+                k_tile = load_tile(k_tile_pointers, column_ok, dims < HEAD_DIM, phase != 1, BLOCK_D > HEAD_DIM)
                 s = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, CAREFUL if phase == 3 else BLOCK_N), tl.float32), PRECISION, UPCAST)
+                if REST_D > 0:
+                    k_rest = load_tile(k_rest_pointers, column_ok, rest_dims < HEAD_DIM, phase != 1, BLOCK_D + REST_D > HEAD_DIM)
+                    s = dot(q_rest, tl.trans(k_rest), s, PRECISION, UPCAST)
                 if SOFTCAP:
                     s = softcap * (1.0 if NATURAL else LOG2_E) * tanh(s * (scale / softcap))
                 elif phase != 1 or alibi is not None:
@@ -287,12 +319,14 @@ def forward_kernel(
                     shrink = tl.exp2(m - m_new)
                 total = total * shrink + tl.sum(weights, 1)
                 acc = acc * shrink[:, None]
+                if REST_DV > 0:
+                    acc_rest = acc_rest * shrink[:, None]
                 m = m_new
                 if rng is not None:
                     # The denominator, and lse, are without dropout.
                     kept = kept_by_dropout(rng, drop_below, b, h[:, None], i[:, None], n, Q_HEADS, CAREFUL if phase == 3 else BLOCK_N, False)
                     weights = tl.where(kept, weights, 0.0)
-                v_tile = load_tile(v_tile_pointers, column_ok, v_dims < V_HEAD_DIM, phase != 1, BLOCK_DV != V_HEAD_DIM)
+                v_tile = load_tile(v_tile_pointers, column_ok, v_dims < V_HEAD_DIM, phase != 1, BLOCK_DV > V_HEAD_DIM)
                 if FP8:
                     # Hopper's fp8 product wants v along the keys, and turning it there goes byte by byte. fp16 holds all e4m3 numbers,
                     # and weights with 11 bits.
@@ -301,6 +335,14 @@ def forward_kernel(
                     acc = dot_kept(weights.to(v_tile.dtype), keep, v_tile, acc, PRECISION, UPCAST)
                 else:
                     acc = dot(weights.to(v_tile.dtype), v_tile, acc, PRECISION, UPCAST)
+                if REST_DV > 0:
+                    v_rest = load_tile(v_rest_pointers, column_ok, rest_v_dims < V_HEAD_DIM, phase != 1, BLOCK_DV + REST_DV > V_HEAD_DIM)
+                    if FP8:
+                        v_rest = v_rest.to(tl.float16)
+                    if phase == 3:
+                        acc_rest = dot_kept(weights.to(v_rest.dtype), keep, v_rest, acc_rest, PRECISION, UPCAST)
+                    else:
+                        acc_rest = dot(weights.to(v_rest.dtype), v_rest, acc_rest, PRECISION, UPCAST)
 
     if sinks is not None and not SPLIT:
         sink = tl.load(sinks + h, mask=row_ok, other=0.0) * (1.0 if NATURAL else LOG2_E)
@@ -309,16 +351,26 @@ def forward_kernel(
         shrink = power(m - m_used, NATURAL)
         total = total * shrink + power(sink - m_used, NATURAL)
         acc = acc * shrink[:, None]
+        if REST_DV > 0:
+            acc_rest = acc_rest * shrink[:, None]
         m = m_new
     empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    total = tl.where(empty, 1.0, total)
+    acc = acc / total[:, None]
     if rng is not None:
         acc = acc * keep_scale
     if v_descale is not None:
         acc *= load_factor(v_descale, b, kv_head, v_descale_stride_b, v_descale_stride_h)
     out_rows = tl.cast(memory_b, tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h + (first_q + i).to(tl.int64) * out_stride_s
-    tl.store(out + out_rows[:, None] + v_dims[None, :], acc.to(out.dtype.element_ty), mask=row_ok[:, None] & (v_dims[None, :] < V_HEAD_DIM))
+    store_tile(out + out_rows[:, None] + v_dims[None, :], acc, row_ok, v_dims < V_HEAD_DIM)
+    if REST_DV > 0:
+        acc_rest = acc_rest / total[:, None]
+        if rng is not None:
+            acc_rest = acc_rest * keep_scale
+        if v_descale is not None:
+            acc_rest *= load_factor(v_descale, b, kv_head, v_descale_stride_b, v_descale_stride_h)
+        store_tile(out + out_rows[:, None] + rest_v_dims[None, :], acc_rest, row_ok, rest_v_dims < V_HEAD_DIM)
     if lse is not None:
-        value = tl.where(empty, -INF, m * (1.0 if NATURAL else LN_2) + tl.log2(tl.where(empty, 1.0, total)) * LN_2)
+        value = tl.where(empty, -INF, m * (1.0 if NATURAL else LN_2) + tl.log2(total) * LN_2)
         lse_rows = (tl.cast(memory_b, tl.int64) * Q_HEADS + h) * tokens_q + first_q + i
         tl.store(lse + lse_rows, value, mask=row_ok)

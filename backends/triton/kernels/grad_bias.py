@@ -32,7 +32,7 @@ def grad_bias_kernel(
     rng, drop_below, keep_scale, tile_map, tile_map_stride_b, tile_map_stride_h, tile_count,
     sparse, sparse_stride_b, sparse_stride_h, sparse_stride_q,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, REST_D: tl.constexpr, BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ONE_B: tl.constexpr, ONE_H: tl.constexpr, ONE_Q: tl.constexpr, ONE_K: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, TOP_LEFT: tl.constexpr,
     LEFT_PHASE: tl.constexpr, MASK_ALL: tl.constexpr, MASK_VALUES: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
@@ -55,6 +55,10 @@ def grad_bias_kernel(
     columns = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     v_dims = tl.arange(0, BLOCK_DV)
+    if REST_D > 0:
+        rest_dims = BLOCK_D + tl.arange(0, REST_D)
+    if REST_DV > 0:
+        rest_v_dims = BLOCK_DV + tl.arange(0, REST_DV)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for b in tl.range(bias_b, sequences if ONE_B else bias_b + 1):
         first_q, len_q, memory_b = query_block(cu_q, b, max_q, tokens_q, sequences)
@@ -77,9 +81,14 @@ def grad_bias_kernel(
                 i = row + rows
                 p = i + shift
                 row_ok = i < len_q
-                q_tile = load_tile(q_base + (i.to(tl.int64) * q_stride_s)[:, None] + dims[None, :], row_ok, dims < HEAD_DIM, True, BLOCK_D != HEAD_DIM)
-                do_pointers = do_base + (i.to(tl.int64) * grad_out_stride_s)[:, None] + v_dims[None, :]
-                do_tile = load_tile(do_pointers, row_ok, v_dims < V_HEAD_DIM, True, BLOCK_DV != V_HEAD_DIM)
+                q_pointers = q_base + (i.to(tl.int64) * q_stride_s)[:, None]
+                do_pointers = do_base + (i.to(tl.int64) * grad_out_stride_s)[:, None]
+                q_tile = load_tile(q_pointers + dims[None, :], row_ok, dims < HEAD_DIM, True, BLOCK_D > HEAD_DIM)
+                do_tile = load_tile(do_pointers + v_dims[None, :], row_ok, v_dims < V_HEAD_DIM, True, BLOCK_DV > V_HEAD_DIM)
+                if REST_D > 0:
+                    q_rest = load_tile(q_pointers + rest_dims[None, :], row_ok, rest_dims < HEAD_DIM, True, BLOCK_D + REST_D > HEAD_DIM)
+                if REST_DV > 0:
+                    do_rest = load_tile(do_pointers + rest_v_dims[None, :], row_ok, rest_v_dims < V_HEAD_DIM, True, BLOCK_DV + REST_DV > V_HEAD_DIM)
                 row_lse = tl.load(lse + row_base + i, mask=row_ok, other=INF)
                 row_lse = tl.where(row_lse == -INF, INF, row_lse)
                 row_delta = tl.load(delta + row_base + i, mask=row_ok, other=0.0)
@@ -102,11 +111,14 @@ def grad_bias_kernel(
                         n = listed_token(listed, n, BLOCK_N, BLOCK_N)
                     j = n + columns
                     column_ok = (j < len_k) & (j >= lowest)
-                    k_pointers = k_base + (j.to(tl.int64) * k_stride_s)[:, None] + dims[None, :]
-                    v_pointers = v_base + (j.to(tl.int64) * v_stride_s)[:, None] + v_dims[None, :]
-                    k_tile = load_tile(k_pointers, column_ok, dims < HEAD_DIM, True, BLOCK_D != HEAD_DIM)
-                    v_tile = load_tile(v_pointers, column_ok, v_dims < V_HEAD_DIM, True, BLOCK_DV != V_HEAD_DIM)
+                    k_pointers = k_base + (j.to(tl.int64) * k_stride_s)[:, None]
+                    v_pointers = v_base + (j.to(tl.int64) * v_stride_s)[:, None]
+                    k_tile = load_tile(k_pointers + dims[None, :], column_ok, dims < HEAD_DIM, True, BLOCK_D > HEAD_DIM)
+                    v_tile = load_tile(v_pointers + v_dims[None, :], column_ok, v_dims < V_HEAD_DIM, True, BLOCK_DV > V_HEAD_DIM)
                     s = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION, UPCAST)
+                    if REST_D > 0:
+                        k_rest = load_tile(k_pointers + rest_dims[None, :], column_ok, rest_dims < HEAD_DIM, True, BLOCK_D + REST_D > HEAD_DIM)
+                        s = dot(q_rest, tl.trans(k_rest), s, PRECISION, UPCAST)
                     if SOFTCAP:
                         s = softcap * tanh(s * (scale / softcap))
                     else:
@@ -116,6 +128,9 @@ def grad_bias_kernel(
                         bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, True,
                     )  # fmt: skip
                     dp = dot(do_tile, tl.trans(v_tile), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION, UPCAST)
+                    if REST_DV > 0:
+                        v_rest = load_tile(v_pointers + rest_v_dims[None, :], column_ok, rest_v_dims < V_HEAD_DIM, True, BLOCK_DV + REST_DV > V_HEAD_DIM)
+                        dp = dot(do_rest, tl.trans(v_rest), dp, PRECISION, UPCAST)
                     if rng is not None:
                         kept = kept_by_dropout(rng, drop_below, b, h, i[:, None], n, Q_HEADS, BLOCK_N, False)
                         dp = tl.where(kept, dp * keep_scale, 0.0)

@@ -43,6 +43,12 @@ def negated_fp8(x, negate):
 
 
 @triton.jit
+def store_tile(pointers, tile, row_ok, column_ok):
+    """A 2-D tile of fp32 in the memory's dtype, where rows and columns exist."""
+    tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
+
+
+@triton.jit
 def tanh(x):
     """tanh in fp32 with a relative error of a few 1e-7: the quotient of exponentials alone loses small arguments."""
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
