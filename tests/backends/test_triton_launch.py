@@ -34,9 +34,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import attnhub
 from attnhub import config, runtime
-from attnhub.backend import Call, Needs
-from attnhub.backends.triton import TritonBackend, launch, launcher
-from attnhub.backends.triton.kernels import backward, combine, forward
+from attnhub.backend import Call, Descale, Needs
+from attnhub.backends.triton import TritonBackend, hopper, launch, launcher
+from attnhub.backends.triton.kernels import backward, combine, forward, hopper_forward, hopper_grad_kv, hopper_grad_q
 from attnhub.backends.triton.tiles import Tiles
 from attnhub.layouts import Varlen
 from attnhub.mask import FULL, ALiBi, Bias, BoolMask, Causal, Chunk, LeftPad, Mask, Prefix, Segments, SeqLens, Window
@@ -55,12 +55,13 @@ def copy_kernel(x, out):
 
 
 @triton.jit(do_not_specialize=["size"])
-def sized_kernel(x, size, CONSTANT: triton.language.constexpr):
+def sized_kernel(x, size, CONSTANT: triton.language.constexpr):  # noqa: N803
     pass
 
 
 KERNELS = (
     forward.forward_kernel, combine.combine_kernel, backward.delta_kernel, backward.grad_kv_kernel, backward.grad_q_kernel, copy_kernel, sized_kernel,
+    hopper_grad_q.hopper_grad_q_kernel, hopper_grad_kv.hopper_grad_kv_kernel, hopper_forward.hopper_forward_kernel,
 )  # fmt: skip
 
 
@@ -126,6 +127,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(driver, "_active", found)
     monkeypatch.setattr(triton.compiler, "compile", found.compile)
     monkeypatch.setattr(launcher, "_processors", lambda device, interpreted: 132)
+    monkeypatch.setattr(hopper, "_processors", lambda device: 132)
     monkeypatch.setattr(launch, "_compiled", {})
     for kernel in KERNELS:
         kernel.device_caches.clear()
@@ -164,6 +166,9 @@ def seen(gpu: Gpu, inputs: dict[str, Tensor]) -> list[Any]:
             if kind.startswith("*"):
                 address = value if isinstance(value, int) else value.data_ptr()
                 values.append(names.setdefault(address, f"buffer {len(names)}"))
+            elif kind.startswith("tensordesc"):
+                where = names.setdefault(value.base.data_ptr(), f"buffer {len(names)}")
+                values.append((kind, where, tuple(value.shape), tuple(value.strides), tuple(value.block_shape)))
             elif kind != "constexpr":
                 values.append((kind, value))
         found.append((kernel.specialised, programs, stream, values))
@@ -400,7 +405,7 @@ def test_backward_launches_what_triton_would(gpu: Gpu, monkeypatch: pytest.Monke
 def test_every_part_of_a_call_is_in_the_key() -> None:
     """A new field of Call or Mask must be put into `_key` or `_inputs`, and here."""
     assert set(Call.__slots__) == {
-        "q", "k", "v", "mask", "softmax_scale", "softcap", "sinks", "dropout_p", "rng", "varlen", "block_table", "need_lse",
+        "q", "k", "v", "mask", "softmax_scale", "softcap", "sinks", "dropout_p", "rng", "varlen", "block_table", "need_lse", "descale",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(Mask)} == {
         "causal", "align", "window", "chunk", "prefix", "segments", "blocks", "seqused_k", "leftpad", "bool_mask", "bias", "alibi",
@@ -414,6 +419,9 @@ def test_every_part_of_a_call_is_in_the_key() -> None:
         **{name: call for name, call in calls().items() if name not in ("segments, sliced", "k is v")},
         "dropout": Call(q, q, q, FULL, 0.125, dropout_p=0.1, rng=torch.zeros(2, dtype=torch.int64)),
         "more dropout": Call(q, q, q, FULL, 0.125, dropout_p=0.2, rng=torch.zeros(2, dtype=torch.int64)),
+        "factor of q": Call(q, q, q, FULL, 0.125, descale=Descale(q=torch.ones(2, 4))),
+        "factor of k": Call(q, q, q, FULL, 0.125, descale=Descale(k=torch.ones(2, 4))),
+        "one factor": Call(q, q, q, FULL, 0.125, descale=Descale(k=torch.ones(1, 1).expand(2, 4))),
         "block sparse": Call(q, q, q, Mask(block_sparse=sparse, block_size=(16, 16)), 0.125),
         "block sparse, other blocks": Call(q, q, q, Mask(block_sparse=sparse, block_size=(12, 16)), 0.125),
     }.items():
