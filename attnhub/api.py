@@ -60,8 +60,8 @@ def attention(
     Raises ValueError or TypeError for arguments that do not fit, `attnhub.NoBackendError` if no admitted backend can serve
     the call, with every reason.
     """
-    plain = varlen is None and kv_cache is None and sinks is None and not dropout_p and layout == "bhsd" and (mask is None or _is_usual_mask(mask))
-    if plain and not torch.compiler.is_compiling() and _no_modes() and _is_usual_tensor(q) and _is_usual_tensor(k) and _is_usual_tensor(v):
+    plain = varlen is None and kv_cache is None and sinks is None and not dropout_p and layout == "bhsd" and not torch.compiler.is_compiling()
+    if plain and (mask is None or _is_usual_mask(mask)) and _no_modes() and _is_usual_tensor(q) and _is_usual_tensor(k) and _is_usual_tensor(v):
         return _repeated(q, k, v, FULL if mask is None else mask, softmax_scale, softcap, return_lse, backend or "")  # type: ignore[arg-type]
     call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout)
     out, lse = _run(call, backend or "", return_lse)
