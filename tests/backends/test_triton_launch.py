@@ -55,7 +55,7 @@ def copy_kernel(x, out):
 
 
 @triton.jit(do_not_specialize=["size"])
-def sized_kernel(x, size, CONSTANT: triton.language.constexpr):
+def sized_kernel(x, size, constant: triton.language.constexpr):
     pass
 
 
@@ -538,7 +538,7 @@ def test_a_compiled_kernel_is_found_by_all_that_triton_specialises_on(gpu: Gpu, 
     tiles = [Tiles(0, 0, 4, 1), Tiles(0, 0, 8, 1), Tiles(0, 0, 4, 2)]
 
     def specialised(value: Any, constant: int, choice: Tiles, runtime: bool) -> Any:
-        launch.launch(sized_kernel, 1, choice, x=None if runtime else value, size=value if runtime else 7, CONSTANT=constant)
+        launch.launch(sized_kernel, 1, choice, x=None if runtime else value, size=value if runtime else 7, constant=constant)
         return gpu.launched.pop()[0].specialised
 
     def by_triton(*args: Any) -> Any:
