@@ -69,10 +69,10 @@ def attention(
     the call, with every reason.
     """
     plain = (
-        varlen is None and kv_cache is None and sinks is None and not dropout_p and layout == "bhsd" and (mask is None or _is_usual_mask(mask))
-        and q_descale is None and k_descale is None and v_descale is None
+        varlen is None and kv_cache is None and sinks is None and not dropout_p and layout == "bhsd" and q_descale is None and k_descale is None
+        and v_descale is None and not torch.compiler.is_compiling()
     )  # fmt: skip
-    if plain and not torch.compiler.is_compiling() and _no_modes() and _is_usual_tensor(q) and _is_usual_tensor(k) and _is_usual_tensor(v):
+    if plain and (mask is None or _is_usual_mask(mask)) and _no_modes() and _is_usual_tensor(q) and _is_usual_tensor(k) and _is_usual_tensor(v):
         return _repeated(q, k, v, FULL if mask is None else mask, softmax_scale, softcap, return_lse, backend or "")  # type: ignore[arg-type]
     descale = _descale(q_descale, k_descale, v_descale)
     call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout, descale=descale)

@@ -130,7 +130,7 @@ class Plan:
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        """What `explain` shows of the plan: kernel, tile sizes, compile time."""
+        """What `explain` shows of the plan, asked each time: kernel, tile sizes, what compiling took."""
         return {}
 
 

@@ -31,7 +31,8 @@ class Decision:
     """What `explain` returns and the error of a failed choice carries.
 
     order: every backend that may serve the call, best first; the first is ``chosen``, the others are what a failure
-    before launch falls back to. backward: who runs the backward pass, when the problem needs one.
+    before launch falls back to. backward: who runs the backward pass, when the problem needs one. plan: what the chosen
+    backend says of its plan (`Plan.describe`), once there is one: kernels, tiles, and after its first call what compiling took.
     """
 
     problem: Problem

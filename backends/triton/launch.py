@@ -153,18 +153,19 @@ class _Step(NamedTuple):
 class Recording:
     """The launches of one call, without its tensors. It is never changed, so that threads may share it."""
 
-    def __init__(self, buffers: list[tuple[str, tuple[int, ...], tuple[int, ...], torch.dtype]], steps: list[_Step]) -> None:
+    def __init__(self, device_type: str, buffers: list[tuple[str, tuple[int, ...], tuple[int, ...], torch.dtype]], steps: list[_Step]) -> None:
         self._buffers = buffers
         self._steps = steps
+        self._empty = _allocator(device_type)
         self._current_stream = driver.active.get_current_stream
 
     def replay(self, like: Tensor, addresses: list[int]) -> dict[str, Tensor]:
         """Allocate the call's buffers on the device of ``like``, which must be current, and launch. addresses: of the inputs, as recorded."""
-        device = like.device
         buffers = {}
+        empty = self._empty
         for name, shape, strides, dtype in self._buffers:
             # Allocators of device memory align to more than Triton specialises on.
-            buffers[name] = x = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            buffers[name] = x = empty(shape, strides, dtype)
             addresses.append(x.data_ptr())
         stream = self._current_stream(like.get_device())
         for run, fixed, programs, template, pointers, descriptors, _ in self._steps:
@@ -175,6 +176,13 @@ class Recording:
                 arguments[position] = _with_base(descriptor, _Address(addresses[number]))
             run(programs, 1, 1, stream, *fixed, *arguments)
         return buffers
+
+
+def _allocator(device_type: str) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
+    """An empty_strided(shape, strides, dtype) on the current device."""
+    # What TorchInductor's generated code calls, in half the host time of torch.empty_strided.
+    found: Any = getattr(torch._C._dynamo.guards, f"_empty_strided_{device_type}", None)
+    return found or (lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device_type))
 
 
 class Recorder:
@@ -223,7 +231,8 @@ class Recorder:
                 else:
                     pointers.append((position, number))
             steps.append(_Step(*_entry(compiled), programs, arguments, tuple(pointers), tuple(descriptors), compiled))
-        return Recording([(name, tuple(x.shape), x.stride(), x.dtype) for name, x in self.buffers.items()], steps)
+        device_type = next(iter(self.inputs.values())).device.type
+        return Recording(device_type, [(name, tuple(x.shape), x.stride(), x.dtype) for name, x in self.buffers.items()], steps)
 
 
 class _Address:

@@ -147,7 +147,7 @@ def choices(role: str, head_dim: int, v_head_dim: int, item: int, limit: int) ->
 
 def interpreted() -> dict[str, list[Tiles]]:
     """Tiles for Triton's interpreter: small, so that tiny tensors still have several of them, and not all square."""
-    sizes = {"forward": (16, 16), "decode": (16, 32), "grad_kv": (32, 16), "grad_q": (16, 32), "grad_bias": (16, 32)}
+    sizes = {"forward": (16, 16), "decode": (16, 32), "decode_paged": (16, 16), "grad_kv": (32, 16), "grad_q": (16, 32), "grad_bias": (16, 32)}
     return {role: [Tiles(*sizes[role], 1, 1)] for role in ROLES}
 
 

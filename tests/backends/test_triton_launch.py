@@ -55,7 +55,7 @@ def copy_kernel(x, out):
 
 
 @triton.jit(do_not_specialize=["size"])
-def sized_kernel(x, size, CONSTANT: triton.language.constexpr):  # noqa: N803
+def sized_kernel(x, size, constant: triton.language.constexpr):
     pass
 
 
@@ -215,7 +215,7 @@ def calls(dtype: torch.dtype = torch.bfloat16) -> dict[str, Call]:
 
     token = randn(2, 4, 1, 64, dtype=dtype)
     long_k, long_v = randn(2, 2, 4000, 64, dtype=dtype), randn(2, 2, 4000, 64, dtype=dtype)
-    far = torch.empty(2, 1, 2**24, dtype=torch.uint8).view(dtype)[..., : 96 * 64].view(2, 1, 96, 64).expand(2, 2, 96, 64)
+    far = torch.zeros(2, 1, 2**24, dtype=torch.uint8).view(dtype)[..., : 96 * 64].view(2, 1, 96, 64).expand(2, 2, 96, 64)
     documents = (torch.arange(96) // 9).int()[None].repeat(2, 1)
     bias, keep = randn(2, 4, 80, 96, dtype=torch.float32), torch.rand(2, 4, 80, 96) > 0.5
     packed_q, packed_k, packed_v = randn(1, 4, 50, 64, dtype=dtype), randn(1, 2, 80, 64, dtype=dtype), randn(1, 2, 80, 64, dtype=dtype)
@@ -546,7 +546,7 @@ def test_a_compiled_kernel_is_found_by_all_that_triton_specialises_on(gpu: Gpu, 
     tiles = [Tiles(0, 0, 4, 1), Tiles(0, 0, 8, 1), Tiles(0, 0, 4, 2)]
 
     def specialised(value: Any, constant: int, choice: Tiles, runtime: bool) -> Any:
-        launch.launch(sized_kernel, 1, choice, x=None if runtime else value, size=value if runtime else 7, CONSTANT=constant)
+        launch.launch(sized_kernel, 1, choice, x=None if runtime else value, size=value if runtime else 7, constant=constant)
         return gpu.launched.pop()[0].specialised
 
     def by_triton(*args: Any) -> Any:
@@ -721,3 +721,83 @@ def test_last_decision_tells_what_compiling_took(gpu: Gpu, chosen: None) -> None
         assert decision is not None and decision.plan["backend"] == "triton"
         assert decision.plan["forward"]["compile_seconds"] >= 0 and decision.plan["grad_q"]["compile_seconds"] is None
     assert before.plan == {}
+
+
+def moved(call: Call, device: str) -> Call:
+    """The same call on a device, in the same layout."""
+
+    def on(x: Any) -> Any:
+        if isinstance(x, tuple) and isinstance(x[0], Tensor):
+            return tuple(map(on, x))
+        if not isinstance(x, Tensor):
+            return x
+        # All that is reached through the strides, at the same distance from an aligned address.
+        offset = x.data_ptr() % 16 // x.element_size()
+        flat = x.as_strided((sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1,), (1,))
+        room = torch.empty(flat.numel() + offset, dtype=x.dtype, device=device)
+        room[offset:].copy_(flat)
+        return room[offset:].as_strided(x.shape, x.stride())
+
+    mask, varlen = call.mask, call.varlen
+    if mask is not FULL:
+        mask = dataclasses.replace(mask, **{field.name: on(getattr(mask, field.name)) for field in dataclasses.fields(mask)})
+    if varlen is not None:
+        varlen = Varlen(on(varlen.cu_seqlens_q), on(varlen.cu_seqlens_k), varlen.max_seqlen_q, varlen.max_seqlen_k)
+    return Call(
+        on(call.q), on(call.k), on(call.v), mask, call.softmax_scale, call.softcap, on(call.sinks), call.dropout_p, on(call.rng), varlen,
+        on(call.block_table), call.need_lse,
+    )  # fmt: skip
+
+
+def same_bits(got: Any, want: Any) -> bool:
+    return all((a is None and b is None) or torch.equal(a, b) for a, b in zip(got, want))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", calls())
+def test_replayed_on_a_gpu(name: str, replays: list[Any]) -> None:
+    """The same bits as the first time: elsewhere in memory, on another stream, in a CUDA graph, in the backward."""
+    call = calls()[name]
+    shared = plan()
+    with torch.cuda.device(0):
+        first = shared.forward(moved(call, "cuda"))
+        assert same_bits(shared.forward(moved(call, "cuda")), first) and len(replays) == 1
+        here = moved(call, "cuda")
+        torch.cuda.synchronize()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            there = shared.forward(here)
+        side.synchronize()
+        assert same_bits(there, first)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = shared.forward(here)
+        for x in captured:
+            if x is not None:
+                x.fill_(7)
+        graph.replay()
+        assert same_bits(captured, first) and len(replays) == 3
+        if name.startswith("paged"):
+            return
+        call.need_lse = True
+        grads = []
+        for _ in range(3):
+            here = moved(call, "cuda")
+            out, lse = shared.forward(here)
+            assert lse is not None
+            grads.append(shared.backward(here, torch.ones_like(out), None, out, lse, Needs(sinks=call.sinks is not None)))
+        assert same_bits(grads[1], grads[0]) and same_bits(grads[2], grads[0]) and len(replays) >= 3 + 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_replayed_on_the_other_gpu() -> None:
+    call, shared = calls()["lse"], plan()
+    with torch.cuda.device(0):
+        first = shared.forward(moved(call, "cuda:0"))
+        for _ in range(2):
+            other = shared.forward(moved(call, "cuda:1"))
+            assert all(x is not None and x.device.index == 1 for x in other)
+            assert torch.cuda.current_device() == 0
+            assert same_bits([x.to("cuda:0") for x in other if x is not None], first)
+        assert same_bits(shared.forward(moved(call, "cuda:0")), first)
