@@ -74,7 +74,7 @@ class TritonPlan(Plan):
         heads = arguments["Q_HEADS"] // (arguments["GROUP"] if pack else 1)
         programs = _cdiv(rows, block_m) * heads * (arguments["sequences"] + (arguments["cu_q"] is not None))
         splits = 1
-        if rows <= 64:
+        if rows <= 64 or pack:
             splits = tiling.split_count(programs, _cdiv(arguments["max_k"], tiles.block_n), _processors(call.q.device, self._interpreted))
         target, target_lse = out, lse
         if splits > 1:

@@ -34,7 +34,7 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="runs in the process without T
 
 
 @compiled
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_interpreted() -> None:
     """Every test below that is marked `interpreted`, in its own process."""
     root = pathlib.Path(__file__).parents[2]
@@ -236,6 +236,17 @@ def test_agrees_with_the_reference(name: str) -> None:
     scale = extra.pop("softmax_scale", 0.25)
     q, k, v = tensors(1 if "varlen" in extra else 2, (2, 1), lengths, (16, 16), torch.float32)
     check(Call(q, k, v, mask, scale, need_lse=True, **extra))
+
+
+@interpreted
+def test_more_heads_in_a_group_than_rows_in_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in decoding with multi-head latent attention: the packed rows take several tiles, and the keys are split all the same."""
+    counts = []
+    chosen = tiles.split_count
+    monkeypatch.setattr(tiles, "split_count", lambda *a: counts.append(chosen(*a)) or counts[-1])
+    q, k, v = tensors(1, (80, 1), (1, 200), (40, 16), torch.float32)
+    check(Call(q, k, v, Causal(), 0.25, need_lse=True))
+    assert counts == [chosen(5, 13, 8)] and counts[0] > 1
 
 
 @interpreted
