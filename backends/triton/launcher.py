@@ -252,7 +252,7 @@ def _forward(recorder: Recorder, arguments: _Arguments, tiles: Tiles, role: str 
     programs = _cdiv(rows, block_m) * (arguments["Q_HEADS"] // group) * _sequences(arguments)
     slots = _processors(arguments["q"].device, interpreted) * tiling.RESIDENT.get(role, 1)
     splits = 1
-    if rows <= _DECODE_ROWS or 2 * programs <= slots:
+    if rows <= _DECODE_ROWS or arguments["PACK"] or 2 * programs <= slots:
         splits = tiling.split_count(programs, _cdiv(arguments["max_k"], tiles.block_n), slots)
     arguments = {**arguments, **block_sparse(recorder, arguments, block_m, tiles.block_n, group=group)}
     blocks = {"splits": splits, "SPLIT": splits > 1, "BLOCK_M": block_m, "BLOCK_N": tiles.block_n}
@@ -404,7 +404,7 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
     limited = left >= 0 or right >= 0 or mask.chunk > 0 or widened
     strides = {**_strides("q", q), **_strides("k", k), **_strides("v", v)}
     # The smallest product of fp8 operands takes 32 dimensions.
-    width = tiling.widths(head_dim, v.shape[3], 32 if fp8 else 16)
+    width = tiling.widths(head_dim, v.shape[3], 32 if fp8 else 16, 16 if interpreted else tiling.LEAST_REST)
     return {
         "q": q, "k": k, "v": v, **strides,
         "scale": scale if call.softcap or mask.bias is not None else scale * math.log2(math.e), "softcap": float(call.softcap),

@@ -30,11 +30,16 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _cut(head_dim: int, least: int) -> tuple[int, int]:
+#: The least width of a rest on a GPU. With rests of 16 (head_dim 40 and 72 in fp16) the code that Triton 3.6 makes for Hopper reads
+#: memory that it must not; the same kernels are right when interpreted. With 64 (head_dim 192) it is right.
+LEAST_REST = 64
+
+
+def _cut(head_dim: int, least: int, least_rest: int) -> tuple[int, int]:
     main = max(padded(head_dim), least)
     if main in (head_dim, least):
         return main, 0
-    rest = max(padded(head_dim - main // 2), least)
+    rest = max(padded(head_dim - main // 2), least, least_rest)
     return (main, 0) if rest >= main // 2 else (main // 2, rest)
 
 
@@ -53,14 +58,14 @@ class Widths:
 
 
 @functools.lru_cache(maxsize=256)
-def widths(head_dim: int, v_head_dim: int, least: int = 16) -> Widths:
-    """Both head dimensions in parts: 192 is 128 + 64, 576 is 512 + 64, 96 is 64 + 32; 100 would be 64 + 64 and is 128. least: of each part.
+def widths(head_dim: int, v_head_dim: int, least: int = 16, least_rest: int = LEAST_REST) -> Widths:
+    """Both head dimensions in parts: 192 is 128 + 64, 576 is 512 + 64; 100 would be 64 + 64 and is 128. least, least_rest: of each part, of a rest.
 
     The main parts of q/k and v are equal (where they would differ, the smaller head_dim is padded to the larger one's main part):
     with 64 for q and k and 32 for v, the code that Triton 3.6 makes for Hopper gave wrong results in bf16 (out, dQ and dK; the same
     kernels are right when interpreted).
     """
-    (main, rest), (v_main, v_rest) = _cut(head_dim, least), _cut(v_head_dim, least)
+    (main, rest), (v_main, v_rest) = _cut(head_dim, least, least_rest), _cut(v_head_dim, least, least_rest)
     if main < v_main:
         main, rest = v_main, 0
     elif v_main < main:

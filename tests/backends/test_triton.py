@@ -34,7 +34,7 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="runs in the process without T
 
 
 @compiled
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_interpreted() -> None:
     """Every test below that is marked `interpreted`, in its own process."""
     root = pathlib.Path(__file__).parents[2]
@@ -236,6 +236,17 @@ def test_agrees_with_the_reference(name: str) -> None:
     scale = extra.pop("softmax_scale", 0.25)
     q, k, v = tensors(1 if "varlen" in extra else 2, (2, 1), lengths, (16, 16), torch.float32)
     check(Call(q, k, v, mask, scale, need_lse=True, **extra))
+
+
+@interpreted
+def test_more_heads_in_a_group_than_rows_in_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in decoding with multi-head latent attention: the packed rows take several tiles, and the keys are split all the same."""
+    counts = []
+    chosen = tiles.split_count
+    monkeypatch.setattr(tiles, "split_count", lambda *a: counts.append(chosen(*a)) or counts[-1])
+    q, k, v = tensors(1, (80, 1), (1, 200), (40, 16), torch.float32)
+    check(Call(q, k, v, Causal(), 0.25, need_lse=True))
+    assert counts == [chosen(5, 13, 8)] and counts[0] > 1
 
 
 @interpreted
@@ -441,11 +452,13 @@ def test_padding_is_never_read(fill: float) -> None:
 def test_tile_map(size: tuple[int, int], by_keys: bool, group: int) -> None:
     """The list of a row of tiles holds exactly those that touch a kept block, and the ranks count them."""
     from attnhub.backends.triton.block_sparse import block_sparse
+    from attnhub.backends.triton.launch import Recorder
 
     lengths, tile = (40, 150), (16, 32)
     mask = some_blocks(lengths, size, 2, 4)
     assert mask.block_sparse is not None
-    found = block_sparse(mask, {"max_q": lengths[0], "max_k": lengths[1]}, *tile, by_keys=by_keys, group=group)
+    arguments = {"max_q": lengths[0], "max_k": lengths[1], "block_sparse": mask.block_sparse.view(torch.uint8), "block_size": mask.block_size}
+    found = block_sparse(Recorder({}), arguments, *tile, by_keys=by_keys, group=group)
     pairs = mask.block_sparse.repeat_interleave(size[0], 2).repeat_interleave(size[1], 3)[:, :, : lengths[0], : lengths[1]]
     pairs = pairs.unflatten(1, (4 // group, group)).any(2)
     if group > 1:

@@ -87,6 +87,7 @@ def launches(call: Call, arch: tuple[int, int], monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(launch, "launch", compiling)
     monkeypatch.setattr(launcher, "_processors", lambda device, interpreted: 132)
     monkeypatch.setattr(hopper, "_processors", lambda device: 132)
+    monkeypatch.setattr(hopper, "READY", True)
     monkeypatch.setattr(launcher, "_on_device", lambda x: contextlib.nullcontext())
     dtype = str(call.q.dtype).removeprefix("torch.")
     device = DeviceInfo("cuda", "nvidia", arch, "a GPU that is not here")

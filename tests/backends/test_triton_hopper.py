@@ -5,6 +5,7 @@ The conformance suite's problems are mostly shorter than the forward kernel's ti
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ import torch
 pytest.importorskip("triton", reason="the extra attnhub[triton] is not installed")
 
 import attnhub
-from attnhub import config, testing
+from attnhub import config, runtime, testing
 from attnhub.backend import Call, Needs
-from attnhub.backends.triton import hopper
+from attnhub.backends.triton import hopper, launcher
 from attnhub.backends.triton.launcher import TritonPlan
 from attnhub.mask import FULL, Causal, LeftPad, Mask, SeqLens, Window
 from attnhub.testing.cases import random_case
@@ -25,6 +26,19 @@ pytestmark = [
     pytest.mark.skipif(config.triton_interpret() or not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Plans use the kernels for Hopper, for small problems too, which otherwise divide their keys."""
+    monkeypatch.setattr(hopper, "READY", True)
+    monkeypatch.setattr(hopper, "serves_forward", hopper.serves)
+    first, *rest = launcher._FORWARD
+    monkeypatch.setattr(launcher, "_FORWARD", (first._replace(serves=hopper.serves), *rest))
+    runtime.clear()
+    yield
+    runtime.clear()
+
 
 _BF16 = {"dtype": "bfloat16", "seqlen_q": 200, "seqlen_k": 333, "head_dim": 64}
 CASES = [
@@ -59,8 +73,6 @@ def _used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             found.append(_name)
 
         monkeypatch.setattr(hopper, name, counted)
-    from attnhub.backends.triton import launcher
-
     for group in ("_FORWARD", "_GRAD_Q", "_GRAD_KV"):
         first, *rest = getattr(launcher, group)
         monkeypatch.setattr(launcher, group, (first._replace(launch=getattr(hopper, first.role.removeprefix("hopper_"))), *rest))

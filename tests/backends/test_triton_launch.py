@@ -128,6 +128,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(triton.compiler, "compile", found.compile)
     monkeypatch.setattr(launcher, "_processors", lambda device, interpreted: 132)
     monkeypatch.setattr(hopper, "_processors", lambda device: 132)
+    monkeypatch.setattr(hopper, "READY", True)
     monkeypatch.setattr(launch, "_compiled", {})
     for kernel in KERNELS:
         kernel.device_caches.clear()
