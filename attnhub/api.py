@@ -189,7 +189,7 @@ def _repeated(
     devices = None if q.is_cpu and k.is_cpu and v.is_cpu else (q.device, k.device, v.device)
     key = (
         q.shape, k.shape, v.shape, strides, devices, (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, q.dtype, k.dtype, v.dtype,
-        None if mask is FULL else mask.structure if mask.structural else (mask.structure, *[(t.shape, t.dtype) for t in mask.held]),
+        None if mask is FULL else mask.structure if mask.structural else (mask.structure, *[(t.shape, t.dtype, t.device) for t in mask.held]),
         softmax_scale, softcap, return_lse, grad, backend, runtime._context.get(), config.snapshot(), registry.generation,
         torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip

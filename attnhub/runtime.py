@@ -147,7 +147,8 @@ def last_decision() -> Optional[Decision]:
 
 def _with_plan(decision: Decision, plan: Plan) -> Decision:
     """The decision with its plan as that is now: a plan may know more after its first call."""
-    return dataclasses.replace(decision, plan={"backend": decision.chosen, **plan.describe()})
+    described = {"backend": decision.chosen, **plan.describe()}
+    return decision if decision.plan == described else dataclasses.replace(decision, plan=described)
 
 
 def _facts(call: Call, need_backward: bool, grads: int) -> tuple[int, int, int, int, int]:
