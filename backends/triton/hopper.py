@@ -207,7 +207,7 @@ def grad_kv(recorder: Recorder, arguments: dict[str, Any], tiles: Tiles) -> None
     groups, blocks = tiles.block_n // 64, -(-arguments["max_k"] // tiles.block_n)
     programs, place = _programs("hopper_grad_kv", arguments, max(width, v_width), 2 * (width + v_width) * arguments["GROUP"], blocks)
     for want_k, want_v in parts:
-            recorder.launch(
+        recorder.launch(
             hopper_grad_kv_kernel, programs, tiles,
             **{
                 **arguments, **place, **_all_boxes(arguments, tiles.block_m, 64, width, v_width), "HIDES": _hides(arguments), "WANT_K": want_k, "WANT_V": want_v,

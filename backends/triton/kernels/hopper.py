@@ -32,6 +32,7 @@ query_block = gluon.jit(forward.query_block.fn)
 query_range = gluon.jit(mask.query_range.fn)
 tanh = gluon.jit(tile.tanh.fn)
 # Renamed after Triton 3.6.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 #: Lengths and limits change from call to call and take no part in the choice of instructions.

@@ -19,6 +19,7 @@ from attnhub.backends.triton.kernels.hopper import (
     add_kept,
     add_transposed,
     any_nonfinite,
+    barrier,
     copy_box,
     existing,
     head_of,
@@ -264,6 +265,8 @@ def copy(
                     row_data.index(stage * 2).store(gl.where(row_lse == -INF, INF, row_lse) * (1.0 if NATURAL else LOG2_E))
                     if WANT_K:
                         row_data.index(stage * 2 + 1).store(gl.load(delta + row_base + i, mask=i < len_q, other=0.0))
+                    # One lane arrives for all that have stored.
+                    barrier()
                     mbarrier.arrive(q_full.index(stage), count=1)
                     it += 1
                     m += BLOCK_M
