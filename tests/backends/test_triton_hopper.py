@@ -47,6 +47,8 @@ CASES = [
         "bias", "bias_row", "bias_fp32", "bias_inf", "alibi",
     )),
     *(testing.Case(**_BF16, q_heads=4, parts=("causal", part)) for part in ("prefix", "blocks", "seqlens", "leftpad", "window_left", "alibi", "bias", "chunk")),
+    # Warpgroups of a block begin at different tiles, and every tile is masked.
+    *(testing.Case(**_BF16, q_heads=4, parts=parts) for parts in (("causal", "window_left", "bool_mask"), ("window", "bias"), ("top_left", "window", "segments"))),
     *(testing.Case("float16", seqlen_q=300, seqlen_k=270, head_dim=dim, parts=("causal",), q_heads=4) for dim in (8, 40, 64, 72, 96, 128, 136, 192, 256)),
     *(testing.Case("bfloat16", seqlen_q=260, seqlen_k=390, head_dim=dim, parts=parts) for dim in (64, 128, 256) for parts in ((), ("causal",))),
     testing.Case("bfloat16", seqlen_q=200, seqlen_k=300, head_dim=192, v_head_dim=128, q_heads=4, parts=("causal",)),

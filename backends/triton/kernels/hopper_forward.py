@@ -177,7 +177,8 @@ def compute(
                 # Masked tiles at the end, full ones, masked ones at the beginning.
                 for phase in gl.static_range(0, 3):
                     if phase == 0:
-                        stop = gl.maximum(full_hi, lo)
+                        # Where all is masked, full_hi is the first tile of this warpgroup, which may lie behind that of the whole block.
+                        stop = lo if LIMITS[6] else gl.maximum(full_hi, lo)
                     elif phase == 1:
                         stop = gl.maximum(full_lo, lo)
                     else:

@@ -136,7 +136,8 @@ def compute(
                     if phase == -1:
                         stop = n
                     elif phase == 0:
-                        stop = gl.maximum(full_hi, lo)
+                        # Where all is masked, full_hi is the first tile of this warpgroup, which may lie behind that of the whole block.
+                        stop = lo if LIMITS[6] else gl.maximum(full_hi, lo)
                     elif phase == 1:
                         stop = gl.maximum(full_lo, lo)
                     else:
