@@ -17,7 +17,7 @@ SOURCES := attnhub backends integrations tests examples
 RUN_TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-wheel lint typings matrix docs bench cpu-bench gpu-check gpu-bench gpu-judge clean
+.PHONY: help venv demo test test-all test-wheel lint typings matrix docs bench cpu-bench gpu-check gpu-test gpu-bench gpu-judge clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -98,6 +98,9 @@ GPU_OPTIONS ?=
 
 # A result file is written after every case, so that a run that is stopped has lost one. `attnhub bench gpu --list --preset NAME` estimates
 # the time: on 16 processors about one minute for v1v2 and memory, two for decode and features, six for grid.
+gpu-test: ## the tests that need a GPU, from the bare checkout with $(PYTHON), which needs pytest and pytest-xdist
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -q -n $(JOBS) -m "gpu and not long" -p no:cacheprovider tests
+
 gpu-bench: ## time the GPU backends beside torch's kernels and FlexAttention, from the bare checkout with $(PYTHON)
 	@for preset in $(GPU_PRESETS); do \
 		PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench gpu --preset $$preset --output $(RESULTS)/ $(GPU_OPTIONS) || exit 1; done
