@@ -229,14 +229,15 @@ def _repeated(
 
 
 def _is_usual_tensor(t: Any) -> bool:
-    return type(t) in _PLAIN and (t.is_cpu or t.is_cuda)
+    # The operator layer makes real what a negative bit only says.
+    return type(t) in _PLAIN and (t.is_cpu or t.is_cuda) and not t.is_neg()
 
 
 def _is_usual_mask(mask: Any) -> bool:
     """Whether all tensors of a mask are usual ones that need no gradient."""
     if type(mask) is not Mask:
         return False
-    return mask.structural or (all(type(t) in _PLAIN for t in mask.held) and (mask.bias is None or not mask.bias.requires_grad))
+    return mask.structural or (all(type(t) in _PLAIN and not t.is_neg() for t in mask.held) and (mask.bias is None or not mask.bias.requires_grad))
 
 
 def _no_modes() -> bool:
@@ -300,7 +301,7 @@ def _grad_bits(call: Call, return_lse: bool) -> int:
 def _is_eager(call: Call) -> bool:
     """Whether the operator layer can be left out: plain tensors with memory, and no mode, transform, trace, autocast or dual number."""
     tensors = [t for t in (call.q, call.k, call.v, *call.mask.tensors(), call.sinks, call.rng, *(call.descale or ())) if t is not None]
-    if any(type(t) not in _PLAIN for t in tensors) or call.q.is_meta:
+    if any(type(t) not in _PLAIN or t.is_neg() for t in tensors) or call.q.is_meta:
         return False
     if forward_ad._current_level < 0:
         return _no_modes()

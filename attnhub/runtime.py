@@ -103,15 +103,17 @@ class Prepared:
 
     def backward_plan(self) -> Plan:
         """The plan of the backward pass; a backend that cannot prepare is passed over for the next, as in the forward."""
-        while self._backward is None:
+        # In a local: another thread whose backward failed may take it away again.
+        plan = self._backward
+        while plan is None:
             name, problem = self.decision.backward, self.decision.problem
             if name is None:
                 raise NoBackendError(dataclasses.replace(self.decision, order=(), why="no backend can run its backward pass"))
             try:
-                self._backward = self.plan if name == self.backend else _plan(name, problem)
+                plan = self._backward = self.plan if name == self.backend else _plan(name, problem)
             except PrepareError as error:
                 self.backward_failed(error)
-        return self._backward
+        return plan
 
     def backward_failed(self, error: PrepareError) -> None:
         """The backward's backend failed before it launched anything: choose the next one."""

@@ -346,7 +346,12 @@ def test_results_are_kept_case_by_case(tmp_path: pathlib.Path, monkeypatch: pyte
     assert ran == [listed["cases"][0], listed["cases"][1], listed["cases"][1], listed["cases"][2]]
     assert list(dict.fromkeys(str(Case.of(row)) for row in results.load(file)["rows"])) == listed["cases"]
     assert cli.main([*fp32, "--resume", "--rounds", "2"]) == 2 and "another settings" in capsys.readouterr().err
-    assert cli.main([*fp32, "--limit", "1e-9"]) == 0 and results.load(file)["unmeasured"] == listed["cases"]
+    # What measured nothing replaces nothing.
+    held = file.read_bytes()
+    assert cli.main([*fp32, "--limit", "1e-9"]) == 0 and file.read_bytes() == held
+    other = tmp_path / "y.json"
+    elsewhere = [str(other) if word == str(file) else word for word in fp32]
+    assert cli.main([*elsewhere, "--limit", "1e-9"]) == 0 and results.load(other)["unmeasured"] == listed["cases"]
     assert cli.main([*command, "--only", "nothing"]) == 2
 
 
@@ -506,3 +511,13 @@ def test_pages_show_the_columns_that_a_file_has(tmp_path: pathlib.Path) -> None:
     text = pages.page(tmp_path)
     assert "## AMD EPYC (family 25 model 17): cpu limits, 1 thread\n" in text and "20 GB/s read from memory (largest 30)" in text
     assert "| fp32 prefill full over F.sdpa |" in text and "| case | peer | time | tokens/s | extra MiB | CPU use |" in text
+
+
+def test_judge_wants_every_case_of_a_gpu(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file without rows, or without the rows of a case, is no met target."""
+    made = json.loads((pathlib.Path(__file__).parents[1] / "benchmarks/results/nvidia-h200/gpu-decode.json").read_text())
+    made["preset"], made["rows"] = "features", []
+    file = tmp_path / "gpu-features.json"
+    file.write_text(json.dumps(made))
+    assert cli.main(["bench", "judge", "--input", str(file)]) == 1
+    assert "not measured" in capsys.readouterr().err

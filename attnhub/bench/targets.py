@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from attnhub.bench.cases import Case
+from attnhub.bench.cases import PRESETS, Case
 
 AIM, GATE, MISSED, ABSENT = "aim met", "gate met", "MISSED", "not in this file"
 #: The verdict on what is only aimed at.
@@ -254,6 +254,29 @@ def judge(result: dict[str, Any]) -> list[Verdict]:
             cases.setdefault(Case.of(row), {})[row["peer"]] = row
     judged = _JUDGED if result["environment"]["device"]["type"] == "cpu" else _JUDGED_ON_GPUS
     return [_verdict(target, cases, judged) for target in table(result["environment"], result["preset"])]
+
+
+def unjudged(result: dict[str, Any]) -> list[str]:
+    """Why a GPU's verdicts say less than they seem to: cases of the preset that are not in the file, or without the peers that a target compares.
+
+    Of a CPU nothing is said: which peers are installed there differs.
+    """
+    if result["environment"]["device"]["type"] == "cpu":
+        return []
+    rows: dict[Case, Rows] = {}
+    for row in result["rows"]:
+        if "seconds" in row:
+            rows.setdefault(Case.of(row), {})[row["peer"]] = row
+    found = []
+    for case in PRESETS[result["preset"]].make("cuda"):
+        mine = next((rows.get(case, {}).get(name) for name in _JUDGED_ON_GPUS if name in rows.get(case, {})), None)
+        if mine is None:
+            found.append(f"{case}: not measured")
+            continue
+        for target in table(result["environment"], result["preset"]):
+            if target.holds(case) and target.measure(rows[case], mine) is None:
+                found.append(f"{case}: {target.text} has nothing to compare with")
+    return found
 
 
 def _verdict(target: Target, cases: dict[Case, Rows], judged: tuple[str, ...]) -> Verdict:

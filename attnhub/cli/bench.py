@@ -156,7 +156,8 @@ def _cases(args: argparse.Namespace, device: Any, settings: Any) -> dict[str, An
             files.write_json(path, result)
         if not args.json:
             console.table(str(case), *pages.table(found), right=pages.NUMERIC)
-    if path is not None:
+    # A run that measured nothing replaces no file that holds something.
+    if path is not None and (result["rows"] or not path.exists()):
         files.write_json(path, result)
     if preset.one_table and not args.json:
         console.table("together", *pages.one_table(result["rows"], args.preset), right=pages.NUMERIC)
@@ -220,20 +221,23 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _judge(args: argparse.Namespace) -> int:
-    """0 if every gate that the file speaks of is met."""
+    """0 if every gate that the file speaks of is met; on a GPU the file must speak of all of them."""
     from attnhub.bench import pages, results, targets
 
     if not args.input:
-        raise CommandError("judge needs --input FILE, a result file of `attnhub bench cpu`")
+        raise CommandError("judge needs --input FILE, a result file of `attnhub bench cpu` or `attnhub bench gpu`")
     try:
-        verdicts = targets.judge(results.load(args.input))
+        result = results.load(args.input)
+        verdicts, unjudged = targets.judge(result), targets.unjudged(result)
     except (OSError, ValueError) as error:
         raise CommandError(str(error)) from error
     if args.json:
         console.emit_json([verdict.to_json() for verdict in verdicts])
     else:
         console.table("", *pages.verdict_table(verdicts), right=pages.NUMERIC)
-    return 1 if any(verdict.word in (targets.MISSED, targets.DISTURBED) for verdict in verdicts) else 0
+    for what in unjudged:
+        print(f"incomplete: {what}", file=sys.stderr)
+    return 1 if unjudged or any(verdict.word in (targets.MISSED, targets.DISTURBED) for verdict in verdicts) else 0
 
 
 def _draw(result: dict[str, Any], path: str) -> None:

@@ -73,6 +73,11 @@ def main(argv: Optional[list[str]] = None) -> int:
             print(f"{name}: not available: {rows[-1]['error']}")
             continue
         todo = checks(name, args.device, args.level)
+        if not any(check.case for check in todo):
+            why = f"it declares nothing that could be checked on {args.device}; `attnhub matrix` lists its devices"
+            rows.append({"backend": name, "check": "declaration", "passed": False, "error": why, "seconds": 0.0})
+            print(f"{name}: {why}")
+            continue
         started = time.perf_counter()
         done = 0
         for row in _rows(todo, args.jobs):

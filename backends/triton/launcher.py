@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
-from triton.compiler import CompilationError
+from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
 from attnhub import config
@@ -145,11 +145,11 @@ class TritonPlan(Plan):
         out = recorder.buffer("out", empty_out(call.q, call.v.shape[3]))
         lse = recorder.buffer("lse", call.q.new_empty(call.q.shape[:3], dtype=torch.float32)) if call.need_lse else None
         arguments = _arguments(call, self._interpreted)
-        group, max_q, table = arguments["GROUP"], arguments["max_q"], call.block_table
+        group, max_q, pages = arguments["GROUP"], arguments["max_q"], call.block_table
         pack = group > 1 and max_q <= _PACKED_SEQLEN_Q
         arguments.update(
-            out=out, lse=lse, **_strides("out", out), PACK=pack, table_stride=0 if table is None else table.stride(0),
-            PAGE_SIZE=0 if table is None else call.k.shape[2], **dict.fromkeys(("sinks", "block_table")),
+            out=out, lse=lse, **_strides("out", out), PACK=pack, table_stride=0 if pages is None else pages.shape[1],
+            PAGE_SIZE=0 if pages is None else call.k.shape[2], **dict.fromkeys(("sinks", "block_table")),
         )  # fmt: skip
         arguments.update(recorder.inputs)
         self._run(_DECODE if max_q * (group if pack else 1) <= _DECODE_ROWS else _FORWARD, recorder, arguments)
@@ -190,7 +190,7 @@ class TritonPlan(Plan):
         before = len(recorder.launched)
         for variant in (*able, variants[-1]):
             try:
-                self._try(variant.role, functools.partial(variant.launch, recorder, arguments))
+                self._try(variant.role, functools.partial(_whole, variant.launch, recorder, arguments))
             except PrepareError as error:
                 if variant is variants[-1] or error.reason.code not in (Code.OUT_OF_RESOURCES, Code.COMPILE_FAILED):
                     raise
@@ -213,11 +213,19 @@ class TritonPlan(Plan):
                 launch(tiles)
                 return
             except OutOfResources as error:
+                # Another thread may have gone on to smaller ones meanwhile.
+                if choices[0] is not tiles:
+                    continue
                 if len(choices) == 1:
                     raise PrepareError(Reason(Code.OUT_OF_RESOURCES, f"{role} kernel with its smallest tiles: {error}")) from error
-                if choices[0] is tiles:
-                    del choices[0]
-            except CompilationError as error:
+                del choices[0]
+            except TritonError as error:
+                # The front end's errors, and ptxas's.
+                raise PrepareError(Reason(Code.COMPILE_FAILED, f"{role} kernel: {error}")) from error
+            except RuntimeError as error:
+                # So fail the passes in between; errors of a launch are of the same type and not for us.
+                if "PassManager" not in str(error):
+                    raise
                 raise PrepareError(Reason(Code.COMPILE_FAILED, f"{role} kernel: {error}")) from error
         raise PrepareError(Reason(Code.OUT_OF_RESOURCES, f"{role} kernel: even the smallest tiles pass this device's shared memory"))
 
@@ -229,6 +237,18 @@ class TritonPlan(Plan):
             # Lengths that grew past: they may come again, in the next sequence.
             self._recordings.clear()
         self._recordings[key] = recording
+
+
+def _whole(launch: Callable[[Recorder, _Arguments, Tiles], None], recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
+    """Launch, and leave nothing in the recorder of an attempt that fails half way."""
+    launched, buffers = len(recorder.launched), set(recorder.buffers)
+    try:
+        launch(recorder, arguments, tiles)
+    except Exception:
+        del recorder.launched[launched:]
+        for name in set(recorder.buffers) - buffers:
+            del recorder.buffers[name]
+        raise
 
 
 def _everything(arguments: _Arguments) -> bool:
@@ -335,7 +355,8 @@ def _inputs(call: Call) -> dict[str, Tensor]:
         for name in ("seqused_k", "leftpad", "bias", "alibi", *(("prefix",) if mask.causal else ())):
             x = getattr(mask, name)
             if x is not None:
-                inputs[name] = x
+                # A bias is read by its strides, the others as if dense.
+                inputs[name] = x if name == "bias" else x.contiguous()
         for name in ("segments", *(("blocks",) if mask.causal else ())):
             ids = getattr(mask, name)
             if ids is not None:
@@ -347,15 +368,15 @@ def _inputs(call: Call) -> dict[str, Tensor]:
     if call.descale is not None:
         inputs.update((f"{name}_descale", x) for name, x in call.descale._asdict().items() if x is not None)
     if call.sinks is not None:
-        inputs["sinks"] = call.sinks
+        inputs["sinks"] = call.sinks.contiguous()
     if call.rng is not None:
         inputs["rng"] = call.rng
     if varlen is not None:
-        inputs["cu_q"] = varlen.cu_seqlens_q
+        inputs["cu_q"] = varlen.cu_seqlens_q.contiguous()
         if call.block_table is None:
-            inputs["cu_k"] = varlen.cu_seqlens_k
+            inputs["cu_k"] = varlen.cu_seqlens_k.contiguous()
     if call.block_table is not None:
-        inputs["block_table"] = call.block_table
+        inputs["block_table"] = call.block_table.contiguous()
     return inputs
 
 
@@ -416,7 +437,7 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
         **_ids("segments", mask.segments), **_ids("blocks", blocks),
         **_dense("bool", "bool_mask", None if mask.bool_mask is None else mask.bool_mask.view(torch.uint8)),
         **_dense("bias", "bias", mask.bias),
-        "alibi": mask.alibi, "alibi_stride_b": 0 if mask.alibi is None or mask.alibi.ndim == 1 or mask.alibi.shape[0] == 1 else mask.alibi.stride(0),
+        "alibi": mask.alibi, "alibi_stride_b": 0 if mask.alibi is None or mask.alibi.ndim == 1 or mask.alibi.shape[0] == 1 else mask.alibi.shape[1],
         "block_sparse": None, "block_size": mask.block_size,
         **_dropout(call),
         **_factors(call),
@@ -472,7 +493,10 @@ def _precision(q: Tensor) -> str:
     """How fp32 operands are multiplied: exactly, unless torch's own matrix products may use tf32 on this device."""
     if q.dtype != torch.float32 or q.device.type != "cuda" or torch.version.hip:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    matmul = torch.backends.cuda.matmul
+    # The old switch raises once the new one has been used; the new one follows both.
+    precision = getattr(matmul, "fp32_precision", None)
+    return "tf32" if precision == "tf32" or (precision is None and matmul.allow_tf32) else "ieee"
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -482,6 +482,43 @@ def test_tile_map(size: tuple[int, int], by_keys: bool, group: int) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("name", ["seqused_k", "leftpad", "prefix", "alibi", "alibi of sequences", "sinks", "cu_seqlens", "block_table"])
+def test_small_tensors_with_strides(name: str) -> None:
+    """Every second element of a larger tensor, or one element repeated: as with a dense copy."""
+
+    def strided(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x, torch.full_like(x, 7)], -1).flatten(-2)[..., ::2]
+
+    q, k, v = tensors(2, (4, 2), (20, 37), (16, 16), torch.float32)
+    calls = []
+    for change in (strided, lambda x: x):
+        mask, extra, heads = Causal(), {}, (q, k, v)
+        if name == "seqused_k":
+            mask = mask & SeqLens(change(ints(30, 9)))
+        elif name == "leftpad":
+            mask = mask & LeftPad(change(ints(5, 20)))
+        elif name == "prefix":
+            mask = mask & Prefix(change(ints(12, 30)))
+        elif name == "alibi":
+            mask = mask & ALiBi(change(torch.tensor([0.1, 0.2, 0.3, 0.4])))
+        elif name == "alibi of sequences":
+            mask = mask & ALiBi(change(torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]])))
+        elif name == "sinks":
+            extra = {"sinks": change(torch.tensor([0.5, -1.0, 2.0, 0.1]))}
+        elif name == "cu_seqlens":
+            heads = tensors(1, (4, 2), (20, 37), (16, 16), torch.float32)
+            extra = {"varlen": Varlen(change(ints(0, 8, 20)), change(ints(0, 17, 37)), 12, 20)}
+        else:
+            heads = (q[:, :, :1], *(x[:, :, :32].reshape(2, 2, 4, 8, 16).transpose(1, 2).reshape(8, 2, 8, 16) for x in (k, v)))
+            mask = Causal() & SeqLens(ints(32, 9))
+            extra = {"block_table": change(ints(3, 2, 1, 0, 7, 4, 5, 6).view(2, 4))}
+        calls.append(Call(*heads, mask, 0.25, need_lse=True, **extra))
+    (out, lse), (wanted, wanted_lse) = (plan_for(call).forward(call) for call in calls)
+    assert lse is not None and wanted_lse is not None
+    assert torch.equal(out, wanted) and torch.equal(lse, wanted_lse)
+
+
+@interpreted
 def test_dropped_tiles_are_never_read() -> None:
     """NaN in keys and values of dropped blocks reaches nothing although no pair is tested; in both directions."""
     q, k, v = tensors(1, (2, 1), (64, 128), (16, 16), torch.float32)
