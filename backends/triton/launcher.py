@@ -240,12 +240,13 @@ class TritonPlan(Plan):
 
 
 def _whole(launch: Callable[[Recorder, _Arguments, Tiles], None], recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
-    """Launch, and leave nothing in the recorder of an attempt that fails half way."""
-    launched, buffers = len(recorder.launched), set(recorder.buffers)
+    """Launch, and leave no trace of an attempt that fails half way: a recording holds what its successor launches, and no more."""
+    launched, buffers, made = len(recorder.launched), set(recorder.buffers), arguments.get("delta_made")
     try:
         launch(recorder, arguments, tiles)
     except Exception:
         del recorder.launched[launched:]
+        arguments["delta_made"] = made
         for name in set(recorder.buffers) - buffers:
             del recorder.buffers[name]
         raise

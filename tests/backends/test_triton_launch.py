@@ -627,6 +627,24 @@ def test_the_next_kernel_serves_where_the_first_cannot(gpu: Gpu, monkeypatch: py
     assert len(tried) == 2 and len(gpu.launched) == 3
 
 
+def test_an_attempt_that_fails_half_way_leaves_no_trace(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, replays: list[Any]) -> None:
+    """dQ's first tiles do not fit, after the row sums were launched; a replay launches all that the second attempt did, the row sums too."""
+    monkeypatch.setattr(hopper, "READY", False)
+    refused = []
+
+    def refuse(src: Any) -> None:
+        if src.fn.fn.__name__ == "grad_q_kernel" and not refused:
+            refused.append(src)
+            raise OutOfResources(2, 1, "shared memory")
+
+    gpu.refuse = refuse
+    shared, call = plan(), calls()["plain"]
+    run = backward_of(gpu, call, *backward_variants(call)["plain"])
+    names = [[specialised[0] for specialised, *_ in run(shared)[0]] for _ in range(2)]
+    assert refused and len(replays) == 1
+    assert names == [["delta_kernel", "delta_kernel", "grad_q_kernel", "grad_kv_kernel"], ["delta_kernel", "grad_q_kernel", "grad_kv_kernel"]]
+
+
 def test_a_kernel_that_does_not_compile_is_passed_over(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     def special(recorder: launch.Recorder, arguments: dict[str, Any], tiles: Tiles) -> None:
         raise CompilationError("source", None, "no")  # type: ignore[arg-type]
