@@ -237,7 +237,10 @@ def _is_usual_mask(mask: Any) -> bool:
     """Whether all tensors of a mask are usual ones that need no gradient."""
     if type(mask) is not Mask:
         return False
-    return mask.structural or (all(type(t) in _PLAIN and not t.is_neg() for t in mask.held) and (mask.bias is None or not mask.bias.requires_grad))
+    if mask.structural:
+        return True
+    learnt = (mask.bias is not None and mask.bias.requires_grad) or (mask.alibi is not None and mask.alibi.requires_grad)
+    return not learnt and all(type(t) in _PLAIN and not t.is_neg() for t in mask.held)
 
 
 def _no_modes() -> bool:
@@ -324,6 +327,7 @@ def _normalise(
     for name, number in (("softcap", softcap), ("dropout_p", dropout_p)):
         if not isinstance(number, (int, float)):
             raise TypeError(f"{name} is a {type(number).__name__}: a number is needed")
+    new_tokens: Optional[tuple[Tensor, Tensor]] = None
     if mask is None:
         mask = FULL
     elif not isinstance(mask, Mask):
@@ -339,7 +343,8 @@ def _normalise(
     if kv_cache is not None:
         if varlen is not None:
             raise ValueError("kv_cache and varlen cannot be given together: pad the new tokens and say their number in SeqLens")
-        k, v, mask, block_table = _append_and_read(q, k, v, mask, kv_cache)
+        new_tokens = _new_tokens(q, k, v, kv_cache)
+        k, v, mask, block_table = _cached(kv_cache, mask, 0 if new_tokens is None else new_tokens[0].shape[2])
     if k is None or v is None:
         raise TypeError("k and v are needed unless kv_cache is given")
     if varlen is not None:
@@ -378,6 +383,9 @@ def _normalise(
     if descale is not _NO_DESCALE:
         _check_descale(descale, call)
         call.descale = descale
+    if kv_cache is not None and new_tokens is not None:
+        # Last: a call that is refused has written nothing.
+        append_kv(kv_cache, *new_tokens)
     return call
 
 
@@ -470,6 +478,8 @@ def _check_mask(mask: Mask, call: Call) -> None:
             raise ValueError(
                 f"mask: {name} has shape {tuple(value.shape)}, which does not broadcast to [B, Hq, Sq, Sk] = [{batch}, {q_heads}, {seqlen_q}, {seqlen_k}]"
             )
+    if mask.alibi is not None and mask.alibi.requires_grad and torch.is_grad_enabled():
+        raise ValueError("mask: ALiBi slopes require a gradient, which is not computed: detach() them, or add them as Bias, whose gradient is")
     if mask.alibi is not None and (mask.alibi.shape[-1] != q_heads or (mask.alibi.ndim == 2 and mask.alibi.shape[0] != batch)):
         raise ValueError(f"mask: ALiBi slopes have shape {tuple(mask.alibi.shape)}; [{q_heads}] or [{batch}, {q_heads}] is needed")
     if mask.block_sparse is not None:
@@ -491,21 +501,19 @@ def _cached(cache: KVCache, mask: Optional[Mask], new: int) -> tuple[Tensor, Ten
     return keys, values, lengths if mask is None or mask is FULL else mask & lengths, cache.table()
 
 
-def _append_and_read(
-    q: Tensor, k: Optional[Tensor], v: Optional[Tensor], mask: Mask, cache: KVCache
-) -> tuple[Tensor, Tensor, Mask, Optional[Tensor]]:
+def _new_tokens(q: Tensor, k: Optional[Tensor], v: Optional[Tensor], cache: KVCache) -> Optional[tuple[Tensor, Tensor]]:
+    """The tokens to append, or None."""
     if (k is None) != (v is None):
         raise TypeError("kv_cache: give both k and v (the new tokens), or neither")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v)):
         raise ValueError("kv_cache writes the new keys in place and has no gradient: call under torch.no_grad(), or pass k and v without a cache")
     if q.shape[0] != cache.cache_seqlens.shape[0]:
         raise ValueError(f"q has batch {q.shape[0]} and the cache's cache_seqlens {cache.cache_seqlens.shape[0]} entries: they must agree")
-    _check_dtypes(q, cache.k_cache, cache.v_cache)
-    new = 0
-    if k is not None and v is not None:
-        append_kv(cache, k, v)
-        new = k.shape[2]
-    return _cached(cache, mask, new)
+    if k is None or v is None:
+        return None
+    if k.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"kv_cache: the new tokens k {tuple(k.shape)} and v {tuple(v.shape)} need 4 dimensions, [B, Hk, S, D]")
+    return k, v
 
 
 def backends() -> dict[str, dict[str, Any]]:

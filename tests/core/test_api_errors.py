@@ -166,3 +166,14 @@ def test_explain_checks_like_attention(name: str, monkeypatch: pytest.MonkeyPatc
     with pytest.raises((ValueError, TypeError)) as caught:
         call()
     assert all(word in str(caught.value) for word in words)
+
+
+def test_slopes_have_no_gradient() -> None:
+    """Nobody computes it: said at once, also when the same call went well without."""
+    mask = attnhub.ALiBi(torch.ones(4))
+    attention(Q, K, V, mask)
+    slopes = torch.ones(4, requires_grad=True)
+    with pytest.raises(ValueError, match="slopes require a gradient"):
+        attention(Q, K, V, attnhub.ALiBi(slopes))
+    with torch.no_grad():
+        attention(Q, K, V, attnhub.ALiBi(slopes))

@@ -307,3 +307,16 @@ def test_rotary_errors() -> None:
     cache = _cache("contiguous", lengths=[3, 5])
     with pytest.raises((ValueError, IndexError)):
         append_kv(cache, torch.zeros(2, HEADS, 1, DIM), torch.zeros(2, HEADS, 1, DIM), rotary=_angles(5, 4))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"softcap": -1.0}, {"softmax_scale": float("nan")}, {"sinks": torch.zeros(3)}, {"dropout_p": 1.5}, {"mask": attnhub.LeftPad(torch.zeros(5, dtype=torch.int32))}],
+    ids=str,
+)  # fmt: skip
+def test_a_refused_call_writes_nothing(bad: dict[str, Any]) -> None:
+    cache = KVCache.empty(2, 2, 16, 8)
+    q = torch.randn(2, 4, 1, 8)
+    before = cache.k_cache.clone()
+    with pytest.raises(ValueError, match=next(iter(bad)).replace("softmax_scale", "softmax_scale").replace("mask", "leftpad")):
+        attnhub.attention(q, q[:, :2], q[:, :2], kv_cache=cache, **bad)
+    assert torch.equal(cache.k_cache, before)
