@@ -144,22 +144,27 @@ def compute(
                                 mbarrier.wait(do_full.index(stage), it // STAGES & 1)
                                 if WANT_K:
                                     dp = multiply_transposed(v_tiles.index(WHICH), do_tiles.index(stage), S_LAYOUT)
-                                s = warpgroup_mma_wait(1 if WANT_K else 0, deps=[s])
+                                # In masked tiles both are awaited, so that no mask has to be kept until dP is there.
+                                s = warpgroup_mma_wait(1 if WANT_K and phase == 1 else 0, deps=[s])
+                                if WANT_K and phase != 1:
+                                    dp = warpgroup_mma_wait(0, deps=[dp])
                                 i = m + gl.arange(0, BLOCK_M, ROW)
                                 row_lse = row_data.index(stage * 2).load(ROW)
                                 weights, slope, keep = weights_again(
                                     s, row_lse[None, :], b, h, i[None, :], j[:, None], len_q, len_k, lowest, prefix_len, scale, softcap,
                                     limits, added, data, LIMITS, SOFTCAP, NATURAL, phase != 1,
                                 )  # fmt: skip
+                                if WANT_K and phase != 1:
+                                    row_delta = row_data.index(stage * 2 + 1).load(ROW)
+                                    ds_wide = gl.where(keep, weights * (dp - row_delta[None, :]) * slope, 0.0)
                                 if WANT_V:
                                     p = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, V_LAYOUT, 2))
                                     dv = warpgroup_mma(p, do_tiles.index(stage), dv, is_async=True)
                                 if WANT_K:
-                                    dp = warpgroup_mma_wait(1 if WANT_V else 0, deps=[dp])
-                                    row_delta = row_data.index(stage * 2 + 1).load(ROW)
-                                    ds_wide = weights * (dp - row_delta[None, :]) * slope
-                                    if phase != 1:
-                                        ds_wide = gl.where(keep, ds_wide, 0.0)
+                                    if phase == 1:
+                                        dp = warpgroup_mma_wait(1 if WANT_V else 0, deps=[dp])
+                                        row_delta = row_data.index(stage * 2 + 1).load(ROW)
+                                        ds_wide = weights * (dp - row_delta[None, :]) * slope
                                     ds = gl.convert_layout(ds_wide.to(dtype), gl.DotOperandLayout(0, K_LAYOUT, 2))
                                     dk = warpgroup_mma(ds, q_tiles.index(stage), dk, is_async=True)
                                 if WANT_V:
