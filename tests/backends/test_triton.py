@@ -35,11 +35,12 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="runs in the process without T
 
 @compiled
 @pytest.mark.timeout(1800)
-def test_interpreted() -> None:
-    """Every test below that is marked `interpreted`, in its own process."""
+@pytest.mark.parametrize("which", ["test_conformance", "not test_conformance"])
+def test_interpreted(which: str) -> None:
+    """Every test below that is marked `interpreted`, in a process of its own: in two parts, that two processors can share."""
     root = pathlib.Path(__file__).parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", str(pathlib.Path(__file__).resolve())]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-k", which, str(pathlib.Path(__file__).resolve())]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
