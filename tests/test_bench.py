@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import os
 import pathlib
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-import attnhub
 from attnhub import cli
 from attnhub.bench import ceilings, measure, onnx_node, pages, parts, peers, precompile, processor, results, targets, workers
 from attnhub.bench.cases import PRESETS, Case
@@ -231,10 +229,7 @@ def test_fp8_holds_the_same_values() -> None:
     everybody = peers.assemble(case, tensors, ("sdpa",), ("reference",))
     rows = {row["peer"]: row for row in measure.run_case(case, tensors, everybody, measure.Settings(1, 1e-4))}
     assert list(rows) == ["F.sdpa", "attnhub reference", "attnhub reference bfloat16"]
-    if "q_descale" in inspect.signature(attnhub.attention).parameters:
-        assert all(row["max_error"] < 0.02 for row in rows.values())
-    else:
-        assert "descale" in rows["attnhub reference"]["skipped"] and rows["attnhub reference bfloat16"]["max_error"] < 0.02
+    assert all(row["max_error"] < 0.02 for row in rows.values())
     with pytest.raises(ValueError, match="fp8 is timed"):
         dataclasses.replace(case, mode="backward")
 

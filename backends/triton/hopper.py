@@ -6,10 +6,10 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 
+from attnhub.backends.triton import launch as launching
 from attnhub.backends.triton.launch import Recorder
 from attnhub.backends.triton.tiles import Tiles
 from attnhub.problem import Feature, Problem
@@ -114,7 +114,7 @@ def serves(arguments: dict[str, Any]) -> bool:
 def serves_forward(arguments: dict[str, Any]) -> bool:
     """As `serves`, of the forward; where blocks of 64 rows are for less than half of the device, smaller programs that divide the keys are faster."""
     pairs = arguments["Q_HEADS"] * (arguments["sequences"] + (arguments["cu_q"] is not None))
-    return serves(arguments) and 2 * pairs * -(-arguments["max_q"] // 64) > _processors(arguments["q"].device)
+    return serves(arguments) and 2 * pairs * -(-arguments["max_q"] // 64) > launching.processors(arguments["q"].device)
 
 
 def _addressable(x: Tensor) -> bool:
@@ -150,13 +150,8 @@ def _programs(role: str, arguments: dict[str, Any], width: int, row_bytes: int, 
     uneven = bool(arguments["RIGHT"] or arguments["CAUSAL"])
     # Without such a mask the blocks of a head follow one another.
     section = max(1, _SECTION // max(1, row_bytes * walked)) if uneven else 1
-    programs = min(tiles, _processors(arguments["q"].device)) if _row(role, width, uneven, length).walk else tiles
+    programs = min(tiles, launching.processors(arguments["q"].device)) if _row(role, width, uneven, length).walk else tiles
     return programs, {"pairs": pairs, "section": section, "tile_total": tiles}
-
-
-@functools.lru_cache(maxsize=64)
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def forward(recorder: Recorder, arguments: dict[str, Any], tiles: Tiles) -> None:

@@ -11,6 +11,7 @@ them, each for what the next one cannot do:
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -38,6 +39,16 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 _kinds: dict[Any, tuple[list[int], list[int], list[int]]] = {}
 #: Types of arguments that say all there is to say.
 _NUMBERS = frozenset({int, float, bool, str, type(None)})
+
+
+@functools.lru_cache(maxsize=64)
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device. The interpreter pretends to a few, so that keys are divided there too."""
+    if config.triton_interpret():
+        return 8
+    if device.type == "xpu":
+        return int(torch.xpu.get_device_properties(device).gpu_subslice_count)
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def hooked() -> bool:

@@ -21,6 +21,7 @@ from triton.runtime.errors import OutOfResources
 from attnhub import config
 from attnhub.backend import Call, Descale, Gradients, Needs, Plan, PrepareError, Repeat
 from attnhub.backends.triton import hopper, table
+from attnhub.backends.triton import launch as launching
 from attnhub.backends.triton import tiles as tiling
 from attnhub.backends.triton.block_sparse import block_sparse
 from attnhub.backends.triton.kernels.backward import delta_kernel, grad_kv_kernel, grad_q_kernel
@@ -259,7 +260,7 @@ def _everything(arguments: _Arguments) -> bool:
 def _full_of_pages(arguments: _Arguments) -> bool:
     """Whether K and V lie in pages and there is a program for nearly every multiprocessor."""
     programs = arguments["sequences"] * arguments["Q_HEADS"] // (arguments["GROUP"] if arguments["PACK"] else 1)
-    return bool(arguments["PAGE_SIZE"]) and programs >= 0.8 * _processors(arguments["q"].device, config.triton_interpret())
+    return bool(arguments["PAGE_SIZE"]) and programs >= 0.8 * launching.processors(arguments["q"].device)
 
 
 def _forward(recorder: Recorder, arguments: _Arguments, tiles: Tiles, role: str = "forward") -> None:
@@ -271,7 +272,7 @@ def _forward(recorder: Recorder, arguments: _Arguments, tiles: Tiles, role: str 
     if rows <= _DECODE_ROWS and not interpreted:
         block_m = max(block_m, min(tiling.padded(rows), 64 if arguments["BLOCK_DV"] < 512 else 32))
     programs = _cdiv(rows, block_m) * (arguments["Q_HEADS"] // group) * _sequences(arguments)
-    slots = _processors(arguments["q"].device, interpreted) * tiling.RESIDENT.get(role, 1)
+    slots = launching.processors(arguments["q"].device) * tiling.RESIDENT.get(role, 1)
     splits = 1
     if rows <= _DECODE_ROWS or arguments["PACK"] or 2 * programs <= slots:
         splits = tiling.split_count(programs, _cdiv(arguments["max_k"], tiles.block_n), slots)
@@ -502,16 +503,6 @@ def _precision(q: Tensor) -> str:
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
-
-
-@functools.lru_cache(maxsize=64)
-def _processors(device: torch.device, interpreted: bool) -> int:
-    """Multiprocessors of the device. The interpreter pretends to a few, so that short queries are split there too."""
-    if interpreted:
-        return 8
-    if device.type == "xpu":
-        return int(torch.xpu.get_device_properties(device).gpu_subslice_count)
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:

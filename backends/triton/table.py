@@ -88,14 +88,17 @@ def _check(where: str, which: str, entry: Any) -> None:
         raise ValueError(f"{where}: tiles={tiles!r}; blocks are powers of two from 16 on, warps a power of two")
 
 
-def find(data: dict[str, Any], device: str, role: str, item: int, width: int, which: str) -> Optional[Tiles]:
-    """The entry for a padded head_dim, else that of the next larger one; a mask without an entry takes the one without a mask."""
+def find(data: dict[str, Any], device: str, role: str, item: int, width: int, which: str, exact: bool = False) -> Optional[Tiles]:
+    """The entry for a padded head_dim and a kind. Unless ``exact``, a mask without an entry takes the one without a mask, and a head_dim
+    without either those of the next larger one that has them.
+    """
     rows = data["devices"].get(device, {}).get("tiles", {}).get(role, {}).get(str(item), {})
-    wide = min((int(name) for name in rows if int(name) >= width), default=None)
-    if wide is None:
-        return None
-    entry = rows[str(wide)].get(which) or rows[str(wide)].get("full")
-    return Tiles(*entry["tiles"]) if entry else None
+    for wide in [width] if exact else sorted(int(name) for name in rows if int(name) >= width):
+        kinds = rows.get(str(wide), {})
+        entry = kinds.get(which) or (None if exact else kinds.get("full"))
+        if entry:
+            return Tiles(*entry["tiles"])
+    return None
 
 
 def put(data: dict[str, Any], device: str, role: str, item: int, width: int, which: str, entry: dict[str, Any]) -> None:
@@ -124,7 +127,7 @@ def preferred(chosen: dict[str, list[Tiles]], problem: Problem, item: int) -> di
     tables = [] if not named or named == NOW else [load(pathlib.Path(named).expanduser())]
     tables.append(load(SHIPPED))
     device, width, which = device_class(problem.device), padded(max(problem.head_dim, problem.v_head_dim)), kind(problem)
-    missing = [role for role in chosen if not any(find(table, device, role, item, width, which) for table in tables)]
+    missing = [role for role in chosen if not any(find(table, device, role, item, width, which, exact=True) for table in tables)]
     if named == NOW and missing and problem.device.type == "cuda" and not getattr(_state, "measuring", False):
         from attnhub.backends.triton.tune import kept
 
@@ -132,6 +135,8 @@ def preferred(chosen: dict[str, list[Tiles]], problem: Problem, item: int) -> di
         tables.append(kept(problem, missing))
     found: dict[str, list[Tiles]] = {}
     for role, choices in chosen.items():
-        first = next((t for table in tables if (t := find(table, device, role, item, width, which))), None)
+        # An exact entry of any table goes before what another one has for a larger head_dim.
+        tries = ((table, exact) for exact in (True, False) for table in tables)
+        first = next((t for table, exact in tries if (t := find(table, device, role, item, width, which, exact))), None)
         found[role] = choices if first is None else [first, *(t for t in choices if t != first)]
     return found

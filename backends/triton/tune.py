@@ -300,7 +300,7 @@ def kept(problem: Problem, missing: list[str]) -> dict[str, Any]:
         name, item, width, which = table.device_class(problem.device), ITEM.get(problem.q_dtype, 0), padded(max(problem.head_dim, problem.v_head_dim)), table.kind(problem)
         todo = [
             Group(role, problem.q_dtype, width, which) for role in missing
-            if _wanted(role, problem) and width <= _WIDEST and (role, item) in _BLOCKS and not table.find(found, name, role, item, width, which)
+            if _wanted(role, problem) and width <= _WIDEST and (role, item) in _BLOCKS and not table.find(found, name, role, item, width, which, exact=True)
         ]  # fmt: skip
         if not todo or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return found

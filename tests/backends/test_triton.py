@@ -242,12 +242,12 @@ def test_agrees_with_the_reference(name: str) -> None:
 @interpreted
 def test_more_heads_in_a_group_than_rows_in_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in decoding with multi-head latent attention: the packed rows take several tiles, and the keys are split all the same."""
-    from attnhub.backends.triton import launcher
+    from attnhub.backends.triton import launch
 
     counts = []
     chosen = tiles.split_count
     monkeypatch.setattr(tiles, "split_count", lambda *a: counts.append(chosen(*a)) or counts[-1])
-    monkeypatch.setattr(launcher, "_processors", lambda device, interpreted: 32)
+    monkeypatch.setattr(launch, "processors", lambda device: 32)
     q, k, v = tensors(1, (80, 1), (1, 200), (40, 16), torch.float32)
     check(Call(q, k, v, Causal(), 0.25, need_lse=True))
     assert counts == [chosen(5, 13, 32)] and counts[0] > 1
@@ -642,6 +642,28 @@ def test_smaller_tiles_after_a_refusal() -> None:
     with pytest.raises(PrepareError) as error:
         plan._try("forward", refuse)
     assert error.value.reason.code is Code.OUT_OF_RESOURCES
+
+
+def test_tiles_that_another_thread_has_given_up() -> None:
+    """It deletes them first; whoever fails with them too goes on to the next ones, although these are the last."""
+    from triton.runtime.errors import OutOfResources
+
+    from attnhub.backends.triton.launcher import TritonPlan
+
+    q, k, v = tensors(1, (2, 2), (4, 4), (128, 128), torch.float16)
+    plan = TritonPlan(problem(q, k, v, DeviceInfo("cuda", "nvidia", (9, 0))))
+    large, small = tiles.Tiles(64, 64, 4, 3), tiles.Tiles(64, 64, 4, 2)
+    plan._tiles = {"forward": [large, small]}
+    served = []
+
+    def launch(choice: tiles.Tiles) -> None:
+        if choice is large:
+            plan._tiles["forward"].remove(large)
+            raise OutOfResources(100, 50, "shared memory")
+        served.append(choice)
+
+    plan._try("forward", launch)
+    assert served == [small]
 
 
 def test_split_count() -> None:

@@ -85,8 +85,7 @@ def launches(call: Call, arch: tuple[int, int], monkeypatch: pytest.MonkeyPatch,
         return launch.Launched(None, programs, values, 0.0, None)
 
     monkeypatch.setattr(launch, "launch", compiling)
-    monkeypatch.setattr(launcher, "_processors", lambda device, interpreted: 132)
-    monkeypatch.setattr(hopper, "_processors", lambda device: 132)
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
     monkeypatch.setattr(hopper, "READY", True)
     monkeypatch.setattr(launcher, "_on_device", lambda x: contextlib.nullcontext())
     # The problems are small; the kernels for Hopper are compiled all the same.

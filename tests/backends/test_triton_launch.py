@@ -15,6 +15,7 @@ import random
 import sys
 import threading
 import time
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
@@ -127,8 +128,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     found = Gpu()
     monkeypatch.setattr(driver, "_active", found)
     monkeypatch.setattr(triton.compiler, "compile", found.compile)
-    monkeypatch.setattr(launcher, "_processors", lambda device, interpreted: 132)
-    monkeypatch.setattr(hopper, "_processors", lambda device: 132)
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
     monkeypatch.setattr(hopper, "READY", True)
     monkeypatch.setattr(launch, "_compiled", {})
     for kernel in KERNELS:
@@ -465,6 +465,21 @@ def test_tf32_is_followed(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
         specialised.append(gpu.launched[-1][0].specialised)
     assert specialised[0] == specialised[2] != specialised[1] == specialised[3]
     assert shared.repeat(call) is None
+
+
+def test_both_switches_of_tf32_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old one raises once the new one has been used."""
+    q = types.SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has the old switch alone")
+    before = matmul.fp32_precision
+    try:
+        for setting, wanted in (("tf32", "tf32"), ("ieee", "ieee")):
+            matmul.fp32_precision = setting
+            assert launcher._precision(q) == wanted  # type: ignore[arg-type]
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_a_profilers_hook_sees_every_launch(gpu: Gpu, replays: list[Any]) -> None:

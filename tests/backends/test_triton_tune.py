@@ -72,7 +72,10 @@ def test_entries_are_found_by_class() -> None:
     assert table.find(data, "nvidia 9.0", "forward", 2, 64, "causal") == wanted
     table.put(data, "nvidia 9.0", "forward", 2, 64, "causal", {"tiles": [64, 64, 4, 2]})
     assert table.find(data, "nvidia 9.0", "forward", 2, 64, "causal") == Tiles(64, 64, 4, 2)
-    assert table.find(data, "nvidia 9.0", "forward", 2, 32, "full") is None or table.find(data, "nvidia 9.0", "forward", 2, 128, "causal") == wanted
+    # What 64 has for a mask hides nothing of 128 from who has none; and is not exact for another.
+    assert table.find(data, "nvidia 9.0", "forward", 2, 32, "full") == wanted
+    assert table.find(data, "nvidia 9.0", "forward", 2, 64, "causal", exact=True) == Tiles(64, 64, 4, 2)
+    assert table.find(data, "nvidia 9.0", "forward", 2, 64, "full", exact=True) is None
     for other in (("nvidia 8.0", "forward", 2, 128), ("nvidia 9.0", "grad_q", 2, 128), ("nvidia 9.0", "forward", 4, 128), ("nvidia 9.0", "forward", 2, 256)):
         assert table.find(data, *other, "full") is None
     assert table.device_class(H200) == "nvidia 9.0" and table.device_class(DeviceInfo("cuda", "amd", (9, 4, 2))) == "amd 9.4.2"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -177,3 +178,14 @@ def test_slopes_have_no_gradient() -> None:
         attention(Q, K, V, attnhub.ALiBi(slopes))
     with torch.no_grad():
         attention(Q, K, V, attnhub.ALiBi(slopes))
+
+
+def test_a_negative_bit_is_no_detail() -> None:
+    """`.imag` of a conjugate is such a view: its memory, which a native kernel reads, holds the opposite of its values."""
+    if not attnhub.backends()["cpu"]["available"]:
+        pytest.skip("the cpu backend's library is not built here")
+    attend = functools.partial(attention, backend="cpu")
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    for _ in range(2):
+        torch.testing.assert_close(attend(torch._neg_view(q), k, v), attend(-q, k, v))
+        torch.testing.assert_close(attend(q, k, torch._neg_view(v)), attend(q, k, -v))
