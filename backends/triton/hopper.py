@@ -30,11 +30,6 @@ def serves_problem(problem: Problem) -> bool:
     return version >= _OLDEST and max(problem.head_dim, problem.v_head_dim) <= _MOST_DIM and _importable()
 
 
-#: Whether plans use these kernels. As they stand they compile; on a device ran an earlier state of them, for full and causal masks.
-#: Until all of their tests (tests/backends/test_triton_hopper.py) have passed on one, the general kernels serve.
-READY = False
-
-
 class Row(NamedTuple):
     """Tiles for lengths up to ``longest``, and whether a program for each multiprocessor walks over the tiles; else each tile has a program."""
 
@@ -81,7 +76,7 @@ def _row(role: str, width: int, uneven: bool, length: int) -> Row:
 
 def choices(problem: Problem) -> dict[str, list[Tiles]]:
     """Tiles by role, none where the kernels do not serve the problem."""
-    if not (READY and serves_problem(problem)):
+    if not serves_problem(problem):
         return {}
     width, uneven = _width(max(problem.head_dim, problem.v_head_dim)), bool(problem.features & _UNEVEN)
     return {role: [_row(role, width, uneven, problem.seqlen_k if role == "hopper_grad_kv" else problem.seqlen_q).tiles] for role in ROLES}

@@ -30,8 +30,8 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-#: The least width of a rest on a GPU. With rests of 16 (head_dim 40 and 72 in fp16) the code that Triton 3.6 makes for Hopper reads
-#: memory that it must not; the same kernels are right when interpreted. With 64 (head_dim 192) it is right.
+#: The least width of a rest on a GPU. With rests of 16 (head_dim 40 and 72 in fp16) the code that Triton 3.6 makes for Hopper gives wrong
+#: results or touches memory that it must not; the same kernels are right when interpreted. With 64 (head_dim 192) it is right.
 LEAST_REST = 64
 
 

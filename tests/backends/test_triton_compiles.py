@@ -86,7 +86,6 @@ def launches(call: Call, arch: tuple[int, int], monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(launch, "launch", compiling)
     monkeypatch.setattr(launch, "processors", lambda device: 132)
-    monkeypatch.setattr(hopper, "READY", True)
     monkeypatch.setattr(launcher, "_on_device", lambda x: contextlib.nullcontext())
     # The problems are small; the kernels for Hopper are compiled all the same.
     first, *rest = launcher._FORWARD
@@ -165,6 +164,7 @@ HOPPER: dict[str, tuple[int, int, Mask, dict[str, Any]]] = {
     "causal 64": (64, 64, Causal(), {}),
     "causal 256": (256, 256, Causal(), {}),
     "causal 192:128": (192, 128, Causal(), {}),
+    "full 64:256": (64, 256, FULL, {}),
     "window 128": (128, 128, Causal() & Window(100), {"softcap": 30.0}),
     "everything 64": (
         64, 64,

@@ -129,7 +129,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(driver, "_active", found)
     monkeypatch.setattr(triton.compiler, "compile", found.compile)
     monkeypatch.setattr(launch, "processors", lambda device: 132)
-    monkeypatch.setattr(hopper, "READY", True)
     monkeypatch.setattr(launch, "_compiled", {})
     for kernel in KERNELS:
         kernel.device_caches.clear()
@@ -644,7 +643,7 @@ def test_the_next_kernel_serves_where_the_first_cannot(gpu: Gpu, monkeypatch: py
 
 def test_an_attempt_that_fails_half_way_leaves_no_trace(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, replays: list[Any]) -> None:
     """dQ's first tiles do not fit, after the row sums were launched; a replay launches all that the second attempt did, the row sums too."""
-    monkeypatch.setattr(hopper, "READY", False)
+    monkeypatch.setattr(hopper, "serves_problem", lambda problem: False)
     refused = []
 
     def refuse(src: Any) -> None:

@@ -201,10 +201,8 @@ def compute(
                     value = gl.where(((key < len_k) & (key >= lowest))[:, None], k_result, 0.0)
                     gl.store(row_pointers(k_head, first_k + key, k_strides, BLOCK_D, WRITE_K), value, mask=existing(key < room, HEAD_DIM, BLOCK_D, WRITE_K))
             if WANT_V:
-                # Without dK there is no tile of V.
-                v_place = (v_tiles if WANT_K else k_tiles).index(WHICH)
-                v_place.store(dv.to(dtype))
-                v_result = v_place.load(WRITE_V)
+                v_tiles.index(WHICH).store(dv.to(dtype))
+                v_result = v_tiles.index(WHICH).load(WRITE_V)
                 v_head = head_of(grad_v, memory_bk, kv_head, v_strides)
                 for start in range(first, end, key_blocks * BLOCK_N):
                     v_key = start + gl.arange(0, 64, gl.SliceLayout(1, WRITE_V))
@@ -297,8 +295,9 @@ def hopper_grad_kv_kernel(
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     k_tiles = gl.allocate_shared_memory(dtype, [GROUPS, 64, BLOCK_D], SHARED)
+    # Without dK, values are not read, and their tiles are only where dV passes on its way out: those of K serve, if as wide.
     v_tiles = k_tiles
-    if WANT_K:
+    if WANT_K or BLOCK_DV != BLOCK_D:
         v_tiles = gl.allocate_shared_memory(dtype, [GROUPS, 64, BLOCK_DV], SHARED)
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], SHARED)
     do_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_DV], SHARED)
