@@ -19,6 +19,10 @@ _OLDEST = (3, 6)
 #: Bytes of tensors that programs running side by side may share through the L2 cache (50 MB, of two halves).
 _SECTION = 24 << 20
 _MOST_DIM = 256
+#: Tiles of V in flight in dQ.
+_V_STAGES = 2
+#: Shared memory of a block of threads, without what barriers, row data and changes of layout take.
+_SHARED = 232448 - 8192
 
 
 def serves_problem(problem: Problem) -> bool:
@@ -70,6 +74,12 @@ ROLES = ("hopper_forward", "hopper_grad_kv", "hopper_grad_q")
 _UNEVEN = frozenset({Feature.CAUSAL_BOTTOM_RIGHT, Feature.CAUSAL_TOP_LEFT, Feature.WINDOW})
 
 
+#: What needs registers of its own beside scores and dP.
+_MORE = frozenset({Feature.SOFTCAP, Feature.ALIBI, Feature.BIAS})
+#: (role, width) -> the backward's tiles with such a part: with the table's, sums and scores do not stay in registers.
+_SMALLER = {("hopper_grad_q", 64): Tiles(128, 64, 4, 3), ("hopper_grad_kv", 64): Tiles(64, 128, 4, 3)}
+
+
 def _row(role: str, width: int, uneven: bool, length: int) -> Row:
     return next(row for row in _TABLE[role, width, uneven] if length <= row.longest)
 
@@ -79,7 +89,10 @@ def choices(problem: Problem) -> dict[str, list[Tiles]]:
     if not serves_problem(problem):
         return {}
     width, uneven = _width(max(problem.head_dim, problem.v_head_dim)), bool(problem.features & _UNEVEN)
-    return {role: [_row(role, width, uneven, problem.seqlen_k if role == "hopper_grad_kv" else problem.seqlen_q).tiles] for role in ROLES}
+    found = {role: _row(role, width, uneven, problem.seqlen_k if role == "hopper_grad_kv" else problem.seqlen_q).tiles for role in ROLES}
+    if problem.features & _MORE:
+        found.update((role, _SMALLER[role, width]) for role in ROLES if (role, width) in _SMALLER)
+    return {role: [tiles] for role, tiles in found.items()}
 
 
 def _width(dim: int) -> int:
@@ -135,18 +148,27 @@ def _hides(arguments: dict[str, Any]) -> bool:
     return bool(arguments["MASK_VALUES"]) or any(arguments[name] is not None for name in ("cu_q", "seqused_k", "leftpad"))
 
 
-def _programs(role: str, arguments: dict[str, Any], width: int, row_bytes: int, blocks: int) -> tuple[int, dict[str, int]]:
-    """(programs of the grid, the kernel's arguments about it). row_bytes: of one token in what programs of a head share."""
+def _programs(
+    role: str, arguments: dict[str, Any], width: int, row_bytes: int, block: int, resident: int, staged: int
+) -> tuple[int, dict[str, int]]:
+    """(programs of the grid, the kernel's arguments about it). row_bytes: of one token in what programs of a head share. block: tokens of a
+    program's tile. resident, staged: bytes of the tiles that stay for a whole block and of those that pass by.
+    """
     by_keys = role == "hopper_grad_kv"
     heads = arguments["Q_HEADS"] // (arguments["GROUP"] if by_keys else 1)
     length, walked = (arguments["max_k"], arguments["max_q"]) if by_keys else (arguments["max_q"], arguments["max_k"])
-    pairs = heads * (arguments["sequences"] + (arguments["cu_q"] is not None))
-    tiles = pairs * blocks
-    uneven = bool(arguments["RIGHT"] or arguments["CAUSAL"])
+    pairs, packed = heads * arguments["sequences"], arguments["cu_q"] is not None
+    # Packed: the slots of `kernels.hopper.tile_place`, of sequences and of what lies behind the last one.
+    tokens = arguments["tokens_k" if by_keys else "tokens_q"]
+    tiles = heads * (tokens // block + arguments["sequences"] + 1) if packed else pairs * -(-length // block)
+    uneven = packed or bool(arguments["RIGHT"] or arguments["CAUSAL"])
     # Without such a mask the blocks of a head follow one another.
     section = max(1, _SECTION // max(1, row_bytes * walked)) if uneven else 1
-    programs = min(tiles, launching.processors(arguments["q"].device)) if _row(role, width, uneven, length).walk else tiles
-    return programs, {"pairs": pairs, "section": section, "tile_total": tiles}
+    walk = not packed and _row(role, width, uneven, length).walk
+    programs = min(tiles, launching.processors(arguments["q"].device)) if walk else tiles
+    # Who walks on copies the next block's resident tiles meanwhile, where there is room.
+    buffers = 2 if programs < tiles and 2 * resident + staged <= _SHARED else 1
+    return programs, {"pairs": pairs, "section": section, "tile_total": tiles, "BUFFERS": buffers}
 
 
 def forward(recorder: Recorder, arguments: dict[str, Any], tiles: Tiles) -> None:
@@ -158,12 +180,14 @@ def forward(recorder: Recorder, arguments: dict[str, Any], tiles: Tiles) -> None
     width = -(-dim // 64) * 64
     if width & (width - 1):
         width = 64
-    groups, blocks = tiles.block_m // 64, -(-arguments["max_q"] // tiles.block_m)
-    programs, place = _programs("hopper_forward", arguments, max(_width(dim), v_width), 2 * (dim + v_width), blocks)
+    groups = tiles.block_m // 64
+    chunks = -(-dim // width)
+    resident, staged = 2 * tiles.block_m * chunks * width, 2 * tiles.num_stages * tiles.block_n * (chunks * width + v_width)
+    programs, place = _programs("hopper_forward", arguments, max(_width(dim), v_width), 2 * (dim + v_width), tiles.block_m, resident, staged)
     recorder.launch(
         hopper_forward_kernel, programs, tiles,
         **{
-            **arguments, **place, "HIDES": _hides(arguments), "BLOCK_DV": v_width, "BLOCK_N": tiles.block_n, "WIDTH": width, "CHUNKS": -(-dim // width),
+            **arguments, **place, "HIDES": _hides(arguments), "BLOCK_DV": v_width, "BLOCK_N": tiles.block_n, "WIDTH": width, "CHUNKS": chunks,
             "STAGES": tiles.num_stages, "GROUPS": groups,
             "q_boxes": _boxes(q, 64, width), "k_boxes": _boxes(k, tiles.block_n, width), "v_boxes": _boxes(v, tiles.block_n, v_width),
         },
@@ -175,13 +199,14 @@ def grad_q(recorder: Recorder, arguments: dict[str, Any], tiles: Tiles) -> None:
     from attnhub.backends.triton.kernels.hopper_grad_q import hopper_grad_q_kernel
 
     width, v_width = _width(arguments["HEAD_DIM"]), _width(arguments["V_HEAD_DIM"])
-    groups, blocks = tiles.block_m // 64, -(-arguments["max_q"] // tiles.block_m)
-    programs, place = _programs("hopper_grad_q", arguments, max(width, v_width), 2 * (width + v_width), blocks)
+    groups = tiles.block_m // 64
+    resident, staged = 2 * tiles.block_m * (width + v_width), 2 * tiles.block_n * (tiles.num_stages * width + _V_STAGES * v_width)
+    programs, place = _programs("hopper_grad_q", arguments, max(width, v_width), 2 * (width + v_width), tiles.block_m, resident, staged)
     recorder.launch(
         hopper_grad_q_kernel, programs, tiles,
         **{
             **arguments, **place, **_all_boxes(arguments, 64, tiles.block_n, width, v_width), "HIDES": _hides(arguments),
-            "BLOCK_D": width, "BLOCK_DV": v_width, "BLOCK_N": tiles.block_n, "STAGES": tiles.num_stages, "GROUPS": groups,
+            "BLOCK_D": width, "BLOCK_DV": v_width, "BLOCK_N": tiles.block_n, "STAGES": tiles.num_stages, "V_STAGES": _V_STAGES, "GROUPS": groups,
         },
     )  # fmt: skip
     arguments["delta_made"] = True
@@ -194,8 +219,10 @@ def grad_kv(recorder: Recorder, arguments: dict[str, Any], tiles: Tiles) -> None
     width, v_width = _width(arguments["HEAD_DIM"]), _width(arguments["V_HEAD_DIM"])
     # Sums in registers: 64 rows of both gradients, or one after the other.
     parts = [(True, True)] if width + v_width <= 256 else [(True, False), (False, True)]
-    groups, blocks = tiles.block_n // 64, -(-arguments["max_k"] // tiles.block_n)
-    programs, place = _programs("hopper_grad_kv", arguments, max(width, v_width), 2 * (width + v_width) * arguments["GROUP"], blocks)
+    groups = tiles.block_n // 64
+    resident, staged = 2 * tiles.block_n * (width + v_width), 2 * tiles.num_stages * tiles.block_m * (width + v_width)
+    row_bytes = 2 * (width + v_width) * arguments["GROUP"]
+    programs, place = _programs("hopper_grad_kv", arguments, max(width, v_width), row_bytes, tiles.block_n, resident, staged)
     for want_k, want_v in parts:
         recorder.launch(
             hopper_grad_kv_kernel, programs, tiles,

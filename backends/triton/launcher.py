@@ -43,6 +43,8 @@ _COMBINE_ROWS = 4
 _DELTA_ROWS = 16
 #: Query rows (tokens, or tokens times the heads of a group) up to which keys are divided among programs.
 _DECODE_ROWS = 64
+#: Key tiles from which on a loop counts as long.
+_LONG_LOOP = 16
 #: Recordings that a plan keeps.
 _MOST_RECORDINGS = 512
 _LARGEST = 2**30
@@ -273,9 +275,11 @@ def _forward(recorder: Recorder, arguments: _Arguments, tiles: Tiles, role: str 
         block_m = max(block_m, min(tiling.padded(rows), 64 if arguments["BLOCK_DV"] < 512 else 32))
     programs = _cdiv(rows, block_m) * (arguments["Q_HEADS"] // group) * _sequences(arguments)
     slots = launching.processors(arguments["q"].device) * tiling.RESIDENT.get(role, 1)
+    key_tiles = _cdiv(arguments["max_k"], tiles.block_n)
     splits = 1
-    if rows <= _DECODE_ROWS or arguments["PACK"] or 2 * programs <= slots:
-        splits = tiling.split_count(programs, _cdiv(arguments["max_k"], tiles.block_n), slots)
+    # Parts of the sums are in fp32 and lie in memory: of many rows they pay off where the loops are long.
+    if rows <= _DECODE_ROWS or arguments["PACK"] or 4 * programs <= slots or (2 * programs <= slots and key_tiles >= _LONG_LOOP):
+        splits = tiling.split_count(programs, key_tiles, slots)
     arguments = {**arguments, **block_sparse(recorder, arguments, block_m, tiles.block_n, group=group)}
     blocks = {"splits": splits, "SPLIT": splits > 1, "BLOCK_M": block_m, "BLOCK_N": tiles.block_n}
     if splits == 1:

@@ -20,6 +20,7 @@ from attnhub.backend import Call, Needs
 from attnhub.backends.triton import hopper, launcher
 from attnhub.backends.triton.launcher import TritonPlan
 from attnhub.dense import allowed_pairs
+from attnhub.layouts import Varlen
 from attnhub.mask import FULL, Causal, LeftPad, Mask, SeqLens, Window
 from attnhub.testing.cases import random_case
 
@@ -159,6 +160,29 @@ def test_values_that_are_not_finite_reach_only_who_may_see_them(name: str, bad: 
         wrong = (torch.isfinite(mine) == reached[what]).nonzero()
         assert not len(wrong), f"{what}: {len(wrong)} elements, {wrong[:5].tolist()}"
         torch.testing.assert_close(mine[~reached[what]], right[~reached[what]], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_sequences_of_many_lengths(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that begin and end anywhere in a tile, empty ones among them, and tokens that belong to none."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(0, 400, (41,), generator=generator)
+    lengths[[0, 7, 8, 40]] = 0
+    starts = torch.cat([torch.zeros(1), lengths.cumsum(0)]).to("cuda", torch.int32)
+    tokens = int(starts[-1]) + 333
+    longest = int(lengths.max())
+    q, k, v, grad = (torch.randn(tokens, heads, 64, generator=generator).bfloat16().cuda() for heads in (4, 2, 2, 4))
+    used, results = _used(monkeypatch), []
+    for backend in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = attnhub.attention(*leaves, Causal() if causal else FULL, varlen=Varlen(starts, starts, longest, longest), backend=backend)
+        assert isinstance(out, Tensor)
+        out.backward(grad)
+        results.append([out.detach(), *(t.grad for t in leaves)])
+    assert used == ["forward", "grad_q", "grad_kv"]
+    for mine, right in zip(*results):
+        torch.testing.assert_close(mine, right, rtol=0.02, atol=0.02)
+        assert not mine[int(starts[-1]) :].any()
 
 
 @pytest.mark.parametrize("causal", [False, True])

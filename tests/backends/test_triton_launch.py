@@ -836,3 +836,24 @@ def test_replayed_on_the_other_gpu() -> None:
             assert torch.cuda.current_device() == 0
             assert same_bits([x.to("cuda:0") for x in other if x is not None], first)
         assert same_bits(shared.forward(moved(call, "cuda:0")), first)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "length", "parts"),
+    [(1, 1, 256, True), (2, 1, 512, True), (1, 8, 512, False), (4, 1, 1024, True), (1, 8, 1024, False)],
+)
+def test_parts_of_sums_lie_in_memory_only_where_they_pay_off(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, batch: int, heads: int, length: int, parts: bool
+) -> None:
+    """64 programs on 132 multiprocessors divide loops of 16 key tiles and not of 8; their parts would be four times the output."""
+    kept, buffer = [], launch.Recorder.buffer
+
+    def named(self: launch.Recorder, name: str, x: Tensor) -> Tensor:
+        kept.append(name)
+        return buffer(self, name, x)
+
+    monkeypatch.setattr(launch.Recorder, "buffer", named)
+    monkeypatch.setattr(hopper, "serves_problem", lambda problem: False)
+    q, k, v = (randn(batch, heads, length, 64) for _ in range(3))
+    plan().forward(Call(q, k, v, FULL, 0.125))
+    assert "out" in kept and ("partial_out" in kept) == parts

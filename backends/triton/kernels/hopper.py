@@ -4,7 +4,7 @@ one warp copies tiles (TMA) while warpgroups of 64 rows compute (the division of
 Ranges, masks, bias and ALiBi are the functions of `kernels.mask` and `kernels.tile`, compiled for Gluon. Arguments that only pass
 through a function travel as tuples:
 
-place    (pairs, section, tile_total): see `tile_place`
+place    (pairs of sequence and head, pairs in a section, tiles in all): see `tile_place`
 lengths  (cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k)
 limits   (left, right, chunk); LIMITS their constants (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, whether ranges are causal)
 added    bias and ALiBi, in the order of `kernels.tile.add_bias`
@@ -30,7 +30,6 @@ key_range = gluon.jit(mask.key_range.fn)
 power = gluon.jit(tile.power.fn)
 query_block = gluon.jit(forward.query_block.fn)
 query_range = gluon.jit(mask.query_range.fn)
-tanh = gluon.jit(tile.tanh.fn)
 # Renamed after Triton 3.6.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -42,17 +41,49 @@ RUNTIME = [
 
 
 @gluon.jit
-def tile_place(index, place, blocks):
-    """(head of all sequences, block) of a tile. Sections of heads whose tensors share the cache; in each, the last blocks first.
+def turns(place):
+    """How many tiles a program has at most: its grid may be smaller than their number."""
+    return gl.cdiv(place[2], gl.num_programs(0))
 
-    Under a causal mask the last query rows see the most keys: what takes longest starts first.
+
+@gluon.jit
+def tile_place(turn, place, cu, sequences, longest, HEADS: gl.constexpr, BLOCK: gl.constexpr, LAST_FIRST: gl.constexpr):
+    """(sequence, head, block, whether there is one) of a program's tile; the block may lie behind the sequence's end.
+
+    cu: first tokens of packed sequences; longest: the length of the others. Of these, heads whose tensors share the cache form sections,
+    in which blocks come in the order of their numbers or, with LAST_FIRST, in the reverse: what a causal mask makes longest starts first.
+    In every other turn the programs take their tiles in reverse order: whose last tile was among the longer ones then gets one of the
+    shorter. Packed sequence b has the slots from cu[b] // BLOCK + b on, enough for its blocks wherever it begins.
     """
-    pairs, section, _ = place
-    part = index // (section * blocks)
-    inside = index - part * section * blocks
-    size = gl.minimum(section, pairs - part * section)
-    block = inside // size
-    return part * section + inside - block * size, blocks - 1 - block
+    pairs, section, total = place
+    programs = gl.num_programs(0)
+    p = gl.program_id(0)
+    index = turn * programs + gl.where(turn % 2 == 0, p, programs - 1 - p)
+    exists = index < total
+    index = gl.minimum(index, total - 1)
+    if cu is None:
+        blocks = gl.cdiv(longest, BLOCK)
+        part = index // (section * blocks)
+        inside = index - part * section * blocks
+        size = gl.minimum(section, pairs - part * section)
+        block = inside // size
+        pair = part * section + inside - block * size
+        if LAST_FIRST:
+            block = blocks - 1 - block
+        b = pair // HEADS
+        h = pair - b * HEADS
+    else:
+        slot = index // HEADS
+        h = index - slot * HEADS
+        b = 0
+        above = sequences + 1
+        while above - b > 1:
+            middle = (b + above) // 2
+            behind = gl.load(cu + middle) // BLOCK + middle > slot
+            above = gl.where(behind, middle, above)
+            b = gl.where(behind, b, middle)
+        block = slot - (gl.load(cu + b) // BLOCK + b)
+    return b, h, block, exists
 
 
 @gluon.jit
@@ -123,6 +154,13 @@ def kept(b, h, i, j, len_q, len_k, lowest, prefix_len, limits, data, LIMITS: gl.
     left, right, chunk = limits
     p = i if LIMITS[4] else i + (len_k - len_q)
     return keep_pairs(b, h, i, j, p, len_q, len_k, lowest, left, right, chunk, prefix_len, *data, LIMITS[0], LIMITS[1], LIMITS[2], LIMITS[3])
+
+
+@gluon.jit
+def tanh(x):
+    """tanh with an absolute error of a few 1e-7, which is what a softcapped score of two-byte inputs needs, in five instructions."""
+    grown = 1.0 + gl.exp2(x * (2.0 * LOG2_E))
+    return 1.0 - 2.0 * gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [grown], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit

@@ -33,6 +33,7 @@ from attnhub.backends.triton.kernels.hopper import (
     rows_to_keys,
     tanh,
     tile_place,
+    turns,
 )
 from attnhub.backends.triton.kernels.tile import INF, LN_2, LOG2_E
 
@@ -74,20 +75,20 @@ def softmax_step(
 
 
 @gluon.jit
-def multiply_scores(q_tiles, k_tiles, stage, WHICH: gl.constexpr, CHUNKS: gl.constexpr, layout: gl.constexpr):
-    """q k^T of one stage: started, not awaited. The head dimension lies in CHUNKS parts."""
+def multiply_scores(q_tiles, own, k_tiles, stage, CHUNKS: gl.constexpr, layout: gl.constexpr):
+    """q k^T of one stage: started, not awaited. The head dimension lies in CHUNKS parts, those of q from tile ``own`` on."""
     N: gl.constexpr = k_tiles.shape[1]
     zeros = gl.zeros((64, N), gl.float32, layout)
-    s = warpgroup_mma(q_tiles.index(WHICH * CHUNKS), k_tiles.index(stage * CHUNKS).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma(q_tiles.index(own), k_tiles.index(stage * CHUNKS).permute((1, 0)), zeros, use_acc=False, is_async=True)
     for c in gl.static_range(1, CHUNKS):
-        s = warpgroup_mma(q_tiles.index(WHICH * CHUNKS + c), k_tiles.index(stage * CHUNKS + c).permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma(q_tiles.index(own + c), k_tiles.index(stage * CHUNKS + c).permute((1, 0)), s, is_async=True)
     return s
 
 
 @gluon.jit
 def attend_carefully(
-    q_tiles, heads, strides, first, lo, hi, b, h, first_k, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
-    WHICH: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_DV: gl.constexpr, CHUNKS: gl.constexpr,
+    q_tiles, own, heads, strides, first, lo, hi, b, h, first_k, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
+    HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_DV: gl.constexpr, CHUNKS: gl.constexpr,
     LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
 ):  # fmt: skip
     """(sums [64, BLOCK_DV], m, total) of 64 query rows again, see `kernels.hopper`."""
@@ -107,7 +108,7 @@ def attend_carefully(
         for c in gl.static_range(0, CHUNKS):
             k_ok = (k_row < len_k) & (k_row >= lowest)
             k = load_rows(k_head + c * WIDTH, first_k, k_row, k_ok, k_strides, HEAD_DIM - c * WIDTH, WIDTH, K_ROWS)
-            s = add_transposed(q_tiles.index(WHICH * CHUNKS + c), k, s)
+            s = add_transposed(q_tiles.index(own + c), k, s)
         j = n + gl.arange(0, CAREFUL, gl.SliceLayout(0, LAYOUT))
         weights, m, total, shrink, keep = softmax_step(
             s, m, total, b, h, i, j, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data, LIMITS, SOFTCAP, NATURAL, True
@@ -129,14 +130,13 @@ def compute(
     out_strides, k_strides, v_strides = strides
     q_tiles, k_tiles, v_tiles = tensors
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    sequences = lengths[5]
-    max_q = lengths[6]
     tokens_q = lengths[8]
     dtype: gl.constexpr = v_tiles.dtype
     STAGES: gl.constexpr = v_tiles.shape[0]
     BLOCK_N: gl.constexpr = v_tiles.shape[1]
     BLOCK_DV: gl.constexpr = v_tiles.shape[2]
     BLOCK_M: gl.constexpr = 64 * GROUPS
+    BUFFERS: gl.constexpr = q_full.shape[0]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
@@ -145,15 +145,12 @@ def compute(
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     # 16 bytes a thread.
     WRITE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
-    row_blocks = gl.cdiv(max_q, BLOCK_M)
     it = 0
     served = 0
-    for index in range(gl.program_id(0), place[2], gl.num_programs(0)):
-        pair, block = tile_place(index, place, row_blocks)
-        b = pair // Q_HEADS
-        h = pair % Q_HEADS
+    for turn in range(0, turns(place)):
+        b, h, block, exists = tile_place(turn, place, lengths[0], lengths[5], lengths[6], Q_HEADS, BLOCK_M, True)
         first_q, len_q, memory_b = queries(lengths, b)
-        if block * BLOCK_M < len_q:
+        if exists & (block * BLOCK_M < len_q):
             first_k, len_k, _, lowest, memory_bk, prefix_len = keys(lengths, b)
             lo, _, _, hi = rows_to_keys(block * BLOCK_M, BLOCK_M, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
             first = block * BLOCK_M + WHICH * 64
@@ -164,16 +161,20 @@ def compute(
             acc = gl.zeros((64, BLOCK_DV), gl.float32, O_LAYOUT)
             if hi > lo:
                 n = lo + (hi - lo - 1) // BLOCK_N * BLOCK_N
-                mbarrier.wait(q_full, served & 1)
+                buffer = served % BUFFERS
+                own = (buffer * GROUPS + WHICH) * CHUNKS
+                mbarrier.wait(q_full.index(buffer), served // BUFFERS & 1)
                 mbarrier.wait(k_full.index(it % STAGES), it // STAGES & 1)
-                s = multiply_scores(q_tiles, k_tiles, it % STAGES, WHICH, CHUNKS, S_LAYOUT)
+                s = multiply_scores(q_tiles, own, k_tiles, it % STAGES, CHUNKS, S_LAYOUT)
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(k_empty.index(it % STAGES), count=1)
                 following, m, total, shrink, _first = softmax_step(
                     s, m, total, b, h, i, n + gl.arange(0, BLOCK_N, COLUMN), len_q, len_k, lowest, prefix_len, scale, softcap,
                     limits, added, data, LIMITS, SOFTCAP, NATURAL, True,
                 )  # fmt: skip
-                weights = gl.convert_layout(following.to(dtype), P_LAYOUT)
+                # Where registers allow, weights travel from step to step in fp32: pairs of two bytes are taken apart and put together again.
+                if GROUPS > 2:
+                    following = following.to(dtype)
                 # Masked tiles at the end, full ones, masked ones at the beginning.
                 for phase in gl.static_range(0, 3):
                     if phase == 0:
@@ -191,7 +192,8 @@ def compute(
                             it += 1
                             stage = it % STAGES
                             mbarrier.wait(k_full.index(stage), it // STAGES & 1)
-                            s = multiply_scores(q_tiles, k_tiles, stage, WHICH, CHUNKS, S_LAYOUT)
+                            weights = gl.convert_layout(following.to(dtype), P_LAYOUT)
+                            s = multiply_scores(q_tiles, own, k_tiles, stage, CHUNKS, S_LAYOUT)
                             mbarrier.wait(v_full.index(before), before_parity)
                             acc = warpgroup_mma(weights, v_tiles.index(before), acc, is_async=True)
                             s = warpgroup_mma_wait(1, deps=[s])
@@ -203,7 +205,9 @@ def compute(
                             acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
                             mbarrier.arrive(v_empty.index(before), count=1)
                             acc = acc * gl.convert_layout(shrink, OUT_ROW)[:, None]
-                            weights = gl.convert_layout(following.to(dtype), P_LAYOUT)
+                            if GROUPS > 2:
+                                following = following.to(dtype)
+                weights = gl.convert_layout(following.to(dtype), P_LAYOUT)
                 mbarrier.wait(v_full.index(it % STAGES), it // STAGES & 1)
                 acc = warpgroup_mma(weights, v_tiles.index(it % STAGES), acc, is_async=True)
                 acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
@@ -213,13 +217,13 @@ def compute(
                     if any_nonfinite(acc) > 0:
                         heads = (head_of(k, memory_bk, h // GROUP, k_strides), head_of(v, memory_bk, h // GROUP, v_strides))
                         again, m_again, total_again = attend_carefully(
-                            q_tiles, heads, (k_strides, v_strides), first, lo, hi, b, h, first_k, len_q, len_k, lowest, prefix_len, scale, softcap,
-                            limits, added, data, WHICH, HEAD_DIM, V_HEAD_DIM, BLOCK_DV, CHUNKS, LIMITS, SOFTCAP, NATURAL,
+                            q_tiles, own, heads, (k_strides, v_strides), first, lo, hi, b, h, first_k, len_q, len_k, lowest, prefix_len, scale,
+                            softcap, limits, added, data, HEAD_DIM, V_HEAD_DIM, BLOCK_DV, CHUNKS, LIMITS, SOFTCAP, NATURAL,
                         )  # fmt: skip
                         acc = gl.convert_layout(again, O_LAYOUT)
                         m = gl.convert_layout(m_again, ROW)
                         total = gl.convert_layout(total_again, ROW)
-                mbarrier.arrive(q_empty, count=1)
+                mbarrier.arrive(q_empty.index(buffer), count=1)
                 served += 1
 
             if sinks is not None:
@@ -232,19 +236,15 @@ def compute(
                 m = m_new
             empty = total == 0.0
             divisor = gl.where(empty, 1.0, total)
-            acc = acc / gl.convert_layout(divisor, OUT_ROW)[:, None]
+            acc = acc * gl.convert_layout(1.0 / divisor, OUT_ROW)[:, None]
             result = gl.convert_layout(acc.to(dtype), WRITE)
             value = gl.where(empty, -INF, m * (1.0 if NATURAL else LN_2) + gl.log2(divisor) * LN_2)
             head = head_of(out, memory_b, h, out_strides)
             lse_row = (gl.cast(memory_b, gl.int64) * Q_HEADS + h) * tokens_q + first_q
-            # Tokens behind the last sequence, of any number, are rows without keys.
-            end = gl.where(b == sequences, len_q, first + 1)
-            for start in range(first, end, row_blocks * BLOCK_M):
-                row = start + gl.arange(0, 64, gl.SliceLayout(1, WRITE))
-                gl.store(row_pointers(head, first_q + row, out_strides, BLOCK_DV, WRITE), result, mask=existing(row < len_q, V_HEAD_DIM, BLOCK_DV, WRITE))
-                if lse is not None:
-                    lse_i = start + gl.arange(0, 64, ROW)
-                    gl.store(lse + lse_row + lse_i, value, mask=lse_i < len_q)
+            row = first + gl.arange(0, 64, gl.SliceLayout(1, WRITE))
+            gl.store(row_pointers(head, first_q + row, out_strides, BLOCK_DV, WRITE), result, mask=existing(row < len_q, V_HEAD_DIM, BLOCK_DV, WRITE))
+            if lse is not None:
+                gl.store(lse + lse_row + i, value, mask=i < len_q)
 
 
 @gluon.jit
@@ -257,22 +257,22 @@ def copy(copied, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, CHUNKS: gl.constexp
     BLOCK_N: gl.constexpr = v_tiles.shape[1]
     WIDTH: gl.constexpr = q_tiles.shape[2]
     BLOCK_M: gl.constexpr = 64 * GROUPS
-    row_blocks = gl.cdiv(lengths[6], BLOCK_M)
+    BUFFERS: gl.constexpr = q_full.shape[0]
     it = 0
     served = 0
-    for index in range(gl.program_id(0), place[2], gl.num_programs(0)):
-        pair, block = tile_place(index, place, row_blocks)
-        b = pair // Q_HEADS
-        h = pair % Q_HEADS
+    for turn in range(0, turns(place)):
+        b, h, block, exists = tile_place(turn, place, lengths[0], lengths[5], lengths[6], Q_HEADS, BLOCK_M, True)
         first_q, len_q, memory_b = queries(lengths, b)
-        if block * BLOCK_M < len_q:
+        if exists & (block * BLOCK_M < len_q):
             first_k, len_k, _, lowest, memory_bk, prefix_len = keys(lengths, b)
             lo, _, _, hi = rows_to_keys(block * BLOCK_M, BLOCK_M, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
             if hi > lo:
-                mbarrier.wait(q_empty, (served & 1) ^ 1)
-                mbarrier.expect(q_full, BLOCK_M * CHUNKS * WIDTH * 2)
+                buffer = served % BUFFERS
+                mbarrier.wait(q_empty.index(buffer), (served // BUFFERS & 1) ^ 1)
+                mbarrier.expect(q_full.index(buffer), BLOCK_M * CHUNKS * WIDTH * 2)
                 for part in gl.static_range(0, GROUPS * CHUNKS):
-                    copy_box(q, memory_b, h, first_q + block * BLOCK_M + part // CHUNKS * 64, part % CHUNKS * WIDTH, q_full, q_tiles.index(part))
+                    row = first_q + block * BLOCK_M + part // CHUNKS * 64
+                    copy_box(q, memory_b, h, row, part % CHUNKS * WIDTH, q_full.index(buffer), q_tiles.index(buffer * GROUPS * CHUNKS + part))
                 served += 1
                 n = lo + (hi - lo - 1) // BLOCK_N * BLOCK_N
                 while n >= lo:
@@ -298,30 +298,31 @@ def hopper_forward_kernel(
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tile_total,
     Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr,
-    CHUNKS: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, HIDES: gl.constexpr,
+    CHUNKS: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, GROUPS: gl.constexpr, HIDES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr, TOP_LEFT: gl.constexpr,
     LEFT_PHASE: gl.constexpr, MASK_ALL: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
 ):  # fmt: skip
     """out [B, Hq, Sq, Dv] and, if lse is not None, lse [B, Hq, Sq] fp32. scale: as in `kernels.forward`.
 
     q_boxes, k_boxes, v_boxes: tensor descriptors over [B, H, S, D] with boxes of 64 (q) or BLOCK_N tokens by WIDTH (BLOCK_DV for v).
-    Any one-dimensional grid: its programs walk the tile_total = pairs * row blocks; pairs = sequences (+ 1 if packed) * heads.
-    HIDES: whether a tile can hold values that some of its rows must not see.
+    Any one-dimensional grid: its programs walk the tile_total tiles of `kernels.hopper.tile_place`.
+    BUFFERS: tiles of q in flight, the one in use included. HIDES: whether a tile can hold values that some of its rows must not see.
     """
     dtype: gl.constexpr = v_boxes.dtype
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_tiles = gl.allocate_shared_memory(dtype, [GROUPS * CHUNKS, 64, WIDTH], SHARED)
+    q_tiles = gl.allocate_shared_memory(dtype, [BUFFERS * GROUPS * CHUNKS, 64, WIDTH], SHARED)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES * CHUNKS, BLOCK_N, WIDTH], SHARED)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_DV], SHARED)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=GROUPS)
+    for buffer in gl.static_range(0, BUFFERS):
+        mbarrier.init(q_full.index(buffer), count=1)
+        mbarrier.init(q_empty.index(buffer), count=GROUPS)
     for stage in gl.static_range(0, STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)

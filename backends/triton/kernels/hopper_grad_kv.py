@@ -30,6 +30,7 @@ from attnhub.backends.triton.kernels.hopper import (
     queries,
     row_pointers,
     tile_place,
+    turns,
     weights_again,
 )
 from attnhub.backends.triton.kernels.tile import INF, LOG2_E
@@ -88,8 +89,6 @@ def compute(
     kv_full, kv_empty, q_full, q_empty, do_full, do_empty = barriers
     k_strides, v_strides, q_strides, do_strides = strides
     scale, softmax_scale, softcap = scales
-    sequences = lengths[5]
-    max_k = lengths[7]
     dtype: gl.constexpr = q_tiles.dtype
     STAGES: gl.constexpr = q_tiles.shape[0]
     BLOCK_M: gl.constexpr = q_tiles.shape[1]
@@ -97,6 +96,7 @@ def compute(
     BLOCK_DV: gl.constexpr = do_tiles.shape[2]
     BLOCK_N: gl.constexpr = 64 * GROUPS
     KV_HEADS: gl.constexpr = Q_HEADS // GROUP
+    BUFFERS: gl.constexpr = kv_full.shape[0]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     K_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     V_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
@@ -104,17 +104,13 @@ def compute(
     # 16 bytes a thread.
     WRITE_K: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     WRITE_V: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
-    key_blocks = gl.cdiv(max_k, BLOCK_N)
     it = 0
     served = 0
-    for index in range(gl.program_id(0), place[2], gl.num_programs(0)):
-        pair, last_block = tile_place(index, place, key_blocks)
+    for turn in range(0, turns(place)):
         # Under a causal mask the first keys are met by the most rows.
-        block = key_blocks - 1 - last_block
-        b = pair // KV_HEADS
-        kv_head = pair % KV_HEADS
+        b, kv_head, block, exists = tile_place(turn, place, lengths[1], lengths[5], lengths[7], KV_HEADS, BLOCK_N, False)
         first_k, len_k, room, lowest, memory_bk, prefix_len = keys(lengths, b)
-        if block * BLOCK_N < room:
+        if exists & (block * BLOCK_N < room):
             first_q, len_q, memory_b = queries(lengths, b)
             first = block * BLOCK_N + WHICH * 64
             lo, _, _, hi = keys_to_rows(block * BLOCK_N, BLOCK_N, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_M)
@@ -122,7 +118,10 @@ def compute(
             j = first + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
             dk = gl.zeros((64, BLOCK_D), gl.float32, K_LAYOUT)
             dv = gl.zeros((64, BLOCK_DV), gl.float32, V_LAYOUT)
-            mbarrier.wait(kv_full, served & 1)
+            buffer = served % BUFFERS
+            k_tile = k_tiles.index(buffer * GROUPS + WHICH)
+            v_tile = v_tiles.index(buffer * GROUPS + WHICH)
+            mbarrier.wait(kv_full.index(buffer), served // BUFFERS & 1)
             served += 1
             if hi > lo:
                 for g in range(0, GROUP):
@@ -140,10 +139,10 @@ def compute(
                             while m < stop:
                                 stage = it % STAGES
                                 mbarrier.wait(q_full.index(stage), it // STAGES & 1)
-                                s = multiply_transposed(k_tiles.index(WHICH), q_tiles.index(stage), S_LAYOUT)
+                                s = multiply_transposed(k_tile, q_tiles.index(stage), S_LAYOUT)
                                 mbarrier.wait(do_full.index(stage), it // STAGES & 1)
                                 if WANT_K:
-                                    dp = multiply_transposed(v_tiles.index(WHICH), do_tiles.index(stage), S_LAYOUT)
+                                    dp = multiply_transposed(v_tile, do_tiles.index(stage), S_LAYOUT)
                                 # In masked tiles both are awaited, so that no mask has to be kept until dP is there.
                                 s = warpgroup_mma_wait(1 if WANT_K and phase == 1 else 0, deps=[s])
                                 if WANT_K and phase != 1:
@@ -183,34 +182,30 @@ def compute(
                         bad = gl.maximum(bad, any_nonfinite(dv))
                     if bad > 0:
                         dk_again, dv_again = grad_carefully(
-                            k_tiles.index(WHICH), v_tiles.index(WHICH), q, grad_out, lse, delta, (q_strides, do_strides), first, lo, hi,
+                            k_tile, v_tile, q, grad_out, lse, delta, (q_strides, do_strides), first, lo, hi,
                             b, kv_head, first_q, memory_b, lengths[8], len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
                             Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, WANT_K, WANT_V, LIMITS, SOFTCAP, NATURAL,
                         )  # fmt: skip
                         dk = gl.convert_layout(dk_again, K_LAYOUT)
                         dv = gl.convert_layout(dv_again, V_LAYOUT)
-            # Blocks behind the last sequence are met once each; the loops are for tokens beyond max_k of them.
-            end = gl.where(b == sequences, room, first + 1)
             # Through shared memory, where the tiles of K and V are done with, for wide stores.
             if WANT_K:
-                k_tiles.index(WHICH).store((dk * softmax_scale).to(dtype))
-                k_result = k_tiles.index(WHICH).load(WRITE_K)
+                k_tile.store((dk * softmax_scale).to(dtype))
+                k_result = k_tile.load(WRITE_K)
                 k_head = head_of(grad_k, memory_bk, kv_head, k_strides)
-                for start in range(first, end, key_blocks * BLOCK_N):
-                    key = start + gl.arange(0, 64, gl.SliceLayout(1, WRITE_K))
-                    value = gl.where(((key < len_k) & (key >= lowest))[:, None], k_result, 0.0)
-                    gl.store(row_pointers(k_head, first_k + key, k_strides, BLOCK_D, WRITE_K), value, mask=existing(key < room, HEAD_DIM, BLOCK_D, WRITE_K))
+                key = first + gl.arange(0, 64, gl.SliceLayout(1, WRITE_K))
+                value = gl.where(((key < len_k) & (key >= lowest))[:, None], k_result, 0.0)
+                gl.store(row_pointers(k_head, first_k + key, k_strides, BLOCK_D, WRITE_K), value, mask=existing(key < room, HEAD_DIM, BLOCK_D, WRITE_K))
             if WANT_V:
-                v_tiles.index(WHICH).store(dv.to(dtype))
-                v_result = v_tiles.index(WHICH).load(WRITE_V)
+                v_tile.store(dv.to(dtype))
+                v_result = v_tile.load(WRITE_V)
                 v_head = head_of(grad_v, memory_bk, kv_head, v_strides)
-                for start in range(first, end, key_blocks * BLOCK_N):
-                    v_key = start + gl.arange(0, 64, gl.SliceLayout(1, WRITE_V))
-                    v_value = gl.where(((v_key < len_k) & (v_key >= lowest))[:, None], v_result, 0.0)
-                    v_pointers = row_pointers(v_head, first_k + v_key, v_strides, BLOCK_DV, WRITE_V)
-                    gl.store(v_pointers, v_value, mask=existing(v_key < room, V_HEAD_DIM, BLOCK_DV, WRITE_V))
+                v_key = first + gl.arange(0, 64, gl.SliceLayout(1, WRITE_V))
+                v_value = gl.where(((v_key < len_k) & (v_key >= lowest))[:, None], v_result, 0.0)
+                v_pointers = row_pointers(v_head, first_k + v_key, v_strides, BLOCK_DV, WRITE_V)
+                gl.store(v_pointers, v_value, mask=existing(v_key < room, V_HEAD_DIM, BLOCK_DV, WRITE_V))
             fence_async_shared()
-            mbarrier.arrive(kv_empty, count=1)
+            mbarrier.arrive(kv_empty.index(buffer), count=1)
 
 
 @gluon.jit
@@ -221,7 +216,6 @@ def copy(
     q, k, v, grad_out, lse, delta, tensors, barriers, place, lengths, limits = copied
     q_tiles, do_tiles, row_data, k_tiles, v_tiles = tensors
     kv_full, kv_empty, q_full, q_empty, do_full, do_empty = barriers
-    max_k = lengths[7]
     tokens_q = lengths[8]
     STAGES: gl.constexpr = q_tiles.shape[0]
     BLOCK_M: gl.constexpr = q_tiles.shape[1]
@@ -229,26 +223,25 @@ def copy(
     BLOCK_DV: gl.constexpr = do_tiles.shape[2]
     BLOCK_N: gl.constexpr = 64 * GROUPS
     KV_HEADS: gl.constexpr = Q_HEADS // GROUP
+    BUFFERS: gl.constexpr = kv_full.shape[0]
     ROW: gl.constexpr = gl.BlockedLayout([max(BLOCK_M // 32, 1)], [32], [1], [0])
-    key_blocks = gl.cdiv(max_k, BLOCK_N)
     it = 0
     served = 0
-    for index in range(gl.program_id(0), place[2], gl.num_programs(0)):
-        pair, last_block = tile_place(index, place, key_blocks)
-        block = key_blocks - 1 - last_block
-        b = pair // KV_HEADS
-        kv_head = pair % KV_HEADS
+    for turn in range(0, turns(place)):
+        b, kv_head, block, exists = tile_place(turn, place, lengths[1], lengths[5], lengths[7], KV_HEADS, BLOCK_N, False)
         first_k, len_k, room, lowest, memory_bk, prefix_len = keys(lengths, b)
-        if block * BLOCK_N < room:
+        if exists & (block * BLOCK_N < room):
             first_q, len_q, memory_b = queries(lengths, b)
             lo, _, _, hi = keys_to_rows(block * BLOCK_N, BLOCK_N, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_M)
-            mbarrier.wait(kv_empty, (served & 1) ^ 1)
+            buffer = served % BUFFERS
+            mbarrier.wait(kv_empty.index(buffer), (served // BUFFERS & 1) ^ 1)
             served += 1
-            mbarrier.expect(kv_full, BLOCK_N * (BLOCK_D + (BLOCK_DV if WANT_K else 0)) * 2)
+            mbarrier.expect(kv_full.index(buffer), BLOCK_N * (BLOCK_D + (BLOCK_DV if WANT_K else 0)) * 2)
             for part in gl.static_range(0, GROUPS):
-                copy_box(k, memory_bk, kv_head, first_k + block * BLOCK_N + part * 64, 0, kv_full, k_tiles.index(part))
+                row = first_k + block * BLOCK_N + part * 64
+                copy_box(k, memory_bk, kv_head, row, 0, kv_full.index(buffer), k_tiles.index(buffer * GROUPS + part))
                 if WANT_K:
-                    copy_box(v, memory_bk, kv_head, first_k + block * BLOCK_N + part * 64, 0, kv_full, v_tiles.index(part))
+                    copy_box(v, memory_bk, kv_head, row, 0, kv_full.index(buffer), v_tiles.index(buffer * GROUPS + part))
             for g in range(0, GROUP):
                 h = kv_head * GROUP + g
                 row_base = (gl.cast(memory_b, gl.int64) * Q_HEADS + h) * tokens_q + first_q
@@ -285,7 +278,7 @@ def hopper_grad_kv_kernel(
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tile_total,
     Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, GROUPS: gl.constexpr,
     HIDES: gl.constexpr, WANT_K: gl.constexpr, WANT_V: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr, TOP_LEFT: gl.constexpr,
     LEFT_PHASE: gl.constexpr, MASK_ALL: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
@@ -294,23 +287,24 @@ def hopper_grad_kv_kernel(
     dtype: gl.constexpr = q_boxes.dtype
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    k_tiles = gl.allocate_shared_memory(dtype, [GROUPS, 64, BLOCK_D], SHARED)
+    k_tiles = gl.allocate_shared_memory(dtype, [BUFFERS * GROUPS, 64, BLOCK_D], SHARED)
     # Without dK, values are not read, and their tiles are only where dV passes on its way out: those of K serve, if as wide.
     v_tiles = k_tiles
     if WANT_K or BLOCK_DV != BLOCK_D:
-        v_tiles = gl.allocate_shared_memory(dtype, [GROUPS, 64, BLOCK_DV], SHARED)
+        v_tiles = gl.allocate_shared_memory(dtype, [BUFFERS * GROUPS, 64, BLOCK_DV], SHARED)
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], SHARED)
     do_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_DV], SHARED)
     # Per stage: lse in the base of the exponential, and delta.
     row_data = gl.allocate_shared_memory(gl.float32, [STAGES * 2, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    kv_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    kv_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    kv_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER)
+    kv_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    mbarrier.init(kv_full, count=1)
-    mbarrier.init(kv_empty, count=GROUPS)
+    for buffer in gl.static_range(0, BUFFERS):
+        mbarrier.init(kv_full.index(buffer), count=1)
+        mbarrier.init(kv_empty.index(buffer), count=GROUPS)
     for stage in gl.static_range(0, STAGES):
         # Two arrivals: the copy engine's and that of lse and delta.
         mbarrier.init(q_full.index(stage), count=2)

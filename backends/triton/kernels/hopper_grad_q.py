@@ -29,13 +29,10 @@ from attnhub.backends.triton.kernels.hopper import (
     row_pointers,
     rows_to_keys,
     tile_place,
+    turns,
     weights_again,
 )
 from attnhub.backends.triton.kernels.tile import INF, LOG2_E
-
-#: Tiles of V in flight; one of K is needed a little longer and has its own number.
-V_STAGES: gl.constexpr = gl.constexpr(2)
-
 
 @gluon.jit
 def grad_carefully(
@@ -79,15 +76,15 @@ def compute(
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     out_strides, grad_q_strides, k_strides, v_strides = strides
     scale, softmax_scale, softcap = scales
-    sequences = lengths[5]
-    max_q = lengths[6]
     tokens_q = lengths[8]
     dtype: gl.constexpr = q_tiles.dtype
     BLOCK_D: gl.constexpr = q_tiles.shape[2]
     BLOCK_DV: gl.constexpr = do_tiles.shape[2]
     STAGES: gl.constexpr = k_tiles.shape[0]
+    V_STAGES: gl.constexpr = v_tiles.shape[0]
     BLOCK_N: gl.constexpr = k_tiles.shape[1]
     BLOCK_M: gl.constexpr = 64 * GROUPS
+    BUFFERS: gl.constexpr = q_full.shape[0]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     DS_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, Q_LAYOUT, 2)
@@ -96,15 +93,12 @@ def compute(
     # 16 bytes a thread.
     WRITE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     READ: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
-    row_blocks = gl.cdiv(max_q, BLOCK_M)
     it = 0
     served = 0
-    for index in range(gl.program_id(0), place[2], gl.num_programs(0)):
-        pair, block = tile_place(index, place, row_blocks)
-        b = pair // Q_HEADS
-        h = pair % Q_HEADS
+    for turn in range(0, turns(place)):
+        b, h, block, exists = tile_place(turn, place, lengths[0], lengths[5], lengths[6], Q_HEADS, BLOCK_M, True)
         first_q, len_q, memory_b = queries(lengths, b)
-        if block * BLOCK_M < len_q:
+        if exists & (block * BLOCK_M < len_q):
             first_k, len_k, _, lowest, memory_bk, prefix_len = keys(lengths, b)
             lo, _, _, hi = rows_to_keys(block * BLOCK_M, BLOCK_M, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
             first = block * BLOCK_M + WHICH * 64
@@ -118,9 +112,12 @@ def compute(
             row_delta = gl.zeros((64,), gl.float32, gl.SliceLayout(1, READ))
             if grad_lse is not None:
                 row_delta = -gl.load(grad_lse + row_base + read_row, mask=read_row < len_q, other=0.0)
-            mbarrier.wait(q_full, served & 1)
+            buffer = served % BUFFERS
+            q_tile = q_tiles.index(buffer * GROUPS + WHICH)
+            do_tile = do_tiles.index(buffer * GROUPS + WHICH)
+            mbarrier.wait(q_full.index(buffer), served // BUFFERS & 1)
             served += 1
-            row_delta += gl.sum(o.to(gl.float32) * do_tiles.index(WHICH).load(READ).to(gl.float32), 1)
+            row_delta += gl.sum(o.to(gl.float32) * do_tile.load(READ).to(gl.float32), 1)
             gl.store(delta + row_base + read_row, row_delta, mask=read_row < len_q)
             dq = gl.zeros((64, BLOCK_D), gl.float32, Q_LAYOUT)
             if hi > lo:
@@ -129,7 +126,8 @@ def compute(
                 lse_i = gl.load(lse + row_base + i, mask=i < len_q, other=INF)
                 # Rows without keys, and rows that do not exist, have P = 0.
                 lse_i = gl.where(lse_i == -INF, INF, lse_i) * (1.0 if NATURAL else LOG2_E)
-                ds = gl.zeros((64, BLOCK_N), dtype, DS_LAYOUT)
+                # From step to step dS travels in fp32: see `kernels.hopper_forward`.
+                ds_wide = gl.zeros((64, BLOCK_N), gl.float32, S_LAYOUT)
                 n = lo + (hi - lo - 1) // BLOCK_N * BLOCK_N
                 # The first tile; then masked tiles at the end, full ones, masked ones at the beginning.
                 for phase in gl.static_range(-1, 3):
@@ -146,10 +144,11 @@ def compute(
                         while n >= stop:
                             before = (it + STAGES - 1) % STAGES
                             mbarrier.wait(k_full.index(it % STAGES), it // STAGES & 1)
-                            s = multiply_transposed(q_tiles.index(WHICH), k_tiles.index(it % STAGES), S_LAYOUT)
+                            s = multiply_transposed(q_tile, k_tiles.index(it % STAGES), S_LAYOUT)
                             mbarrier.wait(v_full.index(it % V_STAGES), it // V_STAGES & 1)
-                            dp = multiply_transposed(do_tiles.index(WHICH), v_tiles.index(it % V_STAGES), S_LAYOUT)
+                            dp = multiply_transposed(do_tile, v_tiles.index(it % V_STAGES), S_LAYOUT)
                             if phase >= 0:
+                                ds = gl.convert_layout(ds_wide.to(dtype), DS_LAYOUT)
                                 dq = warpgroup_mma(ds, k_tiles.index(before), dq, is_async=True)
                             s = warpgroup_mma_wait(2 if phase >= 0 else 1, deps=[s])
                             j = n + gl.arange(0, BLOCK_N, COLUMN)
@@ -165,10 +164,10 @@ def compute(
                             if phase >= 0:
                                 dq, ds = warpgroup_mma_wait(0, deps=[dq, ds])
                                 mbarrier.arrive(k_empty.index(before), count=1)
-                            ds = gl.convert_layout(ds_wide.to(dtype), DS_LAYOUT)
                             it += 1
                             n -= BLOCK_N
                 before = (it + STAGES - 1) % STAGES
+                ds = gl.convert_layout(ds_wide.to(dtype), DS_LAYOUT)
                 dq = warpgroup_mma(ds, k_tiles.index(before), dq, is_async=True)
                 dq, ds = warpgroup_mma_wait(0, deps=[dq, ds])
                 mbarrier.arrive(k_empty.index(before), count=1)
@@ -177,29 +176,20 @@ def compute(
                         AGAIN: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
                         heads = (head_of(k, memory_bk, h // GROUP, k_strides), head_of(v, memory_bk, h // GROUP, v_strides))
                         again = grad_carefully(
-                            q_tiles.index(WHICH), do_tiles.index(WHICH), heads, (k_strides, v_strides), gl.convert_layout(i, AGAIN),
+                            q_tile, do_tile, heads, (k_strides, v_strides), gl.convert_layout(i, AGAIN),
                             gl.convert_layout(lse_i, AGAIN), gl.convert_layout(delta_i, AGAIN), lo, hi, b, h, first_k, len_q, len_k, lowest, prefix_len,
                             scale, softcap, limits, added, data, HEAD_DIM, V_HEAD_DIM, LIMITS, SOFTCAP, NATURAL,
                         )  # fmt: skip
                         dq = gl.convert_layout(again, Q_LAYOUT)
             # Through shared memory, where the tile of Q is done with, for wide stores.
-            q_tiles.index(WHICH).store((dq * softmax_scale).to(dtype))
-            result = q_tiles.index(WHICH).load(WRITE)
+            q_tile.store((dq * softmax_scale).to(dtype))
+            result = q_tile.load(WRITE)
             fence_async_shared()
-            mbarrier.arrive(q_empty, count=1)
+            mbarrier.arrive(q_empty.index(buffer), count=1)
             head = head_of(grad_q, memory_b, h, grad_q_strides)
-            # Tokens behind the last sequence, of any number, have no gradient; their output was 0.
-            end = gl.where(b == sequences, len_q, first + 1)
-            for start in range(first, end, row_blocks * BLOCK_M):
-                row = start + gl.arange(0, 64, gl.SliceLayout(1, WRITE))
-                pointers = row_pointers(head, first_q + row, grad_q_strides, BLOCK_D, WRITE)
-                gl.store(pointers, result, mask=existing(row < len_q, HEAD_DIM, BLOCK_D, WRITE))
-                if start > first:
-                    further = start + gl.arange(0, 64, ROW)
-                    further_delta = gl.zeros((64,), gl.float32, ROW)
-                    if grad_lse is not None:
-                        further_delta = -gl.load(grad_lse + row_base + further, mask=further < len_q, other=0.0)
-                    gl.store(delta + row_base + further, further_delta, mask=further < len_q)
+            row = first + gl.arange(0, 64, gl.SliceLayout(1, WRITE))
+            pointers = row_pointers(head, first_q + row, grad_q_strides, BLOCK_D, WRITE)
+            gl.store(pointers, result, mask=existing(row < len_q, HEAD_DIM, BLOCK_D, WRITE))
 
 
 @gluon.jit
@@ -211,25 +201,26 @@ def copy(copied, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexp
     BLOCK_D: gl.constexpr = q_tiles.shape[2]
     BLOCK_DV: gl.constexpr = do_tiles.shape[2]
     STAGES: gl.constexpr = k_tiles.shape[0]
+    V_STAGES: gl.constexpr = v_tiles.shape[0]
     BLOCK_N: gl.constexpr = k_tiles.shape[1]
     BLOCK_M: gl.constexpr = 64 * GROUPS
-    row_blocks = gl.cdiv(lengths[6], BLOCK_M)
+    BUFFERS: gl.constexpr = q_full.shape[0]
     it = 0
     served = 0
-    for index in range(gl.program_id(0), place[2], gl.num_programs(0)):
-        pair, block = tile_place(index, place, row_blocks)
-        b = pair // Q_HEADS
-        h = pair % Q_HEADS
+    for turn in range(0, turns(place)):
+        b, h, block, exists = tile_place(turn, place, lengths[0], lengths[5], lengths[6], Q_HEADS, BLOCK_M, True)
         first_q, len_q, memory_b = queries(lengths, b)
-        if block * BLOCK_M < len_q:
+        if exists & (block * BLOCK_M < len_q):
             first_k, len_k, _, lowest, memory_bk, prefix_len = keys(lengths, b)
             lo, _, _, hi = rows_to_keys(block * BLOCK_M, BLOCK_M, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
-            mbarrier.wait(q_empty, (served & 1) ^ 1)
+            buffer = served % BUFFERS
+            mbarrier.wait(q_empty.index(buffer), (served // BUFFERS & 1) ^ 1)
             served += 1
-            mbarrier.expect(q_full, BLOCK_M * (BLOCK_D + BLOCK_DV) * 2)
+            mbarrier.expect(q_full.index(buffer), BLOCK_M * (BLOCK_D + BLOCK_DV) * 2)
             for part in gl.static_range(0, GROUPS):
-                copy_box(q, memory_b, h, first_q + block * BLOCK_M + part * 64, 0, q_full, q_tiles.index(part))
-                copy_box(grad_out, memory_b, h, first_q + block * BLOCK_M + part * 64, 0, q_full, do_tiles.index(part))
+                row = first_q + block * BLOCK_M + part * 64
+                copy_box(q, memory_b, h, row, 0, q_full.index(buffer), q_tiles.index(buffer * GROUPS + part))
+                copy_box(grad_out, memory_b, h, row, 0, q_full.index(buffer), do_tiles.index(buffer * GROUPS + part))
             if hi > lo:
                 n = lo + (hi - lo - 1) // BLOCK_N * BLOCK_N
                 while n >= lo:
@@ -253,26 +244,30 @@ def hopper_grad_q_kernel(
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tile_total,
     Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, HIDES: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr, BUFFERS: gl.constexpr, GROUPS: gl.constexpr, HIDES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr, TOP_LEFT: gl.constexpr,
     LEFT_PHASE: gl.constexpr, MASK_ALL: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
 ):  # fmt: skip
-    """grad_q, and delta [B, Hq, Sq] fp32. The boxes are of 64 (q, grad_out) or BLOCK_N tokens; the rest is as in `kernels.hopper_forward`."""
+    """grad_q, and delta [B, Hq, Sq] fp32. The boxes are of 64 (q, grad_out) or BLOCK_N tokens. STAGES, V_STAGES: tiles of K and V in
+    flight; those of K are needed a little longer. The rest is as in `kernels.hopper_forward`.
+    """
     dtype: gl.constexpr = q_boxes.dtype
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_tiles = gl.allocate_shared_memory(dtype, [GROUPS, 64, BLOCK_D], SHARED)
-    do_tiles = gl.allocate_shared_memory(dtype, [GROUPS, 64, BLOCK_DV], SHARED)
+    q_tiles = gl.allocate_shared_memory(dtype, [BUFFERS * GROUPS, 64, BLOCK_D], SHARED)
+    do_tiles = gl.allocate_shared_memory(dtype, [BUFFERS * GROUPS, 64, BLOCK_DV], SHARED)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], SHARED)
     v_tiles = gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, BLOCK_DV], SHARED)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIER)
     v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIER)
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=GROUPS)
+    for buffer in gl.static_range(0, BUFFERS):
+        mbarrier.init(q_full.index(buffer), count=1)
+        mbarrier.init(q_empty.index(buffer), count=GROUPS)
     for stage in gl.static_range(0, STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(k_empty.index(stage), count=GROUPS)
