@@ -19,6 +19,8 @@ _OLDEST = (3, 6)
 #: Bytes of tensors that programs running side by side may share through the L2 cache (50 MB, of two halves).
 _SECTION = 24 << 20
 _MOST_DIM = 256
+#: The forward's scale instead of 0, for which its masked scores, -inf, would become NaN. No product with a score counts beside 1.
+_SMALLEST = 2.0**-120
 #: Tiles of V in flight in dQ.
 _V_STAGES = 2
 #: Shared memory of a block of threads, without what barriers, row data and changes of layout take.
@@ -148,6 +150,14 @@ def _hides(arguments: dict[str, Any]) -> bool:
     return bool(arguments["MASK_VALUES"]) or any(arguments[name] is not None for name in ("cu_q", "seqused_k", "leftpad"))
 
 
+def _in_pairs(arguments: dict[str, Any]) -> bool:
+    """Whether two neighbours in a row of the bias are one aligned word."""
+    bias = arguments["bias"]
+    if bias is None or bias.data_ptr() % 16 or arguments["bias_stride_k"] != 1:
+        return False
+    return not any(size % 2 for size in (arguments["max_k"], *(arguments[f"bias_stride_{axis}"] for axis in "bhq")))
+
+
 def _programs(
     role: str, arguments: dict[str, Any], width: int, row_bytes: int, block: int, resident: int, staged: int
 ) -> tuple[int, dict[str, int]]:
@@ -187,7 +197,7 @@ def forward(recorder: Recorder, arguments: dict[str, Any], tiles: Tiles) -> None
     recorder.launch(
         hopper_forward_kernel, programs, tiles,
         **{
-            **arguments, **place, "HIDES": _hides(arguments), "BLOCK_DV": v_width, "BLOCK_N": tiles.block_n, "WIDTH": width, "CHUNKS": chunks,
+            **arguments, **place, "scale": arguments["scale"] or _SMALLEST, "HIDES": _hides(arguments), "PAIRS": _in_pairs(arguments), "BLOCK_DV": v_width, "BLOCK_N": tiles.block_n, "WIDTH": width, "CHUNKS": chunks,
             "STAGES": tiles.num_stages, "GROUPS": groups,
             "q_boxes": _boxes(q, 64, width), "k_boxes": _boxes(k, tiles.block_n, width), "v_boxes": _boxes(v, tiles.block_n, v_width),
         },
@@ -205,7 +215,7 @@ def grad_q(recorder: Recorder, arguments: dict[str, Any], tiles: Tiles) -> None:
     recorder.launch(
         hopper_grad_q_kernel, programs, tiles,
         **{
-            **arguments, **place, **_all_boxes(arguments, 64, tiles.block_n, width, v_width), "HIDES": _hides(arguments),
+            **arguments, **place, **_all_boxes(arguments, 64, tiles.block_n, width, v_width), "HIDES": _hides(arguments), "PAIRS": _in_pairs(arguments),
             "BLOCK_D": width, "BLOCK_DV": v_width, "BLOCK_N": tiles.block_n, "STAGES": tiles.num_stages, "V_STAGES": _V_STAGES, "GROUPS": groups,
         },
     )  # fmt: skip
@@ -220,10 +230,12 @@ def grad_kv(recorder: Recorder, arguments: dict[str, Any], tiles: Tiles) -> None
     # Sums in registers: 64 rows of both gradients, or one after the other.
     parts = [(True, True)] if width + v_width <= 256 else [(True, False), (False, True)]
     groups = tiles.block_n // 64
-    resident, staged = 2 * tiles.block_n * (width + v_width), 2 * tiles.num_stages * tiles.block_m * (width + v_width)
+    staged = 2 * tiles.num_stages * tiles.block_m * (width + v_width)
     row_bytes = 2 * (width + v_width) * arguments["GROUP"]
-    programs, place = _programs("hopper_grad_kv", arguments, max(width, v_width), row_bytes, tiles.block_n, resident, staged)
     for want_k, want_v in parts:
+        # Without dK a tile of V is only there to be written, if that of K has another width.
+        resident = 2 * tiles.block_n * (width + (v_width if want_k or width != v_width else 0))
+        programs, place = _programs("hopper_grad_kv", arguments, max(width, v_width), row_bytes, tiles.block_n, resident, staged)
         recorder.launch(
             hopper_grad_kv_kernel, programs, tiles,
             **{

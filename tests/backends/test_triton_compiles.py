@@ -59,7 +59,8 @@ def _compile(kernel: Any, values: list[Any], choice: tiles.Tiles, arch: tuple[in
     signature: dict[str, str] = {}
     constants, attributes = {}, {}
     for index, (parameter, value) in enumerate(zip(kernel.params, values)):
-        if parameter.is_constexpr or value is None:
+        # Triton compiles an integer of 1 as a constant, too.
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize):
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
         elif hasattr(value, "block_shape"):

@@ -162,6 +162,13 @@ def test_values_that_are_not_finite_reach_only_who_may_see_them(name: str, bad: 
         torch.testing.assert_close(mine[~reached[what]], right[~reached[what]], rtol=0.02, atol=0.02)
 
 
+def test_a_scale_of_zero_weighs_all_keys_alike() -> None:
+    q, k, v = (torch.randn(1, 2, 200, 64, device="cuda").bfloat16() for _ in range(3))
+    out = attnhub.attention(q, k, v, Causal(), softmax_scale=0.0, backend="triton")
+    count = torch.arange(1, 201, device="cuda")[:, None]
+    torch.testing.assert_close(out, (v.float().cumsum(2) / count).bfloat16(), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_sequences_of_many_lengths(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences that begin and end anywhere in a tile, empty ones among them, and tokens that belong to none."""

@@ -1,14 +1,16 @@
 """What the kernels for Hopper share. They are written in Gluon, Triton's lower language, in which a program says which warp does what:
 one warp copies tiles (TMA) while warpgroups of 64 rows compute (the division of labour of FlashAttention-3, arXiv 2407.08608).
 
-Ranges, masks, bias and ALiBi are the functions of `kernels.mask` and `kernels.tile`, compiled for Gluon. Arguments that only pass
+Ranges of tiles are the functions of `kernels.mask`, compiled for Gluon; `kernels.mask.keep_pairs` and `kernels.tile.add_bias` say what
+`kept` and `biased` do in fewer instructions. Arguments that only pass
 through a function travel as tuples:
 
 place    (pairs of sequence and head, pairs in a section, tiles in all): see `tile_place`
 lengths  (cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k)
-limits   (left, right, chunk); LIMITS their constants (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, whether ranges are causal)
+limits   (left, right, chunk); LIMITS their constants (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, whether ranges are causal,
+         PAIRS: whether two neighbours in a row of the bias are one aligned word, BY_KEYS: whether `kept` asks from the side of keys)
 added    bias and ALiBi, in the order of `kernels.tile.add_bias`
-data     ids, boolean and block masks, in the order of `kernels.mask.keep_pairs`
+data     ids and boolean mask, in the order of `kernels.mask.keep_pairs`
 """
 
 # Triton compiles this Python: constants are upper case, and an `if` over constants must stay a statement.
@@ -23,9 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mma_v2, tma, warpgr
 from attnhub.backends.triton.kernels import forward, mask, tile
 from attnhub.backends.triton.kernels.tile import INF, LOG2_E
 
-add_bias = gluon.jit(tile.add_bias.fn)
 align_range = gluon.jit(mask.align_range.fn)
-keep_pairs = gluon.jit(mask.keep_pairs.fn)
 key_range = gluon.jit(mask.key_range.fn)
 power = gluon.jit(tile.power.fn)
 query_block = gluon.jit(forward.query_block.fn)
@@ -149,11 +149,74 @@ def keys_to_rows(first, rows, len_q, len_k, lowest, prefix_len, limits, LIMITS: 
 
 
 @gluon.jit
-def kept(b, h, i, j, len_q, len_k, lowest, prefix_len, limits, data, LIMITS: gl.constexpr):
-    """Which pairs are allowed. i and j are 2-D and broadcast in either order."""
+def row_limits(i, len_q, len_k, lowest, prefix_len, limits, LIMITS: gl.constexpr):
+    """(first key, end of the keys) that rows i meet as far as limits and lengths say."""
     left, right, chunk = limits
     p = i if LIMITS[4] else i + (len_k - len_q)
-    return keep_pairs(b, h, i, j, p, len_q, len_k, lowest, left, right, chunk, prefix_len, *data, LIMITS[0], LIMITS[1], LIMITS[2], LIMITS[3])
+    lo = gl.where(i < len_q, lowest, len_k)
+    hi = len_k
+    if LIMITS[7]:
+        hi = gl.minimum(hi, gl.maximum(p + 1, prefix_len))
+    if LIMITS[1]:
+        hi = gl.minimum(hi, p + right + 1)
+    if LIMITS[0]:
+        lo = gl.maximum(lo, p - left)
+    if LIMITS[2]:
+        # Positions before key 0 have no keys; division truncates, so they are set apart.
+        start = gl.maximum(p, 0) // chunk * chunk
+        lo = gl.maximum(lo, start)
+        hi = gl.where(p >= 0, gl.minimum(hi, start + chunk), 0)
+    return lo, hi
+
+
+@gluon.jit
+def key_limits(j, len_q, len_k, lowest, prefix_len, limits, LIMITS: gl.constexpr):
+    """(first row, end of the rows) that meet keys j as far as limits and lengths say: `row_limits` from the other side."""
+    left, right, chunk = limits
+    shift = 0 if LIMITS[4] else len_k - len_q
+    lo = gl.where((j >= lowest) & (j < len_k), 0, len_q)
+    hi = len_q
+    if LIMITS[7]:
+        lo = gl.where(j < prefix_len, lo, gl.maximum(lo, j - shift))
+    if LIMITS[1]:
+        lo = gl.maximum(lo, j - right - shift)
+    if LIMITS[0]:
+        hi = gl.minimum(hi, j + left - shift + 1)
+    if LIMITS[2]:
+        start = j // chunk * chunk
+        lo = gl.maximum(lo, start - shift)
+        hi = gl.minimum(hi, start + chunk - shift)
+    return lo, hi
+
+
+@gluon.jit
+def kept(b, h, i, j, len_q, len_k, lowest, prefix_len, limits, data, LIMITS: gl.constexpr):
+    """Which pairs are allowed. i and j are 2-D and broadcast in either order.
+
+    Limits cost two comparisons a pair, with what they mean for a whole row or, with LIMITS[9], key.
+    """
+    if LIMITS[9]:
+        lo, hi = key_limits(j, len_q, len_k, lowest, prefix_len, limits, LIMITS)
+        keep = (i >= lo) & (i < hi)
+    else:
+        lo, hi = row_limits(i, len_q, len_k, lowest, prefix_len, limits, LIMITS)
+        keep = (j >= lo) & (j < hi)
+    segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride = data[:8]
+    bool_mask, stride_b, stride_h, stride_q, stride_k = data[8:]
+    if blocks_q is not None:
+        p = i if LIMITS[4] else i + (len_k - len_q)
+        ids_q = gl.load(blocks_q + b * blocks_q_stride + i, mask=i < len_q, other=-1)
+        ids_k = gl.load(blocks_k + b * blocks_k_stride + j, mask=j < len_k, other=-1)
+        keep = keep & ((j <= p) | (j < prefix_len) | ((ids_q == ids_k) & (ids_q >= 0)))
+    if segments_q is not None:
+        segment_q = gl.load(segments_q + b * segments_q_stride + i, mask=i < len_q, other=0)
+        segment_k = gl.load(segments_k + b * segments_k_stride + j, mask=j < len_k, other=0)
+        keep = keep & (segment_q == segment_k)
+    if bool_mask is not None:
+        base = bool_mask + gl.cast(b, gl.int64) * stride_b + gl.cast(h, gl.int64) * stride_h
+        value = gl.load(base + i.to(gl.int64) * stride_q + j.to(gl.int64) * stride_k, mask=(i < len_q) & (j < len_k), other=0)
+        keep = keep & (value != 0)
+    return keep
 
 
 @gluon.jit
@@ -164,18 +227,53 @@ def tanh(x):
 
 
 @gluon.jit
-def biased(s, b, h, i, j, len_q, len_k, added, LIMITS: gl.constexpr, NATURAL: gl.constexpr):
-    """Scores plus bias and ALiBi, in base 2 or, with NATURAL, base e."""
-    p = i if LIMITS[4] else i + (len_k - len_q)
-    return add_bias(s, b, h, i, j, p, len_q, len_k, *added, NATURAL)
+def load_bias(b, h, row, i, column, j, len_q, columns, added, LIMITS: gl.constexpr):
+    """The bias of rows ``row + i`` and keys ``column + j`` as it lies in memory, 0 where there is none. i and j are 2-D and broadcast.
+
+    It is loaded while products run, before they are awaited. columns: keys in memory. LIMITS[8]: neighbours of a row lie together.
+    """
+    value = 0.0
+    bias, stride_b, stride_h, stride_q, stride_k, _, _ = added
+    if bias is not None:
+        base = bias + gl.cast(b, gl.int64) * stride_b + gl.cast(h, gl.int64) * stride_h
+        base += gl.cast(row, gl.int64) * stride_q + gl.cast(column, gl.int64) * stride_k
+        pointers = base + i.to(gl.int64) * stride_q + j.to(gl.int64) * stride_k
+        exist = (row + i < len_q) & (column + j < columns)
+        if LIMITS[8]:
+            pointers = gl.max_contiguous(gl.multiple_of(pointers, [1, 2 * bias.dtype.element_ty.primitive_bitwidth // 8]), [1, 2])
+            exist = gl.max_constancy(exist, [1, 2])
+        value = gl.load(pointers, mask=exist, other=0.0)
+    return value
+
+
+@gluon.jit
+def biased(s, value, b, h, i, j, len_q, len_k, added, LIMITS: gl.constexpr, NATURAL: gl.constexpr):
+    """(scores plus bias and ALiBi, in base 2 or, with NATURAL, base e; pairs that the bias leaves). value: see `load_bias`.
+
+    As in `kernels.tile.add_bias`, whose text says why a bias wants base e.
+    """
+    left = True
+    bias, _, _, _, _, alibi, alibi_stride_b = added
+    if bias is not None:
+        wide = value.to(gl.float32)
+        left = wide != -INF
+        s = s + wide
+    if alibi is not None:
+        slope = gl.load(alibi + b * alibi_stride_b + h) * (1.0 if NATURAL else LOG2_E)
+        p = i if LIMITS[4] else i + (len_k - len_q)
+        s = s - slope * gl.abs(p - j).to(gl.float32)
+    return s, left
 
 
 @gluon.jit
 def weights_again(
-    s, row_lse, b, h, i, j, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
+    s, value, row_lse, b, h, i, j, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
     LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """(P, d capped score / d score, pairs kept) of the backward from raw products and lse. i, j, row_lse broadcast in either order."""
+    """(P, d capped score / d score, pairs kept) of the backward from raw products and lse. i, j, row_lse broadcast in either order.
+
+    value: see `load_bias`.
+    """
     slope = 1.0
     if SOFTCAP:
         capped = tanh(s * (scale / softcap))
@@ -183,13 +281,13 @@ def weights_again(
         s = softcap * (1.0 if NATURAL else LOG2_E) * capped
     else:
         s = s * scale
-    s = biased(s, b, h, i, j, len_q, len_k, added, LIMITS, NATURAL)
+    s, left = biased(s, value, b, h, i, j, len_q, len_k, added, LIMITS, NATURAL)
     weights = power(s - row_lse, NATURAL)
     keep = True
     if MASKED:
         keep = kept(b, h, i, j, len_q, len_k, lowest, prefix_len, limits, data, LIMITS)
         if added[0] is not None:
-            keep = keep & (s != -INF)
+            keep = keep & left
         weights = gl.where(keep, weights, 0.0)
     return weights, slope, keep
 

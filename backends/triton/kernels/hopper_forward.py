@@ -26,6 +26,7 @@ from attnhub.backends.triton.kernels.hopper import (
     head_of,
     kept,
     keys,
+    load_bias,
     load_rows,
     power,
     queries,
@@ -40,36 +41,31 @@ from attnhub.backends.triton.kernels.tile import INF, LN_2, LOG2_E
 
 @gluon.jit
 def softmax_step(
-    s, m, total, b, h, i, j, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
+    s, value, m, total, b, h, i, j, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
     LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """(weights, m, total, shrink, pairs kept) after one key tile. s: raw products; m is kept in base 2, or base e with NATURAL."""
-    alibi: gl.constexpr = added[5] is not None
+    """(weights, m, total, shrink, pairs kept) after one key tile. s: raw products; value: see `kernels.hopper.load_bias`; m is kept in base 2, or base e with NATURAL."""
+    plain: gl.constexpr = not SOFTCAP and added[0] is None and added[5] is None
     keep = True
     if SOFTCAP:
         s = softcap * (1.0 if NATURAL else LOG2_E) * tanh(s * (scale / softcap))
-    elif MASKED or alibi:
+    elif not plain:
         s = s * scale
-    s = biased(s, b, h, i[:, None], j[None, :], len_q, len_k, added, LIMITS, NATURAL)
+    s, left = biased(s, value, b, h, i[:, None], j[None, :], len_q, len_k, added, LIMITS, NATURAL)
     if MASKED:
         keep = kept(b, h, i[:, None], j[None, :], len_q, len_k, lowest, prefix_len, limits, data, LIMITS)
         if added[0] is not None:
-            keep = keep & (s != -INF)
+            keep = keep & left
         s = gl.where(keep, s, -INF)
-        m_new = gl.maximum(m, gl.max(s, 1))
+    top = gl.max(s, 1)
+    # One fused multiply-add per score where nothing comes between the scale, which is positive, and the exponential.
+    m_new = gl.maximum(m, top * scale if plain else top)
+    m_used = m_new
+    if MASKED:
         # A row that has met no key yet: -inf - -inf would be NaN.
         m_used = gl.where(m_new == -INF, 0.0, m_new)
-        weights = power(s - m_used[:, None], NATURAL)
-        shrink = power(m - m_used, NATURAL)
-    elif SOFTCAP or alibi:
-        m_new = gl.maximum(m, gl.max(s, 1))
-        weights = gl.exp2(s - m_new[:, None])
-        shrink = gl.exp2(m - m_new)
-    else:
-        # One fused multiply-add per score.
-        m_new = gl.maximum(m, gl.max(s, 1) * scale)
-        weights = gl.exp2(s * scale - m_new[:, None])
-        shrink = gl.exp2(m - m_new)
+    weights = power((s * scale if plain else s) - m_used[:, None], NATURAL)
+    shrink = power(m - m_used, NATURAL)
     total = total * shrink + gl.sum(weights, 1)
     return weights, m_new, total, shrink, keep
 
@@ -87,7 +83,7 @@ def multiply_scores(q_tiles, own, k_tiles, stage, CHUNKS: gl.constexpr, layout: 
 
 @gluon.jit
 def attend_carefully(
-    q_tiles, own, heads, strides, first, lo, hi, b, h, first_k, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
+    q_tiles, own, heads, strides, first, lo, hi, b, h, first_k, max_k, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
     HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_DV: gl.constexpr, CHUNKS: gl.constexpr,
     LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
 ):  # fmt: skip
@@ -109,9 +105,11 @@ def attend_carefully(
             k_ok = (k_row < len_k) & (k_row >= lowest)
             k = load_rows(k_head + c * WIDTH, first_k, k_row, k_ok, k_strides, HEAD_DIM - c * WIDTH, WIDTH, K_ROWS)
             s = add_transposed(q_tiles.index(own + c), k, s)
-        j = n + gl.arange(0, CAREFUL, gl.SliceLayout(0, LAYOUT))
+        step = gl.arange(0, CAREFUL, gl.SliceLayout(0, LAYOUT))
+        j = n + step
+        value = load_bias(b, h, 0, i[:, None], n, step[None, :], len_q, max_k, added, LIMITS)
         weights, m, total, shrink, keep = softmax_step(
-            s, m, total, b, h, i, j, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data, LIMITS, SOFTCAP, NATURAL, True
+            s, value, m, total, b, h, i, j, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data, LIMITS, SOFTCAP, NATURAL, True
         )
         v_row = n + gl.arange(0, CAREFUL, gl.SliceLayout(1, V_ROWS))
         v = load_rows(v_head, first_k, v_row, (v_row < len_k) & (v_row >= lowest), v_strides, V_HEAD_DIM, BLOCK_DV, V_ROWS)
@@ -156,6 +154,7 @@ def compute(
             first = block * BLOCK_M + WHICH * 64
             _, full_lo, full_hi, _ = rows_to_keys(first, 64, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
             i = first + gl.arange(0, 64, ROW)
+            column = gl.arange(0, BLOCK_N, COLUMN)
             m = gl.full((64,), -INF, gl.float32, ROW)
             total = gl.full((64,), 0.0, gl.float32, ROW)
             acc = gl.zeros((64, BLOCK_DV), gl.float32, O_LAYOUT)
@@ -166,10 +165,11 @@ def compute(
                 mbarrier.wait(q_full.index(buffer), served // BUFFERS & 1)
                 mbarrier.wait(k_full.index(it % STAGES), it // STAGES & 1)
                 s = multiply_scores(q_tiles, own, k_tiles, it % STAGES, CHUNKS, S_LAYOUT)
+                value = load_bias(b, h, 0, i[:, None], n, column[None, :], len_q, lengths[7], added, LIMITS)
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(k_empty.index(it % STAGES), count=1)
                 following, m, total, shrink, _first = softmax_step(
-                    s, m, total, b, h, i, n + gl.arange(0, BLOCK_N, COLUMN), len_q, len_k, lowest, prefix_len, scale, softcap,
+                    s, value, m, total, b, h, i, n + column, len_q, len_k, lowest, prefix_len, scale, softcap,
                     limits, added, data, LIMITS, SOFTCAP, NATURAL, True,
                 )  # fmt: skip
                 # Where registers allow, weights travel from step to step in fp32: pairs of two bytes are taken apart and put together again.
@@ -196,10 +196,11 @@ def compute(
                             s = multiply_scores(q_tiles, own, k_tiles, stage, CHUNKS, S_LAYOUT)
                             mbarrier.wait(v_full.index(before), before_parity)
                             acc = warpgroup_mma(weights, v_tiles.index(before), acc, is_async=True)
+                            value = load_bias(b, h, 0, i[:, None], n, column[None, :], len_q, lengths[7], added, LIMITS)
                             s = warpgroup_mma_wait(1, deps=[s])
                             mbarrier.arrive(k_empty.index(stage), count=1)
                             following, m, total, shrink, _tile = softmax_step(
-                                s, m, total, b, h, i, n + gl.arange(0, BLOCK_N, COLUMN), len_q, len_k, lowest, prefix_len, scale, softcap,
+                                s, value, m, total, b, h, i, n + column, len_q, len_k, lowest, prefix_len, scale, softcap,
                                 limits, added, data, LIMITS, SOFTCAP, NATURAL, phase != 1,
                             )  # fmt: skip
                             acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
@@ -217,7 +218,7 @@ def compute(
                     if any_nonfinite(acc) > 0:
                         heads = (head_of(k, memory_bk, h // GROUP, k_strides), head_of(v, memory_bk, h // GROUP, v_strides))
                         again, m_again, total_again = attend_carefully(
-                            q_tiles, own, heads, (k_strides, v_strides), first, lo, hi, b, h, first_k, len_q, len_k, lowest, prefix_len, scale,
+                            q_tiles, own, heads, (k_strides, v_strides), first, lo, hi, b, h, first_k, lengths[7], len_q, len_k, lowest, prefix_len, scale,
                             softcap, limits, added, data, HEAD_DIM, V_HEAD_DIM, BLOCK_DV, CHUNKS, LIMITS, SOFTCAP, NATURAL,
                         )  # fmt: skip
                         acc = gl.convert_layout(again, O_LAYOUT)
@@ -300,7 +301,7 @@ def hopper_forward_kernel(
     Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr,
     CHUNKS: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, GROUPS: gl.constexpr, HIDES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr, TOP_LEFT: gl.constexpr,
-    LEFT_PHASE: gl.constexpr, MASK_ALL: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
+    LEFT_PHASE: gl.constexpr, MASK_ALL: gl.constexpr, PAIRS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
 ):  # fmt: skip
     """out [B, Hq, Sq, Dv] and, if lse is not None, lse [B, Hq, Sq] fp32. scale: as in `kernels.forward`.
 
@@ -330,7 +331,7 @@ def hopper_forward_kernel(
         mbarrier.init(v_empty.index(stage), count=GROUPS)
     fence_async_shared()
 
-    LIMITS: gl.constexpr = (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, CAUSAL and blocks_q is None)
+    LIMITS: gl.constexpr = (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, CAUSAL and blocks_q is None, PAIRS, False)
     tensors = (q_tiles, k_tiles, v_tiles)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     place = (pairs, section, tile_total)
@@ -339,7 +340,7 @@ def hopper_forward_kernel(
     added = (bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b)
     data = (
         segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
-        bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k, None, 0, 0, 0, 1, 1,
+        bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     )  # fmt: skip
     strides = (
         (out_stride_b, out_stride_h, out_stride_s), (k_stride_b, k_stride_h, k_stride_s), (v_stride_b, v_stride_h, v_stride_s),

@@ -25,6 +25,7 @@ from attnhub.backends.triton.kernels.hopper import (
     head_of,
     keys,
     keys_to_rows,
+    load_bias,
     load_rows,
     multiply_transposed,
     queries,
@@ -38,7 +39,7 @@ from attnhub.backends.triton.kernels.tile import INF, LOG2_E
 
 @gluon.jit
 def grad_carefully(
-    k_tile, v_tile, q, grad_out, lse, delta, strides, first, lo, hi, b, kv_head, first_q, memory_b, tokens_q, len_q, len_k, lowest, prefix_len,
+    k_tile, v_tile, q, grad_out, lse, delta, strides, first, lo, hi, b, kv_head, first_q, memory_b, tokens_q, max_k, len_q, len_k, lowest, prefix_len,
     scale, softcap, limits, added, data, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, WANT_K: gl.constexpr, WANT_V: gl.constexpr,
     LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
@@ -61,12 +62,14 @@ def grad_carefully(
             do_row = m + gl.arange(0, CAREFUL, gl.SliceLayout(1, DO_ROWS))
             q_rows = load_rows(q_head, first_q, q_row, q_row < len_q, q_strides, HEAD_DIM, BLOCK_D, Q_ROWS)
             do_rows = load_rows(do_head, first_q, do_row, do_row < len_q, do_strides, V_HEAD_DIM, BLOCK_DV, DO_ROWS)
-            i = m + gl.arange(0, CAREFUL, gl.SliceLayout(0, LAYOUT))
+            step = gl.arange(0, CAREFUL, gl.SliceLayout(0, LAYOUT))
+            i = m + step
             row_lse = gl.load(lse + row_base + i, mask=i < len_q, other=INF)
             row_lse = gl.where(row_lse == -INF, INF, row_lse) * (1.0 if NATURAL else LOG2_E)
             zeros = gl.zeros((64, CAREFUL), gl.float32, LAYOUT)
+            value = load_bias(b, h, m, step[None, :], 0, j[:, None], len_q, max_k, added, LIMITS)
             weights, slope, keep = weights_again(
-                add_transposed(k_tile, q_rows, zeros), row_lse[None, :], b, h, i[None, :], j[:, None], len_q, len_k, lowest, prefix_len, scale, softcap,
+                add_transposed(k_tile, q_rows, zeros), value, row_lse[None, :], b, h, i[None, :], j[:, None], len_q, len_k, lowest, prefix_len, scale, softcap,
                 limits, added, data, LIMITS, SOFTCAP, NATURAL, True,
             )  # fmt: skip
             if WANT_V:
@@ -116,6 +119,7 @@ def compute(
             lo, _, _, hi = keys_to_rows(block * BLOCK_N, BLOCK_N, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_M)
             _, full_lo, full_hi, _ = keys_to_rows(first, 64, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_M)
             j = first + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
+            row = gl.arange(0, BLOCK_M, ROW)
             dk = gl.zeros((64, BLOCK_D), gl.float32, K_LAYOUT)
             dv = gl.zeros((64, BLOCK_DV), gl.float32, V_LAYOUT)
             buffer = served % BUFFERS
@@ -143,14 +147,15 @@ def compute(
                                 mbarrier.wait(do_full.index(stage), it // STAGES & 1)
                                 if WANT_K:
                                     dp = multiply_transposed(v_tile, do_tiles.index(stage), S_LAYOUT)
+                                value = load_bias(b, h, m, row[None, :], 0, j[:, None], len_q, lengths[7], added, LIMITS)
                                 # In masked tiles both are awaited, so that no mask has to be kept until dP is there.
                                 s = warpgroup_mma_wait(1 if WANT_K and phase == 1 else 0, deps=[s])
                                 if WANT_K and phase != 1:
                                     dp = warpgroup_mma_wait(0, deps=[dp])
-                                i = m + gl.arange(0, BLOCK_M, ROW)
+                                i = m + row
                                 row_lse = row_data.index(stage * 2).load(ROW)
                                 weights, slope, keep = weights_again(
-                                    s, row_lse[None, :], b, h, i[None, :], j[:, None], len_q, len_k, lowest, prefix_len, scale, softcap,
+                                    s, value, row_lse[None, :], b, h, i[None, :], j[:, None], len_q, len_k, lowest, prefix_len, scale, softcap,
                                     limits, added, data, LIMITS, SOFTCAP, NATURAL, phase != 1,
                                 )  # fmt: skip
                                 if WANT_K and phase != 1:
@@ -183,7 +188,7 @@ def compute(
                     if bad > 0:
                         dk_again, dv_again = grad_carefully(
                             k_tile, v_tile, q, grad_out, lse, delta, (q_strides, do_strides), first, lo, hi,
-                            b, kv_head, first_q, memory_b, lengths[8], len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
+                            b, kv_head, first_q, memory_b, lengths[8], lengths[7], len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
                             Q_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, WANT_K, WANT_V, LIMITS, SOFTCAP, NATURAL,
                         )  # fmt: skip
                         dk = gl.convert_layout(dk_again, K_LAYOUT)
@@ -313,7 +318,7 @@ def hopper_grad_kv_kernel(
         mbarrier.init(do_empty.index(stage), count=GROUPS)
     fence_async_shared()
 
-    LIMITS: gl.constexpr = (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, CAUSAL and blocks_q is None)
+    LIMITS: gl.constexpr = (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, CAUSAL and blocks_q is None, False, True)
     tensors = (q_tiles, do_tiles, row_data, k_tiles, v_tiles)
     barriers = (kv_full, kv_empty, q_full, q_empty, do_full, do_empty)
     strides = (
@@ -327,7 +332,7 @@ def hopper_grad_kv_kernel(
     added = (bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b)
     data = (
         segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
-        bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k, None, 0, 0, 0, 1, 1,
+        bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     )  # fmt: skip
     common = (tensors, barriers, q, grad_out, lse, delta, grad_k, grad_v, strides, scales, place, lengths, limits, added, data)
     copied = (q_boxes, k_boxes, v_boxes, grad_out_boxes, lse, delta, tensors, barriers, place, lengths, limits)

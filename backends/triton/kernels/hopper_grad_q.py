@@ -23,6 +23,7 @@ from attnhub.backends.triton.kernels.hopper import (
     existing,
     head_of,
     keys,
+    load_bias,
     load_rows,
     multiply_transposed,
     queries,
@@ -34,9 +35,10 @@ from attnhub.backends.triton.kernels.hopper import (
 )
 from attnhub.backends.triton.kernels.tile import INF, LOG2_E
 
+
 @gluon.jit
 def grad_carefully(
-    q_tile, do_tile, heads, strides, i, lse_i, delta_i, lo, hi, b, h, first_k, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
+    q_tile, do_tile, heads, strides, i, lse_i, delta_i, lo, hi, b, h, first_k, max_k, len_q, len_k, lowest, prefix_len, scale, softcap, limits, added, data,
     HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
 ):  # fmt: skip
     """The sums of 64 rows of grad_q again, see `kernels.hopper`. i, lse_i, delta_i are of the layout's rows."""
@@ -54,9 +56,11 @@ def grad_carefully(
         k = load_rows(k_head, first_k, k_row, (k_row < len_k) & (k_row >= lowest), k_strides, HEAD_DIM, BLOCK_D, K_ROWS)
         v = load_rows(v_head, first_k, v_row, (v_row < len_k) & (v_row >= lowest), v_strides, V_HEAD_DIM, BLOCK_DV, V_ROWS)
         zeros = gl.zeros((64, CAREFUL), gl.float32, LAYOUT)
-        j = n + gl.arange(0, CAREFUL, gl.SliceLayout(0, LAYOUT))
+        step = gl.arange(0, CAREFUL, gl.SliceLayout(0, LAYOUT))
+        j = n + step
+        value = load_bias(b, h, 0, i[:, None], n, step[None, :], len_q, max_k, added, LIMITS)
         weights, slope, keep = weights_again(
-            add_transposed(q_tile, k, zeros), lse_i[:, None], b, h, i[:, None], j[None, :], len_q, len_k, lowest, prefix_len, scale, softcap,
+            add_transposed(q_tile, k, zeros), value, lse_i[:, None], b, h, i[:, None], j[None, :], len_q, len_k, lowest, prefix_len, scale, softcap,
             limits, added, data, LIMITS, SOFTCAP, NATURAL, True,
         )  # fmt: skip
         ds = gl.where(keep, weights * (add_transposed(do_tile, v, zeros) - delta_i[:, None]) * slope, 0.0)
@@ -122,6 +126,7 @@ def compute(
             dq = gl.zeros((64, BLOCK_D), gl.float32, Q_LAYOUT)
             if hi > lo:
                 i = first + gl.arange(0, 64, ROW)
+                column = gl.arange(0, BLOCK_N, COLUMN)
                 delta_i = gl.convert_layout(row_delta, ROW)
                 lse_i = gl.load(lse + row_base + i, mask=i < len_q, other=INF)
                 # Rows without keys, and rows that do not exist, have P = 0.
@@ -150,10 +155,11 @@ def compute(
                             if phase >= 0:
                                 ds = gl.convert_layout(ds_wide.to(dtype), DS_LAYOUT)
                                 dq = warpgroup_mma(ds, k_tiles.index(before), dq, is_async=True)
+                            value = load_bias(b, h, 0, i[:, None], n, column[None, :], len_q, lengths[7], added, LIMITS)
                             s = warpgroup_mma_wait(2 if phase >= 0 else 1, deps=[s])
-                            j = n + gl.arange(0, BLOCK_N, COLUMN)
+                            j = n + column
                             weights, slope, keep = weights_again(
-                                s, lse_i[:, None], b, h, i[:, None], j[None, :], len_q, len_k, lowest, prefix_len, scale, softcap,
+                                s, value, lse_i[:, None], b, h, i[:, None], j[None, :], len_q, len_k, lowest, prefix_len, scale, softcap,
                                 limits, added, data, LIMITS, SOFTCAP, NATURAL, phase != 1,
                             )  # fmt: skip
                             dp = warpgroup_mma_wait(1 if phase >= 0 else 0, deps=[dp])
@@ -177,7 +183,7 @@ def compute(
                         heads = (head_of(k, memory_bk, h // GROUP, k_strides), head_of(v, memory_bk, h // GROUP, v_strides))
                         again = grad_carefully(
                             q_tile, do_tile, heads, (k_strides, v_strides), gl.convert_layout(i, AGAIN),
-                            gl.convert_layout(lse_i, AGAIN), gl.convert_layout(delta_i, AGAIN), lo, hi, b, h, first_k, len_q, len_k, lowest, prefix_len,
+                            gl.convert_layout(lse_i, AGAIN), gl.convert_layout(delta_i, AGAIN), lo, hi, b, h, first_k, lengths[7], len_q, len_k, lowest, prefix_len,
                             scale, softcap, limits, added, data, HEAD_DIM, V_HEAD_DIM, LIMITS, SOFTCAP, NATURAL,
                         )  # fmt: skip
                         dq = gl.convert_layout(again, Q_LAYOUT)
@@ -247,7 +253,7 @@ def hopper_grad_q_kernel(
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, BUFFERS: gl.constexpr, GROUPS: gl.constexpr, HIDES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr, TOP_LEFT: gl.constexpr,
-    LEFT_PHASE: gl.constexpr, MASK_ALL: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
+    LEFT_PHASE: gl.constexpr, MASK_ALL: gl.constexpr, PAIRS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
 ):  # fmt: skip
     """grad_q, and delta [B, Hq, Sq] fp32. The boxes are of 64 (q, grad_out) or BLOCK_N tokens. STAGES, V_STAGES: tiles of K and V in
     flight; those of K are needed a little longer. The rest is as in `kernels.hopper_forward`.
@@ -276,7 +282,7 @@ def hopper_grad_q_kernel(
         mbarrier.init(v_empty.index(stage), count=GROUPS)
     fence_async_shared()
 
-    LIMITS: gl.constexpr = (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, CAUSAL and blocks_q is None)
+    LIMITS: gl.constexpr = (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, CAUSAL and blocks_q is None, PAIRS, False)
     tensors = (q_tiles, do_tiles, k_tiles, v_tiles)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     strides = (
@@ -290,7 +296,7 @@ def hopper_grad_q_kernel(
     added = (bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b)
     data = (
         segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
-        bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k, None, 0, 0, 0, 1, 1,
+        bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     )  # fmt: skip
     common = (tensors, barriers, k, v, out, lse, grad_lse, delta, grad_q, strides, scales, place, lengths, limits, added, data)
     copied = (q_boxes, k_boxes, v_boxes, grad_out_boxes, tensors, barriers, place, lengths, limits)
