@@ -91,8 +91,8 @@ _TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
     },
     # For pages, with programs for every multiprocessor; else those for decoding.
     "decode_paged": {
-        1: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 2, 4), 256: Tiles(16, 64, 4, 2), 576: Tiles(16, 32, 8, 2)},
-        2: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 2, 4), 256: Tiles(16, 64, 4, 2), 576: Tiles(16, 32, 8, 2)},
+        1: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 2, 3), 256: Tiles(16, 64, 4, 2), 576: Tiles(16, 32, 8, 2)},
+        2: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 2, 3), 256: Tiles(16, 64, 4, 2), 576: Tiles(16, 32, 8, 2)},
         4: {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 32, 4, 2), 256: Tiles(16, 16, 4, 2), 576: Tiles(16, 16, 8, 1)},
     },
     "grad_kv": {

@@ -392,20 +392,21 @@ def test_extreme_scores() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("page_size", [4, 16])
+@pytest.mark.parametrize("page_size", [1, 4, 12, 16, 48, 64])
 @pytest.mark.parametrize("length", [1, 3, 20])
 def test_paged(page_size: int, length: int) -> None:
+    """Pages smaller and larger than tiles (of 16 and 32 keys here), and such that a tile begins inside one."""
     generator = torch.Generator().manual_seed(3)
     k, v = (torch.randn(17, 2, page_size, 16, generator=generator) for _ in range(2))
     k[0], v[0] = float("nan"), float("nan")
     q = torch.randn(2, 4, length, 16, generator=generator)
-    used = ints(5 * page_size + 3, page_size)
+    used = ints(5 * page_size + min(3, page_size), page_size)
     table = torch.randperm(16, generator=generator).reshape(2, 8).int() + 1
     # Entries behind a sequence's length are never followed.
     table[0, 6:], table[1, 1:] = -1, 10**6
     for page, filled in ((table[0, 5], 3),):
         k[page, :, filled:], v[page, :, filled:] = float("nan"), float("inf")
-    check(Call(q, k, v, Causal() & Window(9) & SeqLens(used), 0.3, need_lse=True, block_table=table), backward=False)
+    check(Call(q, k, v, Causal() & Window(9 if length == 3 else -1) & SeqLens(used), 0.3, need_lse=True, block_table=table), backward=False)
 
 
 @interpreted
