@@ -410,6 +410,36 @@ def test_paged(page_size: int, length: int) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("page_size", [4, 12, 64])
+def test_paged_reads_nothing_else(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one address outside of the tensors is read, at a sequence that ends with the table, and at one whose further entries are no pages."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    k, v = (torch.randn(10, 2, page_size, 16) for _ in range(2))
+    q, used = torch.randn(2, 4, 1, 16), ints(5 * page_size, page_size)
+    table = torch.arange(10, dtype=torch.int32).reshape(2, 5)
+    table[1, 1:] = 2**31 - 1
+    call = Call(q, k, v, SeqLens(used), 0.3, block_table=table)
+    spans = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for x in (q, k, v, used, table)]
+    load = InterpreterBuilder.create_masked_load
+    read = 0
+
+    def checked(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        nonlocal read
+        addresses = pointers.data[mask.data].astype("int64")
+        assert all(any(lo <= address < hi for lo, hi in spans) for address in addresses.flatten().tolist()), "a read outside of the tensors"
+        read += addresses.size
+        return load(self, pointers, mask, *rest)
+
+    with monkeypatch.context() as patch:
+        # Of one part each: `combine` would read partial results.
+        patch.setattr(tiles, "split_count", lambda programs, key_tiles, slots: 1)
+        patch.setattr(InterpreterBuilder, "create_masked_load", checked)
+        plan_for(call).forward(call)
+    assert read >= k[0].numel() * 2 * 6
+
+
+@interpreted
 @pytest.mark.parametrize("dim", [16, 40])
 def test_masked_values_that_are_not_finite(dim: int) -> None:
     """NaN and infinities reach exactly the rows that attend to them, in both directions; in the last dimensions too, which may be a part apart."""
