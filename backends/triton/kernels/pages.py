@@ -1,7 +1,7 @@
 """Where keys lie that are kept in pages: a block table gives the page of every PAGE_SIZE keys of a sequence."""
 
 # Triton compiles this Python: constants are upper case, and an `if` over constants must stay a statement.
-# ruff: noqa: N803, N806, SIM108
+# ruff: noqa: N803, N806
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from __future__ import annotations
 
