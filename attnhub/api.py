@@ -69,11 +69,18 @@ def attention(
     the call, with every reason.
     """
     plain = (
-        varlen is None and kv_cache is None and sinks is None and not dropout_p and layout == "bhsd" and q_descale is None and k_descale is None
+        varlen is None and sinks is None and not dropout_p and layout == "bhsd" and q_descale is None and k_descale is None
         and v_descale is None and not torch.compiler.is_compiling()
     )  # fmt: skip
-    if plain and (mask is None or _is_usual_mask(mask)) and _no_modes() and _is_usual_tensor(q) and _is_usual_tensor(k) and _is_usual_tensor(v):
-        return _repeated(q, k, v, FULL if mask is None else mask, softmax_scale, softcap, return_lse, backend or "")  # type: ignore[arg-type]
+    if plain and (mask is None or _is_usual_mask(mask)) and _no_modes() and _is_usual_tensor(q):
+        usual = FULL if mask is None else mask
+        if kv_cache is None:
+            if _is_usual_tensor(k) and _is_usual_tensor(v):
+                return _repeated(q, k, v, usual, softmax_scale, softcap, return_lse, backend or "")  # type: ignore[arg-type]
+        elif k is None and v is None and type(kv_cache) is KVCache and usual.structural:
+            read = _read_again(q, kv_cache, usual, softmax_scale, softcap, return_lse, backend or "")
+            if read is not None:
+                return read
     descale = _descale(q_descale, k_descale, v_descale)
     call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout, descale=descale)
     out, lse = _run(call, backend or "", return_lse)
@@ -225,6 +232,49 @@ def _repeated(
         runtime.launch_failed(chosen, error)
         call.need_lse = return_lse
         out, lse = _run(call, backend, return_lse)
+    return (out, lse) if lse is not None else out
+
+
+def _read_again(
+    q: Tensor, cache: KVCache, mask: Mask, softmax_scale: Optional[float], softcap: float, return_lse: bool, backend: str
+) -> Union[Tensor, tuple[Tensor, Tensor], None]:
+    """What `_repeated` is, for a cache that nothing is appended to. None: the long way has to be gone, this time or always."""
+    keys, values = cache.heads_first()
+    table = cache.table()
+    tensors = (q, keys, values, cache.cache_seqlens) if table is None else (q, keys, values, cache.cache_seqlens, table)
+    addresses = 0
+    for t in tensors:
+        if not _is_usual_tensor(t):
+            return None
+        addresses |= t.data_ptr()
+    if addresses & 15 or (torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad or values.requires_grad)):
+        return None
+    key = (
+        KVCache, table is None, *[(t.shape, t.is_contiguous() or t.stride(), t.get_device(), t.dtype) for t in tensors], None if mask is FULL else mask.structure,
+        softmax_scale, softcap, return_lse, backend, runtime._context.get(), config.snapshot(), registry.generation,
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    try:
+        seen = _seen.get(key)
+    except TypeError:
+        # A list for a number, say: the long way has words for it.
+        return None
+    if seen is not None:
+        chosen, _, repeat = seen
+        again = None if repeat is None else repeat(*tensors)
+        if again is not None:
+            runtime._served.chosen = chosen
+            return again if return_lse else again[0]  # type: ignore[return-value]
+        return None
+    call = _normalise(q, None, None, mask, softmax_scale, softcap, None, 0.0, None, cache, return_lse, "bhsd")
+    out, lse = _run(call, backend, return_lse)
+    # A tensor that was copied on the way is no input of the plan's.
+    given = call.q is q and call.k.data_ptr() == keys.data_ptr() and call.v.data_ptr() == values.data_ptr() and all(t.is_contiguous() for t in tensors[3:])
+    if _is_eager(call) and not runtime.is_empty(call):
+        if len(_seen) >= _SEEN_LIMIT:
+            _seen.clear()
+        chosen = runtime.prepared(call, backend, False)
+        _seen[key] = chosen, call.softmax_scale, chosen.plan.repeat(call) if given else None
     return (out, lse) if lse is not None else out
 
 

@@ -100,8 +100,9 @@ class Gradients(NamedTuple):
     sinks: Optional[Tensor] = None
 
 
-#: (q, k, v) -> what `Plan.forward` returns, or None if it has to be asked this time.
-Repeat = Callable[["Tensor", "Tensor", "Tensor"], Optional[tuple["Tensor", Optional["Tensor"]]]]
+#: (q, k, v), or (q, k, v, seqused_k) and (q, k, v, seqused_k, block_table) for a K/V cache -> what `Plan.forward` returns, or None if it
+#: has to be asked this time.
+Repeat = Callable[..., Optional[tuple["Tensor", Optional["Tensor"]]]]
 
 
 class Plan:
@@ -118,7 +119,8 @@ class Plan:
         raise NotImplementedError
 
     def repeat(self, call: Call) -> Optional[Repeat]:
-        """After a forward of a call without tensors but q, k and v: a shorter way to the same for other q, k and v, or None.
+        """After a forward of a call without tensors but q, k, v and those that say what a K/V cache holds (`mask.seqused_k`, or it and
+        ``block_table``): a shorter way to the same for others, or None.
 
         It is taken where they agree in shapes, strides, dtypes and device with the call's, all addresses are multiples of 16, and all
         else is as it was.

@@ -107,11 +107,12 @@ class TritonPlan(Plan):
         if recording is None or call.softmax_scale < 0 or call.q.dtype == torch.float32:
             return None
 
-        def again(q: Tensor, k: Tensor, v: Tensor) -> Optional[tuple[Tensor, Optional[Tensor]]]:
+        def again(q: Tensor, *others: Tensor) -> Optional[tuple[Tensor, Optional[Tensor]]]:
             if hooked():
                 return None
+            # In the order of `_inputs`.
             with _on_device(q):
-                buffers = recording.replay(q, [q.data_ptr(), k.data_ptr(), v.data_ptr()])
+                buffers = recording.replay(q, [x.data_ptr() for x in (q, *others)])
             return buffers["out"], buffers.get("lse")
 
         return again

@@ -392,20 +392,51 @@ def test_extreme_scores() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("page_size", [4, 16])
+@pytest.mark.parametrize("page_size", [1, 4, 12, 16, 48, 64])
 @pytest.mark.parametrize("length", [1, 3, 20])
 def test_paged(page_size: int, length: int) -> None:
+    """Pages smaller and larger than tiles (of 16 and 32 keys here), and such that a tile begins inside one."""
     generator = torch.Generator().manual_seed(3)
     k, v = (torch.randn(17, 2, page_size, 16, generator=generator) for _ in range(2))
     k[0], v[0] = float("nan"), float("nan")
     q = torch.randn(2, 4, length, 16, generator=generator)
-    used = ints(5 * page_size + 3, page_size)
+    used = ints(5 * page_size + min(3, page_size), page_size)
     table = torch.randperm(16, generator=generator).reshape(2, 8).int() + 1
     # Entries behind a sequence's length are never followed.
     table[0, 6:], table[1, 1:] = -1, 10**6
     for page, filled in ((table[0, 5], 3),):
         k[page, :, filled:], v[page, :, filled:] = float("nan"), float("inf")
-    check(Call(q, k, v, Causal() & Window(9) & SeqLens(used), 0.3, need_lse=True, block_table=table), backward=False)
+    check(Call(q, k, v, Causal() & Window(9 if length == 3 else -1) & SeqLens(used), 0.3, need_lse=True, block_table=table), backward=False)
+
+
+@interpreted
+@pytest.mark.parametrize("page_size", [4, 12, 64])
+def test_paged_reads_nothing_else(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one address outside of the tensors is read, at a sequence that ends with the table, and at one whose further entries are no pages."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    k, v = (torch.randn(10, 2, page_size, 16) for _ in range(2))
+    q, used = torch.randn(2, 4, 1, 16), ints(5 * page_size, page_size)
+    table = torch.arange(10, dtype=torch.int32).reshape(2, 5)
+    table[1, 1:] = 2**31 - 1
+    call = Call(q, k, v, SeqLens(used), 0.3, block_table=table)
+    spans = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for x in (q, k, v, used, table)]
+    load = InterpreterBuilder.create_masked_load
+    read = 0
+
+    def checked(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        nonlocal read
+        addresses = pointers.data[mask.data].astype("int64")
+        assert all(any(lo <= address < hi for lo, hi in spans) for address in addresses.flatten().tolist()), "a read outside of the tensors"
+        read += addresses.size
+        return load(self, pointers, mask, *rest)
+
+    with monkeypatch.context() as patch:
+        # Of one part each: `combine` would read partial results.
+        patch.setattr(tiles, "split_count", lambda programs, key_tiles, slots: 1)
+        patch.setattr(InterpreterBuilder, "create_masked_load", checked)
+        plan_for(call).forward(call)
+    assert read >= k[0].numel() * 2 * 6
 
 
 @interpreted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import re
 import subprocess
 from typing import Any, NamedTuple, Optional
 
@@ -155,6 +156,20 @@ def test_fp8_compiles_to_products_of_its_own(arch: tuple[int, int], dim: int, pr
         assert c.shared <= tiles.shared_memory("nvidia", arch)
 
 
+@pytest.mark.parametrize("page_size", [16, 48, 256])
+def test_keys_in_pages_are_copied_as_far_ahead(page_size: int, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """As many tiles on their way at a time as where keys are contiguous, in copies as wide: reading the block table is no stage of its own."""
+    used = torch.ones(2, dtype=torch.int32)
+    q, k, v = qkv(768, 128, torch.bfloat16)
+    pages_k, pages_v = (torch.empty(2 * 768 // page_size, 2, page_size, 128, dtype=torch.bfloat16) for _ in range(2))
+    table = torch.zeros(2, 768 // page_size, dtype=torch.int32)
+    contiguous, *_ = launches(Call(q[:, :, :1], k, v, SeqLens(used), 0.1), (9, 0), monkeypatch)
+    paged, *_ = launches(Call(q[:, :, :1], pages_k, pages_v, SeqLens(used), 0.1, block_table=table), (9, 0), monkeypatch)
+    assert contiguous.name == paged.name == "forward_kernel" and paged.shared == contiguous.shared
+    copies = [set(re.findall(r"LDGSTS\S*", c.sass(tmp_path))) for c in (contiguous, paged)]
+    assert copies[0] == copies[1] and len(copies[0]) == 1, copies
+
+
 def _ids(length: int) -> Tensor:
     return torch.zeros(2, length, dtype=torch.int32)
 
@@ -218,8 +233,6 @@ def test_hopper_loops_keep_their_state_in_registers(dim: int, causal: bool, monk
 
 def product_loops(sass: str) -> list[list[str]]:
     """The innermost loops with warpgroup products, as instructions without predicates."""
-    import re
-
     code = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?(.*?);", sass)]
     place = {address: index for index, (address, _) in enumerate(code)}
     spans = []

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from attnhub.backends.triton.kernels.dropout import kept_by_dropout
 from attnhub.backends.triton.kernels.mask import align_range, keep_pairs, key_range
+from attnhub.backends.triton.kernels.pages import load_pages, paged_rows, run_columns
 from attnhub.backends.triton.kernels.tile import (
     CAREFUL,
     INF,
@@ -246,6 +247,8 @@ def forward_kernel(
         if (phase == 0 and LEFT_PHASE) or (phase == 1 and not MASK_ALL) or phase == 2 or (phase == 3 and MASK_VALUES):
             columns = tl.arange(0, CAREFUL if phase == 3 else BLOCK_N)
             offset_columns = columns.to(tl.int64) if WIDE else columns
+            if PAGE_SIZE > 0:
+                offset_columns = run_columns(offset_columns, CAREFUL if phase == 3 else BLOCK_N, PAGE_SIZE)
             k_offsets = offset_columns[:, None] * k_stride_s + dims[None, :]
             v_offsets = offset_columns[:, None] * v_stride_s + v_dims[None, :]
             if REST_D > 0:
@@ -255,6 +258,8 @@ def forward_kernel(
             if tile_map is not None and phase == 3:
                 start *= BLOCK_N // CAREFUL
                 stop *= BLOCK_N // CAREFUL
+            if PAGE_SIZE > 0 and tile_map is None:
+                following_pages = load_pages(table, start, len_k, CAREFUL if phase == 3 else BLOCK_N, PAGE_SIZE)
             for n in tl.range(start, stop, 1 if tile_map is not None else CAREFUL if phase == 3 else BLOCK_N):
                 if tile_map is not None:
                     n = listed_token(listed, n, BLOCK_N, CAREFUL if phase == 3 else BLOCK_N)
@@ -262,16 +267,19 @@ def forward_kernel(
                 j = n + columns
                 column_ok = (j < len_k) & (j >= lowest)
                 if PAGE_SIZE > 0:
-                    page = tl.load(table + j // PAGE_SIZE, mask=column_ok, other=0).to(tl.int64)
-                    slot = j % PAGE_SIZE
-                    k_rows = k_base + (page * k_stride_b + slot * k_stride_s)[:, None]
-                    v_rows = v_base + (page * v_stride_b + slot * v_stride_s)[:, None]
-                    k_tile_pointers = k_rows + dims[None, :]
-                    v_tile_pointers = v_rows + v_dims[None, :]
+                    if tile_map is None:
+                        pages = following_pages
+                        following_pages = load_pages(table, n + (CAREFUL if phase == 3 else BLOCK_N), len_k, CAREFUL if phase == 3 else BLOCK_N, PAGE_SIZE)
+                    else:
+                        pages = load_pages(table, n, len_k, CAREFUL if phase == 3 else BLOCK_N, PAGE_SIZE)
+                    k_rows = paged_rows(k_base, pages, n, k_stride_b, k_stride_s, CAREFUL if phase == 3 else BLOCK_N, PAGE_SIZE, WIDE)
+                    v_rows = paged_rows(v_base, pages, n, v_stride_b, v_stride_s, CAREFUL if phase == 3 else BLOCK_N, PAGE_SIZE, WIDE)
+                    k_tile_pointers = k_rows + k_offsets
+                    v_tile_pointers = v_rows + v_offsets
                     if REST_D > 0:
-                        k_rest_pointers = k_rows + rest_dims[None, :]
+                        k_rest_pointers = k_rows + k_rest_offsets
                     if REST_DV > 0:
-                        v_rest_pointers = v_rows + rest_v_dims[None, :]
+                        v_rest_pointers = v_rows + v_rest_offsets
                 else:
                     k_tile_pointers = k_base + tl.cast(n, tl.int64) * k_stride_s + k_offsets
                     v_tile_pointers = v_base + tl.cast(n, tl.int64) * v_stride_s + v_offsets
