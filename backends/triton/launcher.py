@@ -73,7 +73,9 @@ class TritonPlan(Plan):
         else:
             item = _ITEM_BYTES.get(problem.q_dtype, 2)
             limit = tiling.shared_memory(problem.device.vendor, problem.device.arch)
-            self._tiles = {role: tiling.choices(role, problem.head_dim, problem.v_head_dim, item, limit) for role in tiling.roles(item)}
+            device, dims = problem.device, (problem.head_dim, problem.v_head_dim)
+            exact = item == 4 and not tiling.tf32x3(device.vendor, device.arch, *dims)
+            self._tiles = {role: tiling.choices(role, *dims, item, limit, exact) for role in tiling.roles(item)}
             self._tiles = {**table.preferred(self._tiles, problem, item), **hopper.choices(problem)}
         #: `_key` of a call -> how to repeat it.
         self._recordings: dict[tuple[Any, ...], Recording] = {}
@@ -386,7 +388,7 @@ def _key(call: Call, inputs: dict[str, Tensor]) -> tuple[tuple[Any, ...], list[i
     """(all that the launches of a call depend on, but for the addresses of its tensors; those addresses)."""
     q, mask, varlen = call.q, call.mask, call.varlen
     key: list[Any] = [
-        q.get_device(), _precision(q), call.need_lse, call.softmax_scale, call.softcap, call.dropout_p,
+        q.get_device(), _precision(q, call.v.shape[3]), call.need_lse, call.softmax_scale, call.softcap, call.dropout_p,
         None if mask is FULL else mask.structure,
         None if varlen is None else (varlen.max_seqlen_q, varlen.max_seqlen_k),
     ]  # fmt: skip
@@ -427,7 +429,9 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
     limited = left >= 0 or right >= 0 or mask.chunk > 0 or widened
     strides = {**_strides("q", q), **_strides("k", k), **_strides("v", v)}
     # The smallest product of fp8 operands takes 32 dimensions.
-    width = tiling.widths(head_dim, v.shape[3], 32 if fp8 else 16, 16 if interpreted else tiling.LEAST_REST)
+    precision = _precision(q, v.shape[3])
+    parts = {"most": tiling.TF32X3_PART} if precision == "tf32x3" else {}
+    width = tiling.widths(head_dim, v.shape[3], 32 if fp8 else 16, 16 if interpreted else tiling.LEAST_REST, **parts)
     return {
         "q": q, "k": k, "v": v, **strides,
         "scale": scale if call.softcap or mask.bias is not None else scale * math.log2(math.e), "softcap": float(call.softcap),
@@ -447,7 +451,7 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
         "BLOCK_D": width.main, "REST_D": width.rest, "BLOCK_DV": width.v_main, "REST_DV": width.v_rest,
         "LEFT": left >= 0, "RIGHT": right >= 0, "CHUNK": mask.chunk > 0, "CAUSAL": widened, "TOP_LEFT": mask.align == "top_left",
         "LEFT_PHASE": not mask_all and (left >= 0 or mask.chunk > 0 or mask.leftpad is not None), "MASK_ALL": mask_all, "MASK_VALUES": mask_all or limited, "SOFTCAP": call.softcap != 0.0, "NATURAL": mask.bias is not None,
-        "WIDE": max(strides.values()) >= 2**23, "PRECISION": _precision(q), "UPCAST": interpreted and q.dtype == torch.bfloat16,
+        "WIDE": max(strides.values()) >= 2**23, "PRECISION": precision, "UPCAST": interpreted and q.dtype == torch.bfloat16,
     }  # fmt: skip
 
 
@@ -491,14 +495,21 @@ def _last_dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _precision(q: Tensor) -> str:
-    """How fp32 operands are multiplied: exactly, unless torch's own matrix products may use tf32 on this device."""
+def _precision(q: Tensor, v_head_dim: int) -> str:
+    """How fp32 operands are multiplied: in tf32 if torch's own products may, else as a sum of three such products, or exactly."""
     if q.dtype != torch.float32 or q.device.type != "cuda" or torch.version.hip:
         return "ieee"
     matmul = torch.backends.cuda.matmul
     # The old switch raises once the new one has been used; the new one follows both.
     precision = getattr(matmul, "fp32_precision", None)
-    return "tf32" if precision == "tf32" or (precision is None and matmul.allow_tf32) else "ieee"
+    if precision == "tf32" or (precision is None and matmul.allow_tf32):
+        return "tf32"
+    return "tf32x3" if tiling.tf32x3("nvidia", _arch(q.get_device()), q.shape[3], v_head_dim) else "ieee"
+
+
+@functools.lru_cache(maxsize=64)
+def _arch(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _cdiv(a: int, b: int) -> int:
