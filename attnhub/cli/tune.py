@@ -53,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
     name, limit = table.device_class(info), tiles.shared_memory(info.vendor, info.arch)
     work = {}
     for group in tune.groups(args.roles, args.dtypes, args.head_dims):
-        present = table.find(data, name, group.role, ITEM[group.dtype], tiles.padded(group.head_dim), group.kind)
-        work[group] = group.candidates(limit, present)
+        item, width = ITEM[group.dtype], tiles.padded(group.head_dim)
+        present = table.find(data, name, group.role, item, width, group.kind)
+        work[group] = group.candidates(limit, present, exact=item == 4 and not tiles.tf32x3(info.vendor, info.arch, width, width))
     if args.list:
         shown = [{"group": str(group), "candidates": len(candidates)} for group, candidates in work.items()]
         if args.json:

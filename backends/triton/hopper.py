@@ -45,21 +45,21 @@ class Row(NamedTuple):
 
 
 _ANY = math.inf
-#: (role, width, whether a mask makes blocks of rows differ in work) -> rows by rising length: the fastest of two to six measured on an H100 at
-#: 512 to 16384 tokens. block_m, block_n: 64 query rows (keys in dK/dV) for each computing warpgroup. Walking saves the start and end of
-#: a tile, and costs where the work of tiles differs.
+#: (role, width, whether a mask makes blocks of rows differ in work) -> rows by rising length: the fastest of two to eight measured on an H100 at
+#: 512 to 8192 tokens (those of uneven work before programs walked forth and back and copied ahead). block_m, block_n: 64 query rows (keys
+#: in dK/dV) for each computing warpgroup. Walking saves the start and end of a tile, and costs where the work of tiles differs.
 _TABLE: dict[tuple[str, int, bool], tuple[Row, ...]] = {
-    ("hopper_forward", 64, False): (Row(1024, Tiles(128, 128, 4, 2), True), Row(_ANY, Tiles(192, 128, 4, 2), True)),
+    ("hopper_forward", 64, False): (Row(8192, Tiles(128, 128, 4, 2), True), Row(_ANY, Tiles(192, 128, 4, 2), True)),
     ("hopper_forward", 64, True): (Row(4096, Tiles(128, 128, 4, 2), True), Row(_ANY, Tiles(192, 128, 4, 2), False)),
-    ("hopper_forward", 128, False): (Row(4096, Tiles(128, 128, 4, 2), True), Row(_ANY, Tiles(128, 128, 4, 2), False)),
+    ("hopper_forward", 128, False): (Row(_ANY, Tiles(128, 128, 4, 2), True),),
     ("hopper_forward", 128, True): (
         Row(512, Tiles(128, 64, 4, 3), True), Row(2048, Tiles(128, 128, 4, 2), True), Row(_ANY, Tiles(128, 128, 4, 2), False),
     ),
     ("hopper_forward", 256, False): (Row(_ANY, Tiles(128, 64, 4, 2), True),),
     ("hopper_forward", 256, True): (Row(_ANY, Tiles(128, 64, 4, 2), False),),
-    ("hopper_grad_q", 64, False): (Row(4096, Tiles(128, 128, 4, 3), True), Row(_ANY, Tiles(128, 128, 4, 3), False)),
+    ("hopper_grad_q", 64, False): (Row(2048, Tiles(128, 128, 4, 3), True), Row(_ANY, Tiles(128, 128, 4, 3), False)),
     ("hopper_grad_q", 64, True): (Row(8192, Tiles(128, 128, 4, 3), True), Row(_ANY, Tiles(128, 128, 4, 3), False)),
-    ("hopper_grad_q", 128, False): (Row(4096, Tiles(128, 64, 4, 3), True), Row(_ANY, Tiles(128, 64, 4, 3), False)),
+    ("hopper_grad_q", 128, False): (Row(_ANY, Tiles(128, 64, 4, 3), True),),
     ("hopper_grad_q", 128, True): (Row(1024, Tiles(128, 64, 4, 3), True), Row(_ANY, Tiles(128, 64, 4, 3), False)),
     ("hopper_grad_q", 256, False): (Row(_ANY, Tiles(128, 32, 4, 2), True),),
     ("hopper_grad_q", 256, True): (Row(_ANY, Tiles(128, 32, 4, 2), False),),
@@ -67,7 +67,7 @@ _TABLE: dict[tuple[str, int, bool], tuple[Row, ...]] = {
     ("hopper_grad_kv", 64, True): (
         Row(1024, Tiles(64, 128, 4, 3), True), Row(8192, Tiles(128, 128, 4, 2), True), Row(_ANY, Tiles(128, 128, 4, 2), False),
     ),
-    ("hopper_grad_kv", 128, False): (Row(_ANY, Tiles(64, 128, 4, 3), True),),
+    ("hopper_grad_kv", 128, False): (Row(_ANY, Tiles(64, 128, 4, 2), True),),
     ("hopper_grad_kv", 128, True): (Row(_ANY, Tiles(64, 128, 4, 2), False),),
     ("hopper_grad_kv", 256, False): (Row(_ANY, Tiles(32, 128, 4, 2), True),),
     ("hopper_grad_kv", 256, True): (Row(_ANY, Tiles(32, 128, 4, 2), False),),

@@ -43,6 +43,8 @@ _COMBINE_ROWS = 4
 _DELTA_ROWS = 16
 #: Query rows (tokens, or tokens times the heads of a group) up to which keys are divided among programs.
 _DECODE_ROWS = 64
+#: Keys from which on a run (see `kernels.pages`) is read as fast as contiguous keys.
+_LONG_RUN = 64
 #: Key tiles from which on a loop counts as long.
 _LONG_LOOP = 16
 #: Recordings that a plan keeps.
@@ -75,7 +77,10 @@ class TritonPlan(Plan):
         else:
             item = _ITEM_BYTES.get(problem.q_dtype, 2)
             limit = tiling.shared_memory(problem.device.vendor, problem.device.arch)
-            self._tiles = {role: tiling.choices(role, problem.head_dim, problem.v_head_dim, item, limit) for role in tiling.roles(item)}
+            device, dims = problem.device, (problem.head_dim, problem.v_head_dim)
+            exact = item == 4 and not tiling.tf32x3(device.vendor, device.arch, *dims)
+            blocks = problem.batch * problem.q_heads * _cdiv(problem.seqlen_q, 128)
+            self._tiles = {role: tiling.choices(role, *dims, item, limit, exact, blocks) for role in tiling.roles(item)}
             self._tiles = {**table.preferred(self._tiles, problem, item), **hopper.choices(problem)}
         #: `_key` of a call -> how to repeat it.
         self._recordings: dict[tuple[Any, ...], Recording] = {}
@@ -260,10 +265,11 @@ def _everything(arguments: _Arguments) -> bool:
     return True
 
 
-def _full_of_pages(arguments: _Arguments) -> bool:
-    """Whether K and V lie in pages and there is a program for nearly every multiprocessor."""
+def _full_of_short_runs(arguments: _Arguments) -> bool:
+    """Whether K and V lie in pages of which a tile meets several, and there is a program for nearly every multiprocessor."""
+    page = arguments["PAGE_SIZE"]
     programs = arguments["sequences"] * arguments["Q_HEADS"] // (arguments["GROUP"] if arguments["PACK"] else 1)
-    return bool(arguments["PAGE_SIZE"]) and programs >= 0.8 * launching.processors(arguments["q"].device)
+    return 0 < page & -page < _LONG_RUN and programs >= 0.8 * launching.processors(arguments["q"].device)
 
 
 def _forward(recorder: Recorder, arguments: _Arguments, tiles: Tiles, role: str = "forward") -> None:
@@ -333,7 +339,7 @@ def _grad_bias(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
 #: In order of preference; the last of each serves everything.
 _FORWARD = (Variant("hopper_forward", hopper.serves_forward, hopper.forward), Variant("forward", _everything, _forward))
 _DECODE = (
-    Variant("decode_paged", _full_of_pages, functools.partial(_forward, role="decode_paged")),
+    Variant("decode_paged", _full_of_short_runs, functools.partial(_forward, role="decode_paged")),
     Variant("decode", _everything, functools.partial(_forward, role="decode")),
 )
 _GRAD_KV = (Variant("hopper_grad_kv", hopper.serves, hopper.grad_kv), Variant("grad_kv", _everything, _grad_kv))
@@ -391,7 +397,7 @@ def _key(call: Call, inputs: dict[str, Tensor]) -> tuple[tuple[Any, ...], list[i
     """(all that the launches of a call depend on, but for the addresses of its tensors; those addresses)."""
     q, mask, varlen = call.q, call.mask, call.varlen
     key: list[Any] = [
-        q.get_device(), _precision(q), call.need_lse, call.softmax_scale, call.softcap, call.dropout_p,
+        q.get_device(), _precision(q, call.v.shape[3]), call.need_lse, call.softmax_scale, call.softcap, call.dropout_p,
         None if mask is FULL else mask.structure,
         None if varlen is None else (varlen.max_seqlen_q, varlen.max_seqlen_k),
     ]  # fmt: skip
@@ -432,7 +438,9 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
     limited = left >= 0 or right >= 0 or mask.chunk > 0 or widened
     strides = {**_strides("q", q), **_strides("k", k), **_strides("v", v)}
     # The smallest product of fp8 operands takes 32 dimensions.
-    width = tiling.widths(head_dim, v.shape[3], 32 if fp8 else 16, 16 if interpreted else tiling.LEAST_REST)
+    precision = _precision(q, v.shape[3])
+    parts = {"most": tiling.TF32X3_PART} if precision == "tf32x3" else {}
+    width = tiling.widths(head_dim, v.shape[3], 32 if fp8 else 16, 16 if interpreted else tiling.LEAST_REST, **parts)
     return {
         "q": q, "k": k, "v": v, **strides,
         "scale": scale if call.softcap or mask.bias is not None else scale * math.log2(math.e), "softcap": float(call.softcap),
@@ -452,7 +460,7 @@ def _arguments(call: Call, interpreted: bool) -> _Arguments:
         "BLOCK_D": width.main, "REST_D": width.rest, "BLOCK_DV": width.v_main, "REST_DV": width.v_rest,
         "LEFT": left >= 0, "RIGHT": right >= 0, "CHUNK": mask.chunk > 0, "CAUSAL": widened, "TOP_LEFT": mask.align == "top_left",
         "LEFT_PHASE": not mask_all and (left >= 0 or mask.chunk > 0 or mask.leftpad is not None), "MASK_ALL": mask_all, "MASK_VALUES": mask_all or limited, "SOFTCAP": call.softcap != 0.0, "NATURAL": mask.bias is not None,
-        "WIDE": max(strides.values()) >= 2**23, "PRECISION": _precision(q), "UPCAST": interpreted and q.dtype == torch.bfloat16,
+        "WIDE": max(strides.values()) >= 2**23, "PRECISION": precision, "UPCAST": interpreted and q.dtype == torch.bfloat16,
     }  # fmt: skip
 
 
@@ -496,14 +504,21 @@ def _last_dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _precision(q: Tensor) -> str:
-    """How fp32 operands are multiplied: exactly, unless torch's own matrix products may use tf32 on this device."""
+def _precision(q: Tensor, v_head_dim: int) -> str:
+    """How fp32 operands are multiplied: in tf32 if torch's own products may, else as a sum of three such products, or exactly."""
     if q.dtype != torch.float32 or q.device.type != "cuda" or torch.version.hip:
         return "ieee"
     matmul = torch.backends.cuda.matmul
     # The old switch raises once the new one has been used; the new one follows both.
     precision = getattr(matmul, "fp32_precision", None)
-    return "tf32" if precision == "tf32" or (precision is None and matmul.allow_tf32) else "ieee"
+    if precision == "tf32" or (precision is None and matmul.allow_tf32):
+        return "tf32"
+    return "tf32x3" if tiling.tf32x3("nvidia", _arch(q.get_device()), q.shape[3], v_head_dim) else "ieee"
+
+
+@functools.lru_cache(maxsize=64)
+def _arch(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -35,8 +35,10 @@ def padded(size: int) -> int:
 LEAST_REST = 64
 
 
-def _cut(head_dim: int, least: int, least_rest: int) -> tuple[int, int]:
+def _cut(head_dim: int, least: int, least_rest: int, most: int) -> tuple[int, int]:
     main = max(padded(head_dim), least)
+    if main > most and head_dim > main // 2:
+        return main // 2, max(padded(head_dim - main // 2), least, least_rest)
     if main in (head_dim, least):
         return main, 0
     rest = max(padded(head_dim - main // 2), least, least_rest)
@@ -58,14 +60,15 @@ class Widths:
 
 
 @functools.lru_cache(maxsize=256)
-def widths(head_dim: int, v_head_dim: int, least: int = 16, least_rest: int = LEAST_REST) -> Widths:
-    """Both head dimensions in parts: 192 is 128 + 64, 576 is 512 + 64; 100 would be 64 + 64 and is 128. least, least_rest: of each part, of a rest.
+def widths(head_dim: int, v_head_dim: int, least: int = 16, least_rest: int = LEAST_REST, most: int = 1024) -> Widths:
+    """Both head dimensions in parts: 192 is 128 + 64, 576 is 512 + 64; 100 would be 64 + 64 and is 128. least, least_rest: of each part, of a rest;
+    most: of a head_dim that is left in one part though it is, or is padded to, a power of two; larger ones are cut in half.
 
     The main parts of q/k and v are equal (where they would differ, the smaller head_dim is padded to the larger one's main part):
     with 64 for q and k and 32 for v, the code that Triton 3.6 makes for Hopper gave wrong results in bf16 (out, dQ and dK; the same
     kernels are right when interpreted).
     """
-    (main, rest), (v_main, v_rest) = _cut(head_dim, least, least_rest), _cut(v_head_dim, least, least_rest)
+    (main, rest), (v_main, v_rest) = _cut(head_dim, least, least_rest, most), _cut(v_head_dim, least, least_rest, most)
     if main < v_main:
         main, rest = v_main, 0
     elif v_main < main:
@@ -76,38 +79,47 @@ def widths(head_dim: int, v_head_dim: int, least: int = 16, least_rest: int = LE
 #: role -> element size -> largest mean of the two padded head dims -> tiles. The 2-byte rows up to 256 are the fastest of four to
 #: six measured on an H200 at 4096 tokens (decode: of five at 8192 keys). The others are not measured: chosen by what ptxas reports.
 #: Above 256, with 64 rows, Hopper's warp-group products leave every warp group the whole accumulator, which spills 16 KB: 32 rows
-#: go to the older instructions. In fp32 the products run on ordinary units, whose operands all live in registers: small blocks. Rows
+#: go to the older instructions. Rows of fp32 (4) are for sums of three tf32 products (`tf32x3`), the exact ones below. Rows
 #: of fp8 (1) are the 2-byte ones: v is multiplied as fp16.
 _TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
     "forward": {
         1: {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2), 576: Tiles(32, 32, 8, 2)},
         2: {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2), 576: Tiles(32, 32, 8, 2)},
-        4: {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 16, 8, 1), 576: Tiles(16, 16, 8, 1)},
+        4: {64: Tiles(128, 32, 8, 2), 128: Tiles(128, 32, 8, 2), 256: Tiles(32, 32, 8, 2)},
     },
     "decode": {
         1: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 128, 4, 3), 256: Tiles(16, 64, 4, 2), 576: Tiles(16, 32, 8, 2)},
         2: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 128, 4, 3), 256: Tiles(16, 64, 4, 2), 576: Tiles(16, 32, 8, 2)},
-        4: {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 32, 4, 2), 256: Tiles(16, 16, 4, 2), 576: Tiles(16, 16, 8, 1)},
+        4: {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 64, 4, 2), 256: Tiles(16, 32, 8, 2)},
     },
-    # For pages, with programs for every multiprocessor; else those for decoding. Three stages hold two tiles on their way; not timed since
-    # `kernels.pages` reads the block table ahead.
+    # For small pages, with programs for every multiprocessor; else those for decoding. At 128 the fastest of six measured on an H100 (pages of 16).
     "decode_paged": {
-        1: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 2, 3), 256: Tiles(16, 64, 4, 2), 576: Tiles(16, 32, 8, 2)},
-        2: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 2, 3), 256: Tiles(16, 64, 4, 2), 576: Tiles(16, 32, 8, 2)},
-        4: {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 32, 4, 2), 256: Tiles(16, 16, 4, 2), 576: Tiles(16, 16, 8, 1)},
+        1: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 2, 4), 256: Tiles(16, 64, 4, 2), 576: Tiles(16, 32, 8, 2)},
+        2: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 2, 4), 256: Tiles(16, 64, 4, 2), 576: Tiles(16, 32, 8, 2)},
+        4: {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 64, 4, 2), 256: Tiles(16, 32, 8, 2)},
     },
     "grad_kv": {
         2: {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2), 256: Tiles(32, 64, 8, 2), 576: Tiles(32, 32, 8, 1)},
-        4: {64: Tiles(32, 32, 4, 1), 128: Tiles(16, 32, 4, 1), 256: Tiles(16, 16, 8, 1), 576: Tiles(16, 16, 16, 1)},
+        4: {64: Tiles(32, 64, 4, 1), 128: Tiles(32, 32, 4, 1), 256: Tiles(32, 16, 8, 1)},
     },
     "grad_q": {
         2: {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(128, 32, 8, 1), 576: Tiles(32, 32, 8, 1)},
-        4: {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 8, 1), 576: Tiles(16, 16, 8, 1)},
+        4: {64: Tiles(64, 64, 4, 1), 128: Tiles(32, 32, 4, 1), 256: Tiles(16, 32, 8, 1)},
     },
     "grad_bias": {
         2: {64: Tiles(64, 64, 4, 1), 128: Tiles(64, 64, 4, 1), 256: Tiles(64, 64, 8, 1), 576: Tiles(64, 32, 8, 1)},
-        4: {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 8, 1), 576: Tiles(16, 16, 8, 1)},
+        4: {64: Tiles(64, 32, 4, 1), 128: Tiles(64, 32, 4, 1), 256: Tiles(16, 32, 8, 1)},
     },
+}
+#: fp32 whose products run on ordinary units, all of whose operands live in registers: role -> largest mean of the padded head dims -> tiles.
+#: Chosen by what ptxas reports.
+_EXACT: dict[str, dict[int, Tiles]] = {
+    "forward": {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 16, 8, 1), 576: Tiles(16, 16, 8, 1)},
+    "decode": {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 32, 4, 2), 256: Tiles(16, 16, 4, 2), 576: Tiles(16, 16, 8, 1)},
+    "decode_paged": {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 32, 4, 2), 256: Tiles(16, 16, 4, 2), 576: Tiles(16, 16, 8, 1)},
+    "grad_kv": {64: Tiles(32, 32, 4, 1), 128: Tiles(16, 32, 4, 1), 256: Tiles(16, 16, 8, 1), 576: Tiles(16, 16, 16, 1)},
+    "grad_q": {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 8, 1), 576: Tiles(16, 16, 8, 1)},
+    "grad_bias": {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 8, 1), 576: Tiles(16, 16, 8, 1)},
 }
 ROLES = tuple(_TABLE)
 
@@ -138,11 +150,36 @@ def estimate(role: str, tiles: Tiles, dims: int, item: int) -> int:
     return item * (resident * dims + tiles.num_stages * staged * dims + tiles.block_m * tiles.block_n)
 
 
-def choices(role: str, head_dim: int, v_head_dim: int, item: int, limit: int) -> list[Tiles]:
-    """Tiles to try in this order for a kernel: the table's, then smaller ones, without those that surely do not fit."""
+#: The largest head_dim whose fp32 products may be sums of three in tf32, and the largest that is then summed in one part. A tensor core cuts its
+#: partial sums off where fp32 maths round, and parts are added in fp32. Emulated for an H100 with head_dim 256 and scores around 30, errors in one
+#: part passed what conformance allows, and in two did not. Shorter operands also spill less.
+TF32X3_WIDEST = 256
+TF32X3_PART = 64
+
+
+def tf32x3(vendor: str, arch: tuple[int, ...], head_dim: int, v_head_dim: int) -> bool:
+    """Whether fp32 products are sums of three products in tf32 (of the operands' upper and lower halves). On Hopper alone: 8.x cuts off sums of four
+    where Hopper cuts off sums of eight (emulated, head_dim 64: more than conformance allows), and of 10.x nothing is known here.
+    """
+    return vendor == "nvidia" and arch[:1] == (9,) and max(head_dim, v_head_dim) <= TF32X3_WIDEST
+
+
+#: (role, element size, largest mean of the padded head dims) -> tiles for so few rows that blocks of 128 would be for _FEW_BLOCKS programs at most:
+#: the fastest of seven measured on an H100 at 1 x 256 and 2 x 512 rows (at 4 x 1024 the table's are faster).
+_FEW: dict[tuple[str, int, int], Tiles] = {("forward", 4, 64): Tiles(32, 64, 4, 2)}
+_FEW_BLOCKS = 16
+
+
+def choices(role: str, head_dim: int, v_head_dim: int, item: int, limit: int, exact: bool = False, blocks: int = 1 << 30) -> list[Tiles]:
+    """Tiles to try in this order for a kernel: the table's, then smaller ones, without those that surely do not fit. exact: fp32 on ordinary units.
+    blocks: of 128 query rows, in all heads of all sequences.
+    """
     width = widths(head_dim, v_head_dim)
-    rows = _TABLE[role][item]
-    tiles: Tiles | None = rows[min(d for d in rows if 2 * d >= width.total)]
+    rows = _EXACT[role] if exact else _TABLE[role][item]
+    mean = min(d for d in rows if 2 * d >= width.total)
+    tiles: Tiles | None = rows[mean]
+    if blocks <= _FEW_BLOCKS and not exact:
+        tiles = _FEW.get((role, item, mean), tiles)
     found = []
     while tiles is not None:
         if estimate(role, tiles, width.total, item) <= limit:
@@ -158,7 +195,7 @@ def interpreted() -> dict[str, list[Tiles]]:
 
 
 #: Programs of a decoding role that one multiprocessor runs at a time. One with deep tiles reads as fast as three with small ones.
-RESIDENT = {"decode": 1, "decode_paged": 3}
+RESIDENT = {"decode": 1, "decode_paged": 2}
 
 
 @functools.lru_cache(maxsize=1024)

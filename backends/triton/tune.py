@@ -69,7 +69,7 @@ class Group:
         if self.role == "decode":
             sizes = ((1, 8192), (32, 4096))
             return [Case(1, length, batch=batch, heads=32, kv_heads=8, head_dim=dim, dtype=self.dtype) for batch, length in sizes]
-        # fp32 runs on ordinary units, at a tenth of the rate.
+        # A product in fp32 is three at half of the rate, or runs on ordinary units at a tenth of it.
         tokens, width, lengths = (16384, 2048, (1024, 8192)) if ITEM[self.dtype] < 4 else (4096, 512, (1024, 4096))
         mode = "forward" if _NEEDS[self.role] is None else "backward"
         return [
@@ -77,10 +77,13 @@ class Group:
             for length in lengths
         ]  # fmt: skip
 
-    def candidates(self, limit: int, measured: Optional[Tiles] = None) -> list[Tiles]:
-        """Tiles to try on a device with ``limit`` bytes of shared memory: the present ones first, which are those measured before, if any."""
+    def candidates(self, limit: int, measured: Optional[Tiles] = None, exact: bool = False) -> list[Tiles]:
+        """Tiles to try on a device with ``limit`` bytes of shared memory: the present ones first, which are those measured before, if any.
+
+        exact: of fp32 on ordinary units.
+        """
         item, width = ITEM[self.dtype], padded(self.head_dim)
-        present = tiles.choices(self.role, self.head_dim, self.head_dim, item, limit)[:1]
+        present = tiles.choices(self.role, self.head_dim, self.head_dim, item, limit, exact)[:1]
         if measured is not None:
             present.insert(0, measured)
         grid = (
@@ -93,13 +96,13 @@ class Group:
 
 _BLOCKS = {
     ("forward", 2): ((64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128)),
-    ("forward", 4): ((16, 32), (32, 32), (64, 16), (64, 32), (64, 64)),
+    ("forward", 4): ((16, 32), (32, 32), (64, 32), (64, 64), (128, 32), (128, 64)),
     ("decode", 2): ((16, 32), (16, 64), (16, 128)),
-    ("decode", 4): ((16, 16), (16, 32), (16, 64)),
+    ("decode", 4): ((16, 16), (16, 32), (16, 64), (16, 128)),
     ("grad_kv", 2): ((16, 64), (32, 64), (64, 64), (32, 128), (64, 128)),
-    ("grad_kv", 4): ((16, 16), (16, 32), (32, 32)),
+    ("grad_kv", 4): ((16, 16), (32, 16), (16, 32), (32, 32), (16, 64), (32, 64), (32, 128)),
     ("grad_q", 2): ((64, 16), (64, 32), (64, 64), (128, 32), (128, 64)),
-    ("grad_q", 4): ((16, 16), (32, 16), (32, 32)),
+    ("grad_q", 4): ((16, 16), (32, 16), (16, 32), (32, 32), (64, 32), (64, 64), (128, 32)),
 }
 _STAGES = {
     (role, item): {"forward": (2, 3, 4), "decode": (2, 3, 4), "grad_kv": (1, 2, 3), "grad_q": (1, 2, 3)}[role] if item == 2 else (1, 2) for role, item in _BLOCKS
@@ -306,10 +309,11 @@ def kept(problem: Problem, missing: list[str]) -> dict[str, Any]:
             return found
         log.warning("ATTNHUB_TUNE=now: measuring tile sizes of the triton backend (%s); kept in %s", ", ".join(map(str, todo)), path)
         limit = tiles.shared_memory(problem.device.vendor, problem.device.arch)
-        for group, good in compile_ahead({group: group.candidates(limit) for group in todo}, workers.jobs()).items():
+        exact = item == 4 and not tiles.tf32x3(problem.device.vendor, problem.device.arch, width, width)
+        for group, good in compile_ahead({group: group.candidates(limit, exact=exact) for group in todo}, workers.jobs()).items():
             outcome = run(group, good, device, Settings()) if good else None
             # What cannot be measured is not tried again and again.
-            fallback = {"tiles": list(dataclasses.astuple(group.candidates(limit)[0])), "gain": 1.0, "timed": 0}
+            fallback = {"tiles": list(dataclasses.astuple(group.candidates(limit, exact=exact)[0])), "gain": 1.0, "timed": 0}
             table.put(found, name, group.role, item, width, which, fallback if outcome is None else outcome.entry())
         found["devices"].setdefault(name, {"tiles": {}})["environment"] = facts
         table.write(path, found)

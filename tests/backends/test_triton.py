@@ -440,6 +440,28 @@ def test_paged_reads_nothing_else(page_size: int, monkeypatch: pytest.MonkeyPatc
 
 
 @interpreted
+@pytest.mark.parametrize("dims", [(32, 32), (40, 32), (16, 64)])
+def test_head_dims_in_halves(dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a product of fp32 is three in tf32: main part and rest may be equal, and each of q/k and v may have a rest alone."""
+    from attnhub.backends.triton import launcher
+
+    monkeypatch.setattr(launcher, "_precision", lambda q, v_head_dim: "tf32x3")
+    monkeypatch.setattr(tiles, "TF32X3_PART", 16)
+    width = tiles.widths(*dims, 16, 16, 16)
+    assert width.main == width.v_main and width.rest + width.v_rest > 0
+    q, k, v = tensors(1, (4, 2), (20, 37), dims, torch.float32)
+    check(Call(q, k, v, Causal(), 0.25, need_lse=True))
+
+
+def test_widths_of_three_products() -> None:
+    """Up to 64 in one part, above in two."""
+    cut = {64: (64, 0), 65: (64, 64), 128: (64, 64), 129: (128, 64), 192: (128, 64), 200: (128, 128), 256: (128, 128)}
+    for dim, parts in cut.items():
+        width = tiles.widths(dim, dim, most=tiles.TF32X3_PART)
+        assert (width.main, width.rest) == (width.v_main, width.v_rest) == parts
+
+
+@interpreted
 @pytest.mark.parametrize("dim", [16, 40])
 def test_masked_values_that_are_not_finite(dim: int) -> None:
     """NaN and infinities reach exactly the rows that attend to them, in both directions; in the last dimensions too, which may be a part apart."""

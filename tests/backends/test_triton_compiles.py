@@ -231,8 +231,34 @@ def test_hopper_loops_keep_their_state_in_registers(dim: int, causal: bool, monk
     assert checked == 3
 
 
-def product_loops(sass: str) -> list[list[str]]:
-    """The innermost loops with warpgroup products, as instructions without predicates."""
+@pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (128, 128), *(pytest.param(*d, marks=pytest.mark.long) for d in ((256, 256), (192, 128), (32, 32)))])
+def test_fp32_runs_on_tensor_cores(dim: int, v_dim: int, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """Every product of fp32 on Hopper is one of tf32, the first tiles fit, and their fast loops spill few registers."""
+    monkeypatch.setattr(launcher, "_precision", lambda q, v_head_dim: "tf32x3")
+    bias = Bias(torch.zeros(1, 4, 256, 256))
+    q, k, v = qkv(256, dim, torch.float32, v_dim)
+    made = [*launches(Call(q, k, v, Causal(), 0.1), (9, 0), monkeypatch), *launches(Call(q[:, :, :1], k, v, FULL, 0.1), (9, 0), monkeypatch)]
+    made += launches(Call(q, k, v, Causal(), 0.1), (9, 0), monkeypatch, Needs(True, True, True, False, False))
+    made += launches(Call(q, k, v, bias, 0.1), (9, 0), monkeypatch, Needs(False, False, False, True, False))
+    names = set()
+    for c in made:
+        assert c.shared <= tiles.shared_memory("nvidia", (9, 0)), c.name
+        sass = c.sass(tmp_path)
+        if c.name not in ("combine_kernel", "delta_kernel"):
+            names.add(c.name)
+            products = set(re.findall(r"\bHG?MMA\.\S+", sass))
+            assert products and all(p.endswith(".F32.TF32") for p in products), c.name
+            loops = product_loops(sass, "MMA")
+            most = max(sum("MMA" in line for line in loop) for loop in loops)
+            # The loop over full tiles. That of the careful repetition, with products of 16 keys, is smaller.
+            fastest = min((loop for loop in loops if 2 * sum("MMA" in line for line in loop) >= most), key=len)
+            spilled = sum(line.startswith(("LDL", "STL")) for line in fastest)
+            assert spilled <= 0.04 * len(fastest), f"{c.name}: {spilled} of {len(fastest)}"
+    assert names == {"forward_kernel", "grad_kv_kernel", "grad_q_kernel", "grad_bias_kernel"}
+
+
+def product_loops(sass: str, product: str = "HGMMA") -> list[list[str]]:
+    """The innermost loops with warpgroup products (or others), as instructions without predicates."""
     code = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?(.*?);", sass)]
     place = {address: index for index, (address, _) in enumerate(code)}
     spans = []
@@ -240,6 +266,6 @@ def product_loops(sass: str) -> list[list[str]]:
         target = re.search(r"^BRA\b.*?(0x[0-9a-f]+)", text)
         if target and int(target[1], 16) < address:
             spans.append((place[int(target[1], 16)], index))
-    loops = [(lo, hi) for lo, hi in spans if any("HGMMA" in text for _, text in code[lo : hi + 1])]
+    loops = [(lo, hi) for lo, hi in spans if any(product in text for _, text in code[lo : hi + 1])]
     inner = [(lo, hi) for lo, hi in loops if not any((lo, hi) != (a, b) and lo <= a and b <= hi for a, b in loops)]
     return [[text for _, text in code[lo : hi + 1]] for lo, hi in inner]

@@ -36,7 +36,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import attnhub
 from attnhub import config, runtime
 from attnhub.backend import Call, Descale, Needs
-from attnhub.backends.triton import hopper, launch, launcher
+from attnhub.backends.triton import hopper, launch, launcher, tiles
 from attnhub.backends.triton.kernels import backward, combine, forward, hopper_forward, hopper_grad_kv, hopper_grad_q
 from attnhub.backends.triton.tiles import Tiles
 from attnhub.layouts import Varlen
@@ -458,8 +458,8 @@ def test_devices_and_streams(gpu: Gpu, replays: list[Any]) -> None:
 def test_tf32_is_followed(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     shared, call = plan("float32"), calls(torch.float32)["plain"]
     specialised = []
-    for precision in ("ieee", "tf32", "ieee", "tf32"):
-        monkeypatch.setattr(launcher, "_precision", lambda q, precision=precision: precision)
+    for precision in ("tf32x3", "tf32", "tf32x3", "tf32"):
+        monkeypatch.setattr(launcher, "_precision", lambda *_, precision=precision: precision)
         shared.forward(call)
         specialised.append(gpu.launched[-1][0].specialised)
     assert specialised[0] == specialised[2] != specialised[1] == specialised[3]
@@ -468,17 +468,43 @@ def test_tf32_is_followed(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_both_switches_of_tf32_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """The old one raises once the new one has been used."""
-    q = types.SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))
+    q = types.SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"), shape=(1, 1, 1, 64), get_device=lambda: 0)
+    monkeypatch.setattr(launcher, "_arch", lambda device: (9, 0))
     matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):
         pytest.skip("this torch has the old switch alone")
     before = matmul.fp32_precision
     try:
-        for setting, wanted in (("tf32", "tf32"), ("ieee", "ieee")):
+        for setting, wanted in (("tf32", "tf32"), ("ieee", "tf32x3")):
             matmul.fp32_precision = setting
-            assert launcher._precision(q) == wanted  # type: ignore[arg-type]
+            assert launcher._precision(q, 64) == wanted  # type: ignore[arg-type]
     finally:
         matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("arch", "dim", "v_dim", "wanted"),
+    [((9, 0), 64, 256, "tf32x3"), ((9, 0), 257, 64, "ieee"), ((9, 0), 64, 512, "ieee"), ((8, 0), 64, 64, "ieee"), ((10, 0), 64, 64, "ieee")],
+)
+def test_precision_of_fp32(arch: tuple[int, int], dim: int, v_dim: int, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tf32 products where their error was found small enough; the plan's tiles are those of the same products."""
+    q = types.SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"), shape=(1, 1, 1, dim), get_device=lambda: 0)
+    monkeypatch.setattr(launcher, "_arch", lambda device: arch)
+    assert launcher._precision(q, v_dim) == wanted  # type: ignore[arg-type]
+    made = launcher.TritonPlan(Problem(DeviceInfo("cuda", "nvidia", arch, ""), "float32", "float32", dim, v_dim, 4, 2, 2, 64, 64))
+    limit = tiles.shared_memory("nvidia", arch)
+    for role in tiles.roles(4):
+        assert made._tiles[role] == tiles.choices(role, dim, v_dim, 4, limit, exact=wanted == "ieee")
+    q.dtype = torch.float16
+    assert launcher._precision(q, v_dim) == "ieee"  # type: ignore[arg-type]
+
+
+def test_few_rows_of_fp32_have_smaller_blocks() -> None:
+    for heads, batch, length, block in ((1, 1, 256, 32), (1, 2, 512, 32), (1, 4, 1024, 128), (8, 1, 1024, 128)):
+        made = launcher.TritonPlan(Problem(H100, "float32", "float32", 64, 64, heads, heads, batch, length, length))
+        assert made._tiles["forward"][0].block_m == block
+        other = launcher.TritonPlan(Problem(H100, "float16", "float16", 64, 64, heads, heads, batch, length, length))
+        assert other._tiles["forward"][0].block_m == 64
 
 
 def test_a_profilers_hook_sees_every_launch(gpu: Gpu, replays: list[Any]) -> None:

@@ -208,7 +208,7 @@ def test_trials_run_each_role_with_the_tiles_given(role: str, monkeypatch: pytes
 @interpreted
 def test_tune_writes_a_table_as_it_goes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     _small(monkeypatch)
-    monkeypatch.setattr(tune.Group, "candidates", lambda self, limit, measured=None: [measured or Tiles(16, 16, 1, 1), Tiles(16, 32, 1, 1)])
+    monkeypatch.setattr(tune.Group, "candidates", lambda self, limit, measured=None, exact=False: [measured or Tiles(16, 16, 1, 1), Tiles(16, 32, 1, 1)])
     monkeypatch.setattr(tune, "compile_ahead", lambda work, jobs, tick, limit: dict(work))
     file = tmp_path / "t.json"
     table.write(file, some_table(full=[128, 64, 8, 3]))

@@ -1,7 +1,7 @@
 """Parts that all kernels share: loading a tile, scores in base 2, and a product that keeps non-finite values apart."""
 
 # Triton compiles this Python: constants are upper case, and an `if` over constants must stay a statement.
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 from __future__ import annotations
 
@@ -114,11 +114,13 @@ def dot_kept(p, keep, x, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     finite = tl.abs(wide) < INF
     acc = dot(p, tl.where(finite, wide, 0.0).to(x.dtype), acc, PRECISION, UPCAST)
     ones = tl.where(keep, 1.0, 0.0).to(x.dtype)
+    # Zeros and ones are exact in tf32.
+    MARKS: tl.constexpr = "tf32" if PRECISION == "tf32x3" else PRECISION
     # NaN counts as both infinities: their sum. A loop, so that only one product's registers are alive.
     for sign in tl.range(0, 2):
         special = tl.where(sign == 0, INF, -INF)
         marks = tl.where(finite | (wide == -special), 0.0, 1.0).to(x.dtype)
-        acc += tl.where(dot(ones, marks, tl.zeros_like(acc), PRECISION, UPCAST) > 0, special, 0.0)
+        acc += tl.where(dot(ones, marks, tl.zeros_like(acc), MARKS, UPCAST) > 0, special, 0.0)
     return acc
 
 
