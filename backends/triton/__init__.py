@@ -15,7 +15,9 @@ _GPUS = (
     DeviceRange("cuda", "nvidia", (8, 0), (8, 9), _ALL, status="untested"),
     DeviceRange("cuda", "nvidia", (9, 0), (9, 0), _ALL),
     DeviceRange("cuda", "nvidia", (10, 0), None, _ALL, status="untested"),
-    DeviceRange("cuda", "nvidia", (8, 9), None, _FP8, status="untested"),
+    DeviceRange("cuda", "nvidia", (8, 9), (8, 9), _FP8, status="untested"),
+    DeviceRange("cuda", "nvidia", (9, 0), (9, 0), _FP8),
+    DeviceRange("cuda", "nvidia", (10, 0), None, _FP8, status="untested"),
     DeviceRange("cuda", "amd", (), None, _ALL, status="untested"),
     DeviceRange("xpu", "intel", (), None, _ALL, status="untested"),
 )
@@ -63,7 +65,11 @@ class TritonBackend(Backend):
     def cost(self, problem: Problem) -> float:
         if problem.device.type == "cpu":
             return 1e6
-        # Against the faster of torch's flash and cuDNN kernels on an H200; the whole table: docs/results.md.
+        # Geometric means against the faster of torch's flash and cuDNN kernels: the kernels for Hopper on an H100 at 512 to 16384 tokens, the
+        # general ones on an H200; the whole tables: docs/results.md.
+        widest, device = max(problem.head_dim, problem.v_head_dim), problem.device
+        if device.vendor == "nvidia" and device.arch == (9, 0) and problem.q_dtype in ("float16", "bfloat16") and widest <= 256:
+            return 1.15 if not problem.need_backward else 1.1 if widest <= 128 else 1.4
         return 1.8 if problem.need_backward else 1.4
 
     def prepare(self, problem: Problem) -> Plan:

@@ -1,7 +1,7 @@
 """From a call to kernel launches: arguments, tiles, grids, and smaller tiles where the first choice does not fit.
 
 A call is worked out once and recorded; calls that differ from it only in where their tensors lie replay the recording. So whatever a
-launch depends on must be in `_key`.
+launch depends on must be in `call_key`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,20 @@ from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
 from attnhub import config
-from attnhub.backend import Call, Descale, Gradients, Needs, Plan, PrepareError, Repeat
+from attnhub.backend import Call, Gradients, Needs, Plan, PrepareError, Repeat
 from attnhub.backends.triton import hopper, table
 from attnhub.backends.triton import launch as launching
 from attnhub.backends.triton import tiles as tiling
+from attnhub.backends.triton.arguments import (
+    Arguments,
+    broadcast,
+    call_key,
+    kernel_arguments,
+    kernel_inputs,
+    last_dense,
+    negated,
+    strides_of,
+)
 from attnhub.backends.triton.block_sparse import block_sparse
 from attnhub.backends.triton.kernels.backward import delta_kernel, grad_kv_kernel, grad_q_kernel
 from attnhub.backends.triton.kernels.combine import combine_kernel
@@ -31,7 +41,6 @@ from attnhub.backends.triton.kernels.grad_bias import grad_bias_kernel
 from attnhub.backends.triton.launch import Recorder, Recording, hooked
 from attnhub.backends.triton.tiles import Tiles
 from attnhub.layouts import empty_out
-from attnhub.mask import FULL
 from attnhub.problem import Problem
 from attnhub.reasons import Code, Reason
 
@@ -49,8 +58,6 @@ _LONG_RUN = 64
 _LONG_LOOP = 16
 #: Recordings that a plan keeps.
 _MOST_RECORDINGS = 512
-_LARGEST = 2**30
-_Arguments = dict[str, Any]
 _FP8 = "float8_e4m3fn"
 #: Item size of q, k and v by dtype; the others have 2 bytes.
 _ITEM_BYTES = {"float32": 4, _FP8: 1}
@@ -63,8 +70,8 @@ class Variant(NamedTuple):
     """A kernel that can play a part: its role in `tiles`, whether it serves the arguments, and how it is launched with some tiles."""
 
     role: str
-    serves: Callable[[_Arguments], bool]
-    launch: Callable[[Recorder, _Arguments, Tiles], None]
+    serves: Callable[[Arguments], bool]
+    launch: Callable[[Recorder, Arguments, Tiles], None]
 
 
 class TritonPlan(Plan):
@@ -82,7 +89,7 @@ class TritonPlan(Plan):
             blocks = problem.batch * problem.q_heads * _cdiv(problem.seqlen_q, 128)
             self._tiles = {role: tiling.choices(role, *dims, item, limit, exact, blocks) for role in tiling.roles(item)}
             self._tiles = {**table.preferred(self._tiles, problem, item), **hopper.choices(problem)}
-        #: `_key` of a call -> how to repeat it.
+        #: `call_key` of a call -> how to repeat it.
         self._recordings: dict[tuple[Any, ...], Recording] = {}
         #: Role -> seconds that its first launch took, and whether Triton had the kernel on disk.
         self._compiled: dict[str, tuple[float, Optional[bool]]] = {}
@@ -99,15 +106,15 @@ class TritonPlan(Plan):
 
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
         if call.softmax_scale < 0 and call.q.dtype != torch.float8_e4m3fn:
-            call = _negated(call)
-        inputs = _inputs(call)
-        key, addresses = _key(call, inputs)
+            call = negated(call)
+        inputs = kernel_inputs(call)
+        key, addresses = call_key(call, inputs)
         with _on_device(call.q):
             buffers = self._replay(key, call.q, addresses) or self._forward(key, call, inputs)
         return buffers["out"], buffers.get("lse")
 
     def repeat(self, call: Call) -> Optional[Repeat]:
-        recording = self._recordings.get(_key(call, _inputs(call))[0])
+        recording = self._recordings.get(call_key(call, kernel_inputs(call))[0])
         # Whether fp32 products may use tf32 can change between calls.
         if recording is None or call.softmax_scale < 0 or call.q.dtype == torch.float32:
             return None
@@ -115,7 +122,7 @@ class TritonPlan(Plan):
         def again(q: Tensor, *others: Tensor) -> Optional[tuple[Tensor, Optional[Tensor]]]:
             if hooked():
                 return None
-            # In the order of `_inputs`.
+            # In the order of `kernel_inputs`.
             with _on_device(q):
                 buffers = recording.replay(q, [x.data_ptr() for x in (q, *others)])
             return buffers["out"], buffers.get("lse")
@@ -125,13 +132,13 @@ class TritonPlan(Plan):
     def backward(self, call: Call, grad_out: Tensor, grad_lse: Optional[Tensor], out: Tensor, lse: Tensor, needs: Needs) -> Gradients:
         scale = call.softmax_scale
         if scale < 0:
-            call = _negated(call)
-        inputs = _inputs(call)
+            call = negated(call)
+        inputs = kernel_inputs(call)
         lse = inputs["lse"] = lse.contiguous()
-        inputs["out"], inputs["grad_out"] = _last_dense(out), _last_dense(grad_out)
+        inputs["out"], inputs["grad_out"] = last_dense(out), last_dense(grad_out)
         if grad_lse is not None:
             inputs["grad_lse"] = grad_lse.to(torch.float32).contiguous()
-        key, addresses = _key(call, inputs)
+        key, addresses = call_key(call, inputs)
         key = (needs, *key)
         with _on_device(call.q):
             buffers = self._replay(key, call.q, addresses) or self._backward(key, call, inputs, needs)
@@ -153,11 +160,11 @@ class TritonPlan(Plan):
         recorder = Recorder(inputs)
         out = recorder.buffer("out", empty_out(call.q, call.v.shape[3]))
         lse = recorder.buffer("lse", call.q.new_empty(call.q.shape[:3], dtype=torch.float32)) if call.need_lse else None
-        arguments = _arguments(call, self._interpreted)
+        arguments = kernel_arguments(call, self._interpreted)
         group, max_q, pages = arguments["GROUP"], arguments["max_q"], call.block_table
         pack = group > 1 and max_q <= _PACKED_SEQLEN_Q
         arguments.update(
-            out=out, lse=lse, **_strides("out", out), PACK=pack, table_stride=0 if pages is None else pages.shape[1],
+            out=out, lse=lse, **strides_of("out", out), PACK=pack, table_stride=0 if pages is None else pages.shape[1],
             PAGE_SIZE=0 if pages is None else call.k.shape[2], **dict.fromkeys(("sinks", "block_table")),
         )  # fmt: skip
         arguments.update(recorder.inputs)
@@ -168,18 +175,18 @@ class TritonPlan(Plan):
     def _backward(self, key: tuple[Any, ...], call: Call, inputs: dict[str, Tensor], needs: Needs) -> dict[str, Tensor]:
         recorder = Recorder(inputs)
         grad_out, out, lse = (inputs[name] for name in ("grad_out", "out", "lse"))
-        arguments = _arguments(call, self._interpreted)
+        arguments = kernel_arguments(call, self._interpreted)
         delta = recorder.buffer("delta", torch.empty_like(lse))
         arguments.update(
             delta=delta, grad_lse=None, softmax_scale=float(call.softmax_scale), rows=lse.numel(),
-            **_strides("grad_out", grad_out), **_strides("out", out),
+            **strides_of("grad_out", grad_out), **strides_of("out", out),
         )  # fmt: skip
         arguments.update(recorder.inputs)
         arguments["delta_made"] = False
         for name, x, needed in (("grad_k", call.k, needs.k or needs.v), ("grad_v", call.v, needs.k or needs.v), ("grad_q", call.q, needs.q)):
             if needed:
                 grad = arguments[name] = recorder.buffer(name, torch.empty_like(x))
-                arguments.update(_strides(name, grad))
+                arguments.update(strides_of(name, grad))
         # dQ first: one of its kernels makes delta on its way.
         if needs.q:
             self._run(_GRAD_Q, recorder, arguments)
@@ -189,11 +196,11 @@ class TritonPlan(Plan):
         bias = call.mask.bias
         if needs.bias and bias is not None:
             grad_bias = recorder.buffer("grad_bias", torch.empty(bias.shape, dtype=bias.dtype, device=bias.device))
-            self._run(_GRAD_BIAS, recorder, {**arguments, **_dense("grad_bias", "grad_bias", grad_bias)})
+            self._run(_GRAD_BIAS, recorder, {**arguments, **broadcast("grad_bias", "grad_bias", grad_bias)})
         self._record(key, recorder)
         return recorder.buffers
 
-    def _run(self, variants: tuple[Variant, ...], recorder: Recorder, arguments: _Arguments) -> None:
+    def _run(self, variants: tuple[Variant, ...], recorder: Recorder, arguments: Arguments) -> None:
         """Launch the first variant that serves the arguments; the next one if it cannot be compiled or does not fit; the last serves everything."""
         able = [v for v in variants[:-1] if self._tiles.get(v.role) and v.serves(arguments)]
         before = len(recorder.launched)
@@ -248,7 +255,7 @@ class TritonPlan(Plan):
         self._recordings[key] = recording
 
 
-def _whole(launch: Callable[[Recorder, _Arguments, Tiles], None], recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
+def _whole(launch: Callable[[Recorder, Arguments, Tiles], None], recorder: Recorder, arguments: Arguments, tiles: Tiles) -> None:
     """Launch, and leave no trace of an attempt that fails half way: a recording holds what its successor launches, and no more."""
     launched, buffers, made = len(recorder.launched), set(recorder.buffers), arguments.get("delta_made")
     try:
@@ -261,18 +268,18 @@ def _whole(launch: Callable[[Recorder, _Arguments, Tiles], None], recorder: Reco
         raise
 
 
-def _everything(arguments: _Arguments) -> bool:
+def _everything(arguments: Arguments) -> bool:
     return True
 
 
-def _full_of_short_runs(arguments: _Arguments) -> bool:
+def _full_of_short_runs(arguments: Arguments) -> bool:
     """Whether K and V lie in pages of which a tile meets several, and there is a program for nearly every multiprocessor."""
     page = arguments["PAGE_SIZE"]
     programs = arguments["sequences"] * arguments["Q_HEADS"] // (arguments["GROUP"] if arguments["PACK"] else 1)
-    return 0 < page & -page < _LONG_RUN and programs >= 0.8 * launching.processors(arguments["q"].device)
+    return bool(0 < page & -page < _LONG_RUN and programs >= 0.8 * launching.processors(arguments["q"].device))
 
 
-def _forward(recorder: Recorder, arguments: _Arguments, tiles: Tiles, role: str = "forward") -> None:
+def _forward(recorder: Recorder, arguments: Arguments, tiles: Tiles, role: str = "forward") -> None:
     """`forward_kernel`; where rows and heads are too few for the device, the keys are divided among programs, and combined."""
     group = arguments["GROUP"] if arguments["PACK"] else 1
     rows = arguments["max_q"] * group
@@ -295,7 +302,7 @@ def _forward(recorder: Recorder, arguments: _Arguments, tiles: Tiles, role: str 
     out = arguments["out"]
     partial_out = recorder.buffer("partial_out", out.new_empty((splits, *out.shape), dtype=torch.float32))
     partial_lse = recorder.buffer("partial_lse", out.new_empty((splits, *out.shape[:3]), dtype=torch.float32))
-    partial = {"out": partial_out, "lse": partial_lse, **_strides("out", partial_out[0])}
+    partial = {"out": partial_out, "lse": partial_lse, **strides_of("out", partial_out[0])}
     recorder.launch(forward_kernel, programs * splits, tiles, **{**arguments, **partial}, **blocks)
     rows = math.prod(out.shape[:3])
     recorder.launch(
@@ -305,7 +312,7 @@ def _forward(recorder: Recorder, arguments: _Arguments, tiles: Tiles, role: str 
     )  # fmt: skip
 
 
-def _make_delta(recorder: Recorder, arguments: _Arguments) -> None:
+def _make_delta(recorder: Recorder, arguments: Arguments) -> None:
     """delta, unless it is there already."""
     if not arguments["delta_made"]:
         rows = arguments["rows"]
@@ -315,20 +322,20 @@ def _make_delta(recorder: Recorder, arguments: _Arguments) -> None:
         arguments["delta_made"] = True
 
 
-def _grad_kv(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
+def _grad_kv(recorder: Recorder, arguments: Arguments, tiles: Tiles) -> None:
     programs = _cdiv(arguments["max_k"], tiles.block_n) * (arguments["Q_HEADS"] // arguments["GROUP"]) * _sequences(arguments)
     sparse = block_sparse(recorder, arguments, tiles.block_m, tiles.block_n, by_keys=True)
     recorder.launch(grad_kv_kernel, programs, tiles, **{**arguments, **sparse}, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n)
 
 
-def _grad_q(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
+def _grad_q(recorder: Recorder, arguments: Arguments, tiles: Tiles) -> None:
     _make_delta(recorder, arguments)
     programs = _cdiv(arguments["max_q"], tiles.block_m) * arguments["Q_HEADS"] * _sequences(arguments)
     sparse = block_sparse(recorder, arguments, tiles.block_m, tiles.block_n)
     recorder.launch(grad_q_kernel, programs, tiles, **{**arguments, **sparse}, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n)
 
 
-def _grad_bias(recorder: Recorder, arguments: _Arguments, tiles: Tiles) -> None:
+def _grad_bias(recorder: Recorder, arguments: Arguments, tiles: Tiles) -> None:
     batch, heads, rows, keys = arguments["grad_bias"].shape
     one = {"ONE_B": batch == 1, "ONE_H": heads == 1, "ONE_Q": rows == 1, "ONE_K": keys == 1}
     programs = batch * heads * _cdiv(rows, tiles.block_m) * _cdiv(keys, tiles.block_n)
@@ -347,178 +354,9 @@ _GRAD_Q = (Variant("hopper_grad_q", hopper.serves, hopper.grad_q), Variant("grad
 _GRAD_BIAS = (Variant("grad_bias", _everything, _grad_bias),)
 
 
-def _sequences(arguments: _Arguments) -> int:
+def _sequences(arguments: Arguments) -> int:
     """Sequences that programs are for. In a packed batch, what lies behind the last one is one more."""
     return int(arguments["sequences"]) + (arguments["cu_q"] is not None)
-
-
-def _negated(call: Call) -> Call:
-    """The same call with a scale that is positive: the kernels take the largest score before scaling it."""
-    return Call(
-        -call.q, call.k, call.v, call.mask, -call.softmax_scale, call.softcap, call.sinks, call.dropout_p, call.rng, call.varlen, call.block_table,
-        call.need_lse,
-    )  # fmt: skip
-
-
-def _inputs(call: Call) -> dict[str, Tensor]:
-    """The call's tensors as kernels take them, by the names that kernels give them."""
-    inputs = {"q": call.q, "k": call.k, "v": call.v}
-    mask, varlen = call.mask, call.varlen
-    if mask.held:
-        for name in ("seqused_k", "leftpad", "bias", "alibi", *(("prefix",) if mask.causal else ())):
-            x = getattr(mask, name)
-            if x is not None:
-                # A bias is read by its strides, the others as if dense.
-                inputs[name] = x if name == "bias" else x.contiguous()
-        for name in ("segments", *(("blocks",) if mask.causal else ())):
-            ids = getattr(mask, name)
-            if ids is not None:
-                inputs[name + "_q"], inputs[name + "_k"] = ids[0].contiguous(), ids[1].contiguous()
-        if mask.bool_mask is not None:
-            inputs["bool_mask"] = mask.bool_mask.view(torch.uint8)
-        if mask.block_sparse is not None:
-            inputs["block_sparse"] = mask.block_sparse.contiguous().view(torch.uint8)
-    if call.descale is not None:
-        inputs.update((f"{name}_descale", x) for name, x in call.descale._asdict().items() if x is not None)
-    if call.sinks is not None:
-        inputs["sinks"] = call.sinks.contiguous()
-    if call.rng is not None:
-        inputs["rng"] = call.rng
-    if varlen is not None:
-        inputs["cu_q"] = varlen.cu_seqlens_q.contiguous()
-        if call.block_table is None:
-            inputs["cu_k"] = varlen.cu_seqlens_k.contiguous()
-    if call.block_table is not None:
-        inputs["block_table"] = call.block_table.contiguous()
-    return inputs
-
-
-def _key(call: Call, inputs: dict[str, Tensor]) -> tuple[tuple[Any, ...], list[int]]:
-    """(all that the launches of a call depend on, but for the addresses of its tensors; those addresses)."""
-    q, mask, varlen = call.q, call.mask, call.varlen
-    key: list[Any] = [
-        q.get_device(), _precision(q, call.v.shape[3]), call.need_lse, call.softmax_scale, call.softcap, call.dropout_p,
-        None if mask is FULL else mask.structure,
-        None if varlen is None else (varlen.max_seqlen_q, varlen.max_seqlen_k),
-    ]  # fmt: skip
-    addresses = []
-    for name, x in inputs.items():
-        address = x.data_ptr()
-        addresses.append(address)
-        # Of a contiguous tensor, the shape says the strides (of dimensions above size 1; others are read nowhere).
-        key += (name, x.dtype, x.shape, x.is_contiguous() or x.stride(), address % 16 == 0)
-    return tuple(key), addresses
-
-
-def _arguments(call: Call, interpreted: bool) -> _Arguments:
-    """What all kernels take: tensors, strides, lengths, the mask in the form that `kernels.mask` reads. softmax_scale is not negative,
-    but for fp8.
-    """
-    q, k, v, mask, varlen = call.q, call.k, call.v, call.mask, call.varlen
-    heads, head_dim = q.shape[1], q.shape[3]
-    scale = float(call.softmax_scale)
-    fp8 = q.dtype == torch.float8_e4m3fn
-    if varlen is None:
-        sequences, max_q, max_k = q.shape[0], q.shape[2], k.shape[2]
-    else:
-        sequences, max_q, max_k = varlen.cu_seqlens_q.shape[0] - 1, varlen.max_seqlen_q, varlen.max_seqlen_k
-    if call.block_table is not None:
-        max_k = call.block_table.shape[1] * k.shape[2]
-
-    left, right = mask.window
-    prefix = mask.prefix if mask.causal else None
-    blocks = mask.blocks if mask.causal else None
-    widened = prefix is not None or blocks is not None
-    if mask.causal and not widened:
-        right = 0
-    if right >= 0 and max_q == 1 and mask.align == "bottom_right":
-        # A single query stands at the last key.
-        right = -1
-    mask_all = mask.segments is not None or blocks is not None or mask.bool_mask is not None or mask.bias is not None
-    limited = left >= 0 or right >= 0 or mask.chunk > 0 or widened
-    strides = {**_strides("q", q), **_strides("k", k), **_strides("v", v)}
-    # The smallest product of fp8 operands takes 32 dimensions.
-    precision = _precision(q, v.shape[3])
-    parts = {"most": tiling.TF32X3_PART} if precision == "tf32x3" else {}
-    width = tiling.widths(head_dim, v.shape[3], 32 if fp8 else 16, 16 if interpreted else tiling.LEAST_REST, **parts)
-    return {
-        "q": q, "k": k, "v": v, **strides,
-        "scale": scale if call.softcap or mask.bias is not None else scale * math.log2(math.e), "softcap": float(call.softcap),
-        "cu_q": None if varlen is None else varlen.cu_seqlens_q,
-        "cu_k": None if varlen is None or call.block_table is not None else varlen.cu_seqlens_k,
-        "seqused_k": mask.seqused_k, "leftpad": mask.leftpad, "prefix": prefix,
-        "sequences": sequences, "max_q": max_q, "max_k": max_k, "tokens_q": q.shape[2], "tokens_k": k.shape[2],
-        "left": min(left, _LARGEST), "right": min(right, _LARGEST), "chunk": min(mask.chunk, _LARGEST),
-        **_ids("segments", mask.segments), **_ids("blocks", blocks),
-        **_dense("bool", "bool_mask", None if mask.bool_mask is None else mask.bool_mask.view(torch.uint8)),
-        **_dense("bias", "bias", mask.bias),
-        "alibi": mask.alibi, "alibi_stride_b": 0 if mask.alibi is None or mask.alibi.ndim == 1 or mask.alibi.shape[0] == 1 else mask.alibi.shape[1],
-        "block_sparse": None, "block_size": mask.block_size,
-        **_dropout(call),
-        **_factors(call),
-        "Q_HEADS": heads, "GROUP": heads // k.shape[1], "HEAD_DIM": head_dim, "V_HEAD_DIM": v.shape[3],
-        "BLOCK_D": width.main, "REST_D": width.rest, "BLOCK_DV": width.v_main, "REST_DV": width.v_rest,
-        "LEFT": left >= 0, "RIGHT": right >= 0, "CHUNK": mask.chunk > 0, "CAUSAL": widened, "TOP_LEFT": mask.align == "top_left",
-        "LEFT_PHASE": not mask_all and (left >= 0 or mask.chunk > 0 or mask.leftpad is not None), "MASK_ALL": mask_all, "MASK_VALUES": mask_all or limited, "SOFTCAP": call.softcap != 0.0, "NATURAL": mask.bias is not None,
-        "WIDE": max(strides.values()) >= 2**23, "PRECISION": precision, "UPCAST": interpreted and q.dtype == torch.bfloat16,
-    }  # fmt: skip
-
-
-def _strides(name: str, x: Tensor) -> dict[str, int]:
-    """Strides of batch, head and token. That of a dimension of size 1 is arbitrary in torch, and 0 here."""
-    return {f"{name}_stride_{axis}": x.stride(dim) if x.shape[dim] > 1 else 0 for dim, axis in enumerate("bhs")}
-
-
-def _factors(call: Call) -> _Arguments:
-    """Factors of fp8 inputs, and whether the inputs are in fp8."""
-    found: _Arguments = {"FP8": call.q.dtype == torch.float8_e4m3fn}
-    for name, x in zip(("q_descale", "k_descale", "v_descale"), call.descale or Descale()):
-        found[name] = x
-        found[f"{name}_stride_b"], found[f"{name}_stride_h"] = (0, 0) if x is None else x.stride()
-    return found
-
-
-def _ids(name: str, ids: Optional[tuple[Tensor, Tensor]]) -> _Arguments:
-    q, k = (None, None) if ids is None else (ids[0].contiguous(), ids[1].contiguous())
-    return {
-        f"{name}_q": q, f"{name}_k": k,
-        f"{name}_q_stride": 0 if q is None or q.shape[0] == 1 else q.stride(0), f"{name}_k_stride": 0 if k is None or k.shape[0] == 1 else k.stride(0),
-    }  # fmt: skip
-
-
-def _dense(name: str, argument: str, x: Optional[Tensor]) -> _Arguments:
-    """A tensor that broadcasts to [B, Hq, Sq, Sk], with stride 0 where it does."""
-    strides = {f"{name}_stride_{axis}": 0 if x is None or x.shape[dim] == 1 else x.stride(dim) for dim, axis in enumerate("bhqk")}
-    return {argument: x, **strides}
-
-
-def _dropout(call: Call) -> _Arguments:
-    """What `kernels.dropout` takes. The threshold, 32 bits unsigned, goes as the int32 of the same bits: one type whatever p is."""
-    if not call.dropout_p:
-        return {"rng": None, "drop_below": 0, "keep_scale": 1.0}
-    below = int(call.dropout_p * 2**32)
-    return {"rng": call.rng, "drop_below": below if below < 2**31 else below - 2**32, "keep_scale": 1.0 / (1.0 - call.dropout_p)}
-
-
-def _last_dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _precision(q: Tensor, v_head_dim: int) -> str:
-    """How fp32 operands are multiplied: in tf32 if torch's own products may, else as a sum of three such products, or exactly."""
-    if q.dtype != torch.float32 or q.device.type != "cuda" or torch.version.hip:
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    # The old switch raises once the new one has been used; the new one follows both.
-    precision = getattr(matmul, "fp32_precision", None)
-    if precision == "tf32" or (precision is None and matmul.allow_tf32):
-        return "tf32"
-    return "tf32x3" if tiling.tf32x3("nvidia", _arch(q.get_device()), q.shape[3], v_head_dim) else "ieee"
-
-
-@functools.lru_cache(maxsize=64)
-def _arch(device: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def _cdiv(a: int, b: int) -> int:

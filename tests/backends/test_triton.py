@@ -443,9 +443,9 @@ def test_paged_reads_nothing_else(page_size: int, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("dims", [(32, 32), (40, 32), (16, 64)])
 def test_head_dims_in_halves(dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a product of fp32 is three in tf32: main part and rest may be equal, and each of q/k and v may have a rest alone."""
-    from attnhub.backends.triton import launcher
+    from attnhub.backends.triton import arguments
 
-    monkeypatch.setattr(launcher, "_precision", lambda q, v_head_dim: "tf32x3")
+    monkeypatch.setattr(arguments, "precision", lambda q, v_head_dim: "tf32x3")
     monkeypatch.setattr(tiles, "TF32X3_PART", 16)
     width = tiles.widths(*dims, 16, 16, 16)
     assert width.main == width.v_main and width.rest + width.v_rest > 0

@@ -36,7 +36,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import attnhub
 from attnhub import config, runtime
 from attnhub.backend import Call, Descale, Needs
-from attnhub.backends.triton import hopper, launch, launcher, tiles
+from attnhub.backends.triton import arguments, hopper, launch, launcher, tiles
 from attnhub.backends.triton.kernels import backward, combine, forward, hopper_forward, hopper_grad_kv, hopper_grad_q
 from attnhub.backends.triton.tiles import Tiles
 from attnhub.layouts import Varlen
@@ -324,7 +324,7 @@ def tensors_of(call: Call) -> dict[str, Tensor]:
     own = {x.data_ptr() for x in (call.q, call.k, call.v, *call.mask.held, call.sinks, call.block_table) if x is not None}
     if call.varlen is not None:
         own |= {call.varlen.cu_seqlens_q.data_ptr(), call.varlen.cu_seqlens_k.data_ptr()}
-    found = launcher._inputs(call)
+    found = arguments.kernel_inputs(call)
     if call.softmax_scale < 0:
         del found["q"]
     return {name: x for name, x in found.items() if x.data_ptr() in own}
@@ -426,7 +426,7 @@ def test_every_part_of_a_call_is_in_the_key() -> None:
         "block sparse": Call(q, q, q, Mask(block_sparse=sparse, block_size=(16, 16)), 0.125),
         "block sparse, other blocks": Call(q, q, q, Mask(block_sparse=sparse, block_size=(12, 16)), 0.125),
     }.items():
-        key = launcher._key(call, launcher._inputs(call))[0]
+        key = launcher.call_key(call, arguments.kernel_inputs(call))[0]
         assert key not in keys, f"{name} has the key of {keys.get(key)}"
         keys[key] = name
 
@@ -459,7 +459,7 @@ def test_tf32_is_followed(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     shared, call = plan("float32"), calls(torch.float32)["plain"]
     specialised = []
     for precision in ("tf32x3", "tf32", "tf32x3", "tf32"):
-        monkeypatch.setattr(launcher, "_precision", lambda *_, precision=precision: precision)
+        monkeypatch.setattr(arguments, "precision", lambda *_, precision=precision: precision)
         shared.forward(call)
         specialised.append(gpu.launched[-1][0].specialised)
     assert specialised[0] == specialised[2] != specialised[1] == specialised[3]
@@ -469,7 +469,7 @@ def test_tf32_is_followed(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_both_switches_of_tf32_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """The old one raises once the new one has been used."""
     q = types.SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"), shape=(1, 1, 1, 64), get_device=lambda: 0)
-    monkeypatch.setattr(launcher, "_arch", lambda device: (9, 0))
+    monkeypatch.setattr(arguments, "arch", lambda device: (9, 0))
     matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):
         pytest.skip("this torch has the old switch alone")
@@ -477,7 +477,7 @@ def test_both_switches_of_tf32_are_read(monkeypatch: pytest.MonkeyPatch) -> None
     try:
         for setting, wanted in (("tf32", "tf32"), ("ieee", "tf32x3")):
             matmul.fp32_precision = setting
-            assert launcher._precision(q, 64) == wanted  # type: ignore[arg-type]
+            assert arguments.precision(q, 64) == wanted  # type: ignore[arg-type]
     finally:
         matmul.fp32_precision = before
 
@@ -489,14 +489,14 @@ def test_both_switches_of_tf32_are_read(monkeypatch: pytest.MonkeyPatch) -> None
 def test_precision_of_fp32(arch: tuple[int, int], dim: int, v_dim: int, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three tf32 products where their error was found small enough; the plan's tiles are those of the same products."""
     q = types.SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"), shape=(1, 1, 1, dim), get_device=lambda: 0)
-    monkeypatch.setattr(launcher, "_arch", lambda device: arch)
-    assert launcher._precision(q, v_dim) == wanted  # type: ignore[arg-type]
+    monkeypatch.setattr(arguments, "arch", lambda device: arch)
+    assert arguments.precision(q, v_dim) == wanted  # type: ignore[arg-type]
     made = launcher.TritonPlan(Problem(DeviceInfo("cuda", "nvidia", arch, ""), "float32", "float32", dim, v_dim, 4, 2, 2, 64, 64))
     limit = tiles.shared_memory("nvidia", arch)
     for role in tiles.roles(4):
         assert made._tiles[role] == tiles.choices(role, dim, v_dim, 4, limit, exact=wanted == "ieee")
     q.dtype = torch.float16
-    assert launcher._precision(q, v_dim) == "ieee"  # type: ignore[arg-type]
+    assert arguments.precision(q, v_dim) == "ieee"  # type: ignore[arg-type]
 
 
 def test_few_rows_of_fp32_have_smaller_blocks() -> None:
@@ -835,7 +835,7 @@ def test_a_cache_is_read_again_the_short_way(name: str, gpu: Gpu, chosen: None, 
         return counted_function
 
     monkeypatch.setattr(attnhub.api, "_normalise", counting("normalised", attnhub.api._normalise))
-    monkeypatch.setattr(launcher, "_key", counting("keyed", launcher._key))
+    monkeypatch.setattr(launcher, "call_key", counting("keyed", launcher.call_key))
     assert reading_of(gpu, *case) == expected
     before = dict(counted)
     for _ in range(3):
