@@ -269,7 +269,7 @@ def _read_again(
     call = _normalise(q, None, None, mask, softmax_scale, softcap, None, 0.0, None, cache, return_lse, "bhsd")
     out, lse = _run(call, backend, return_lse)
     # A tensor that was copied on the way is no input of the plan's.
-    given = call.q is q and call.k.data_ptr() == keys.data_ptr() and call.v.data_ptr() == values.data_ptr() and all(t.is_contiguous() for t in tensors[3:])
+    given = call.q is q and call.mask.seqused_k is cache.cache_seqlens and call.k.data_ptr() == keys.data_ptr() and call.v.data_ptr() == values.data_ptr() and all(t.is_contiguous() for t in tensors[3:])
     if _is_eager(call) and not runtime.is_empty(call):
         if len(_seen) >= _SEEN_LIMIT:
             _seen.clear()

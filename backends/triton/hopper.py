@@ -19,7 +19,9 @@ _OLDEST = (3, 6)
 #: Bytes of tensors that programs running side by side may share through the L2 cache (50 MB, of two halves).
 _SECTION = 24 << 20
 _MOST_DIM = 256
-#: The forward's scale instead of 0, for which its masked scores, -inf, would become NaN. No product with a score counts beside 1.
+#: `kernels.hopper.tanh` is exact to a few 1e-7, and its error is multiplied by the softcap: scores of larger ones take the general kernels' tanh.
+_LARGEST_SOFTCAP = 1000.0
+#: The forward's least scale: with 0, which smaller ones are in fp32, its masked scores, -inf, would become NaN. No score times this counts beside 1.
 _SMALLEST = 2.0**-120
 #: Tiles of V in flight in dQ.
 _V_STAGES = 2
@@ -45,9 +47,10 @@ class Row(NamedTuple):
 
 
 _ANY = math.inf
-#: (role, width, whether a mask makes blocks of rows differ in work) -> rows by rising length: the fastest of two to eight measured on an H100 at
-#: 512 to 8192 tokens (those of uneven work before programs walked forth and back and copied ahead). block_m, block_n: 64 query rows (keys
-#: in dK/dV) for each computing warpgroup. Walking saves the start and end of a tile, and costs where the work of tiles differs.
+#: (role, width, whether a mask makes blocks of rows differ in work) -> rows by rising length: the fastest of two to eight tried on an H100 at 512
+#: to 8192 tokens (those of uneven work before programs walked forth and back and copied ahead); the trials are in no result file. block_m,
+#: block_n: 64 query rows (keys in dK/dV) for each computing warpgroup. Walking saves the start and end of a tile, and costs where the work of
+#: tiles differs.
 _TABLE: dict[tuple[str, int, bool], tuple[Row, ...]] = {
     ("hopper_forward", 64, False): (Row(8192, Tiles(128, 128, 4, 2), True), Row(_ANY, Tiles(192, 128, 4, 2), True)),
     ("hopper_forward", 64, True): (Row(4096, Tiles(128, 128, 4, 2), True), Row(_ANY, Tiles(192, 128, 4, 2), False)),
@@ -116,7 +119,7 @@ def _importable() -> bool:
 
 def serves(arguments: dict[str, Any]) -> bool:
     """Whether the kernels serve a call: what the copy engine can address, and the parts of a mask that they know."""
-    if arguments["block_sparse"] is not None or arguments["rng"] is not None or arguments.get("PAGE_SIZE"):
+    if arguments["block_sparse"] is not None or arguments["rng"] is not None or arguments.get("PAGE_SIZE") or arguments["softcap"] > _LARGEST_SOFTCAP:
         return False
     return all(_addressable(arguments[name]) for name in ("q", "k", "v", "grad_out") if arguments.get(name) is not None)
 
@@ -171,7 +174,7 @@ def _programs(
     # Packed: the slots of `kernels.hopper.tile_place`, of sequences and of what lies behind the last one.
     tokens = arguments["tokens_k" if by_keys else "tokens_q"]
     tiles = heads * (tokens // block + arguments["sequences"] + 1) if packed else pairs * -(-length // block)
-    uneven = packed or bool(arguments["RIGHT"] or arguments["CAUSAL"])
+    uneven = bool(arguments["LEFT"] or arguments["RIGHT"] or arguments["CAUSAL"])
     # Without such a mask the blocks of a head follow one another.
     section = max(1, _SECTION // max(1, row_bytes * walked)) if uneven else 1
     walk = not packed and _row(role, width, uneven, length).walk
@@ -197,7 +200,7 @@ def forward(recorder: Recorder, arguments: dict[str, Any], tiles: Tiles) -> None
     recorder.launch(
         hopper_forward_kernel, programs, tiles,
         **{
-            **arguments, **place, "scale": arguments["scale"] or _SMALLEST, "HIDES": _hides(arguments), "PAIRS": _in_pairs(arguments), "BLOCK_DV": v_width, "BLOCK_N": tiles.block_n, "WIDTH": width, "CHUNKS": chunks,
+            **arguments, **place, "scale": max(arguments["scale"], _SMALLEST), "HIDES": _hides(arguments), "PAIRS": _in_pairs(arguments), "BLOCK_DV": v_width, "BLOCK_N": tiles.block_n, "WIDTH": width, "CHUNKS": chunks,
             "STAGES": tiles.num_stages, "GROUPS": groups,
             "q_boxes": _boxes(q, 64, width), "k_boxes": _boxes(k, tiles.block_n, width), "v_boxes": _boxes(v, tiles.block_n, v_width),
         },

@@ -52,7 +52,7 @@ _COMBINE_ROWS = 4
 _DELTA_ROWS = 16
 #: Query rows (tokens, or tokens times the heads of a group) up to which keys are divided among programs.
 _DECODE_ROWS = 64
-#: Keys from which on a run (see `kernels.pages`) is read as fast as contiguous keys.
+#: Keys from which on a run (see `kernels.pages`) is long enough for the tiles of contiguous keys.
 _LONG_RUN = 64
 #: Key tiles from which on a loop counts as long.
 _LONG_LOOP = 16

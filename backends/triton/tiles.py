@@ -92,7 +92,7 @@ _TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
         2: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 128, 4, 3), 256: Tiles(16, 64, 4, 2), 576: Tiles(16, 32, 8, 2)},
         4: {64: Tiles(16, 64, 4, 2), 128: Tiles(16, 64, 4, 2), 256: Tiles(16, 32, 8, 2)},
     },
-    # For small pages, with programs for every multiprocessor; else those for decoding. At 128 the fastest of six measured on an H100 (pages of 16).
+    # For small pages, with programs for every multiprocessor; else those for decoding. At 128 the fastest of six tried on an H100 (pages of 16; in no result file).
     "decode_paged": {
         1: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 2, 4), 256: Tiles(16, 64, 4, 2), 576: Tiles(16, 32, 8, 2)},
         2: {64: Tiles(16, 128, 4, 3), 128: Tiles(16, 64, 2, 4), 256: Tiles(16, 64, 4, 2), 576: Tiles(16, 32, 8, 2)},
@@ -165,7 +165,7 @@ def tf32x3(vendor: str, arch: tuple[int, ...], head_dim: int, v_head_dim: int) -
 
 
 #: (role, element size, largest mean of the padded head dims) -> tiles for so few rows that blocks of 128 would be for _FEW_BLOCKS programs at most:
-#: the fastest of seven measured on an H100 at 1 x 256 and 2 x 512 rows (at 4 x 1024 the table's are faster).
+#: the fastest of seven tried on an H100 at 2 x 512 rows (at 4 x 1024 the table's are faster; the trials are in no result file).
 _FEW: dict[tuple[str, int, int], Tiles] = {("forward", 4, 64): Tiles(32, 64, 4, 2)}
 _FEW_BLOCKS = 16
 
@@ -194,7 +194,7 @@ def interpreted() -> dict[str, list[Tiles]]:
     return {role: [Tiles(*sizes[role], 1, 1)] for role in ROLES}
 
 
-#: Programs of a decoding role that one multiprocessor runs at a time. One with deep tiles reads as fast as three with small ones.
+#: Programs of a decoding role that one multiprocessor runs at a time: one with deep tiles, or two with small ones.
 RESIDENT = {"decode": 1, "decode_paged": 2}
 
 

@@ -69,7 +69,7 @@ def randn(*shape: int, layout: str = "bhsd") -> Tensor:
     """bf16, heads first; with layout bshd they lie token by token."""
     if layout == "bshd":
         shape = (shape[0], shape[2], shape[1], shape[3])
-    x = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(generator=torch.Generator("cuda").manual_seed(len(shape) + shape[1]))
+    x = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
     return x.transpose(1, 2) if layout == "bshd" else x
 
 
@@ -147,11 +147,17 @@ def test_repeats_bitwise(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
 #: Calls of every kind of kernel, at lengths that are no multiples of tiles.
 _SAMPLE = """
 import torch, attnhub
-from attnhub.backends.triton import hopper
+from attnhub.backends.triton import hopper, launch
+launched, original = set(), launch.launch
+def named(kernel, *args, **arguments):
+    launched.add(kernel.fn.__name__)
+    return original(kernel, *args, **arguments)
+launch.launch = named
 from attnhub.mask import BlockSparse, Bias, Causal, FULL
 from attnhub.layouts import Varlen
-def both(mask, dtype, dim, heads=4, **more):
-    q, k, v = (torch.randn(2, h, 333, dim, device="cuda", dtype=dtype, requires_grad=True) for h in (heads, 2, 2))
+starts = torch.tensor([0, 200, 200, 690], dtype=torch.int32, device="cuda")
+def both(mask, dtype, dim, **more):
+    q, k, v = (torch.randn(2, h, 334, dim, device="cuda", dtype=dtype, requires_grad=True) for h in (8, 2, 2))
     attnhub.attention(q, k, v, mask, backend="triton", **more).float().sum().backward()
 for general in (False, True):
     if general:
@@ -159,18 +165,23 @@ for general in (False, True):
         attnhub.runtime.clear()
     both(Causal(), torch.bfloat16, 64)
     both(FULL, torch.float16, 128)
-    both(Bias(torch.randn(1, 4, 333, 333, device="cuda", dtype=torch.bfloat16)) & Causal(), torch.bfloat16, 96)
+    both(Bias(torch.randn(1, 8, 334, 334, device="cuda", dtype=torch.bfloat16)) & Causal(), torch.bfloat16, 96)
+    q, k, v = (torch.randn(700, h, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (8, 2, 2))
+    attnhub.attention(q, k, v, Causal(), varlen=Varlen(starts, starts, 490, 490), backend="triton").float().sum().backward()
 both(Causal(), torch.float32, 64)
 both(Causal(), torch.bfloat16, 64, dropout_p=0.2)
 both(BlockSparse(torch.rand(1, 1, 3, 3, device="cuda") < 0.6, (128, 128)), torch.bfloat16, 64)
-starts = torch.tensor([0, 100, 100, 290], dtype=torch.int32, device="cuda")
-q, k, v = (torch.randn(300, h, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2))
-attnhub.attention(q, k, v, Causal(), varlen=Varlen(starts, starts, 190, 190), backend="triton").float().sum().backward()
+q, k, v = (torch.randn(2, h, s, 128, device="cuda", dtype=torch.bfloat16) for h, s in ((8, 1), (2, 4000), (2, 4000)))
+attnhub.attention(q, k, v, backend="triton")
 used = torch.tensor([37, 5], dtype=torch.int32, device="cuda")
 table = torch.tensor([[3, 1, 2], [4, -1, -1]], dtype=torch.int32, device="cuda")
 pages = [torch.randn(5, 2, 16, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
 attnhub.attention(torch.randn(2, 8, 1, 128, device="cuda", dtype=torch.bfloat16), kv_cache=attnhub.KVCache(*pages, used, table), backend="triton")
 torch.cuda.synchronize()
+kinds = {"forward_kernel", "grad_q_kernel", "grad_kv_kernel", "combine_kernel"}
+if torch.cuda.get_device_capability() == (9, 0):
+    kinds |= {"hopper_forward_kernel", "hopper_grad_q_kernel", "hopper_grad_kv_kernel"}
+assert kinds <= launched, launched
 print("all ran")
 """
 

@@ -33,7 +33,9 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Plans use the kernels for Hopper, for small problems too, which otherwise divide their keys."""
+    """Plans use the kernels for Hopper, for small problems too, which otherwise divide their keys; and where the table lets programs walk,
+    a few of them walk over many tiles each."""
+    monkeypatch.setattr(hopper.launching, "processors", lambda device: 5)
     monkeypatch.setattr(hopper, "serves_forward", hopper.serves)
     first, *rest = launcher._FORWARD
     monkeypatch.setattr(launcher, "_FORWARD", (first._replace(serves=hopper.serves), *rest))
@@ -64,6 +66,8 @@ CASES = [
     testing.Case("bfloat16", seqlen_q=200, seqlen_k=200, head_dim=64, layout="bshd", parts=("causal",), q_heads=4),
     testing.Case("bfloat16", seqlen_q=200, seqlen_k=200, head_dim=64, layout="strided", parts=("causal",)),
     testing.Case("float16", seqlen_q=200, seqlen_k=200, head_dim=64, scale_q=30.0),
+    # Rows of an even number of keys, whose bias is loaded in pairs.
+    *(testing.Case("bfloat16", seqlen_q=200, seqlen_k=334, head_dim=64, q_heads=4, parts=(part,)) for part in ("bias", "bias_row", "bias_fp32", "bias_inf")),
 ]  # fmt: skip
 
 
@@ -162,9 +166,10 @@ def test_values_that_are_not_finite_reach_only_who_may_see_them(name: str, bad: 
         torch.testing.assert_close(mine[~reached[what]], right[~reached[what]], rtol=0.02, atol=0.02)
 
 
-def test_a_scale_of_zero_weighs_all_keys_alike() -> None:
+@pytest.mark.parametrize("scale", [0.0, 1e-50])
+def test_a_scale_of_nothing_weighs_all_keys_alike(scale: float) -> None:
     q, k, v = (torch.randn(1, 2, 200, 64, device="cuda").bfloat16() for _ in range(3))
-    out = attnhub.attention(q, k, v, Causal(), softmax_scale=0.0, backend="triton")
+    out = attnhub.attention(q, k, v, Causal(), softmax_scale=scale, backend="triton")
     count = torch.arange(1, 201, device="cuda")[:, None]
     torch.testing.assert_close(out, (v.float().cumsum(2) / count).bfloat16(), rtol=0.02, atol=0.02)
 

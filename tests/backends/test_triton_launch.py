@@ -986,3 +986,35 @@ def test_parts_of_sums_lie_in_memory_only_where_they_pay_off(
     q, k, v = (randn(batch, heads, length, 64) for _ in range(3))
     plan().forward(Call(q, k, v, FULL, 0.125))
     assert "out" in kept and ("partial_out" in kept) == parts
+
+
+@pytest.mark.parametrize(("softcap", "by_hopper"), [(30.0, True), (1000.0, True), (1e6, False)])
+def test_large_softcaps_take_the_exact_tanh(gpu: Gpu, softcap: float, by_hopper: bool) -> None:
+    """An error of 1e-7 in tanh is one of a tenth in a score capped at a million."""
+    q, k, v = (randn(2, 16, 512, 64) for _ in range(3))
+    shared = launcher.TritonPlan(Problem(H100, "bfloat16", "bfloat16", 64, 64, 16, 16, 2, 512, 512))
+    out, lse = shared.forward(Call(q, k, v, Causal(), 0.125, softcap=softcap, need_lse=True))
+    assert lse is not None
+    shared.backward(Call(q, k, v, Causal(), 0.125, softcap=softcap), out, None, out, lse, Needs())
+    names = [kernel.specialised[0] for kernel, *_ in gpu.launched]
+    assert len(names) >= 3 and all(name.startswith("hopper") == by_hopper for name in names), names
+
+
+@pytest.mark.parametrize(
+    ("page_size", "batch", "role"),
+    [(16, 64, "decode_paged"), (48, 64, "decode_paged"), (64, 64, "decode"), (192, 64, "decode"), (16, 4, "decode"), (0, 64, "decode")],
+)
+def test_small_pages_for_a_full_device_have_tiles_of_their_own(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, page_size: int, batch: int, role: str) -> None:
+    shared = launcher.TritonPlan(Problem(H100, "bfloat16", "bfloat16", 64, 64, 4, 2, batch, 1, 192))
+    tried = []
+    original = launcher.TritonPlan._try
+    monkeypatch.setattr(launcher.TritonPlan, "_try", lambda self, role, run: (tried.append(role), original(self, role, run))[1])
+    q, used = randn(batch, 4, 1, 64), torch.full((batch,), 192, dtype=torch.int32)
+    if page_size:
+        count = 192 // page_size
+        pages = randn(batch * count, 2, page_size, 64)
+        shared.forward(Call(q, pages, pages, SeqLens(used), 0.125, block_table=torch.zeros(batch, count, dtype=torch.int32)))
+    else:
+        k = randn(batch, 2, 192, 64)
+        shared.forward(Call(q, k, k, SeqLens(used), 0.125))
+    assert tried == [role]
