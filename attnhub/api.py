@@ -200,7 +200,15 @@ def _repeated(
         softmax_scale, softcap, return_lse, grad, backend, runtime._context.get(), config.snapshot(), registry.generation,
         torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
-    seen = _seen.get(key)
+    try:
+        seen = _seen.get(key)
+    except TypeError:
+        # A list for a number, say: `_normalise` has words for it.
+        if not isinstance(backend, str):
+            raise TypeError(f"backend={backend!r}: a backend's name or a comma-separated list of names is needed") from None
+        if not isinstance(return_lse, bool):
+            raise TypeError(f"return_lse is a {type(return_lse).__name__}: True or False is needed") from None
+        seen = None
     if seen is None:
         call = _normalise(q, k, v, mask, softmax_scale, softcap, None, 0.0, None, None, return_lse, "bhsd")
         out, lse = _run(call, backend, return_lse)

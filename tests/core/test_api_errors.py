@@ -76,6 +76,10 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "block count": (lambda: attention(Q, K, V, attnhub.BlockSparse(torch.ones(3, 2, dtype=torch.bool), (4, 4))), ("BlockSparse", "(1, 1, 3, 2)", "2, 2")),
     "mask device": (lambda: attention(Q, K, V, SeqLens(torch.zeros(2, dtype=torch.int32, device=META))), ("mask", "meta", "cpu", "move")),
     "scale tensor": (lambda: attention(Q, K, V, softmax_scale=torch.tensor(0.5)), ("softmax_scale", "Tensor", ".item()")),
+    "scale list": (lambda: attention(Q, K, V, softmax_scale=[1]), ("softmax_scale", "list", "number")),  # type: ignore[arg-type]
+    "softcap list": (lambda: attention(Q, K, V, softcap=[1]), ("softcap", "list", "number")),  # type: ignore[arg-type]
+    "backend list": (lambda: attention(Q, K, V, backend=["cpu"]), ("backend=['cpu']", "name", "comma")),  # type: ignore[arg-type]
+    "return_lse list": (lambda: attention(Q, K, V, return_lse=[1]), ("return_lse", "list", "True or False")),  # type: ignore[arg-type]
     "scale nan": (lambda: attention(Q, K, V, softmax_scale=math.nan), ("softmax_scale", "nan", "finite")),
     "scale inf": (lambda: attention(Q, K, V, softmax_scale=math.inf), ("softmax_scale", "inf", "finite")),
     "softcap negative": (lambda: attention(Q, K, V, softcap=-1.0), ("softcap=-1.0", "positive")),
