@@ -333,6 +333,7 @@ def test_results_are_kept_case_by_case(tmp_path: pathlib.Path, monkeypatch: pyte
             raise KeyboardInterrupt
         return real(case, *rest, **more)
 
+    monkeypatch.setattr(results, "commit", lambda: "c0ffee")
     monkeypatch.setattr(measure, "run_case", run_case)
     with pytest.raises(KeyboardInterrupt):
         cli.main(fp32)
@@ -341,6 +342,10 @@ def test_results_are_kept_case_by_case(tmp_path: pathlib.Path, monkeypatch: pyte
     assert ran == [listed["cases"][0], listed["cases"][1], listed["cases"][1], listed["cases"][2]]
     assert list(dict.fromkeys(str(Case.of(row)) for row in results.load(file)["rows"])) == listed["cases"]
     assert cli.main([*fp32, "--resume", "--rounds", "2"]) == 2 and "another settings" in capsys.readouterr().err
+    # Two checkouts with changes on the same commit need not be the same code.
+    monkeypatch.setattr(results, "commit", lambda: "c0ffee" + results.CHANGED)
+    assert cli.main(fp32) == 0
+    assert cli.main([*fp32, "--resume"]) == 2 and "changes on top" in capsys.readouterr().err
     # What measured nothing replaces nothing.
     held = file.read_bytes()
     assert cli.main([*fp32, "--limit", "1e-9"]) == 0 and file.read_bytes() == held

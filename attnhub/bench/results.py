@@ -18,6 +18,8 @@ from attnhub.registry import registry
 SCHEMA = "attnhub.bench/1"
 #: Where committed results are, in a checkout: <device>/<suite>-<preset>.json, or <suite>-<preset>-<threads>t.json.
 FOLDER = "benchmarks/results"
+#: Behind a commit: the checkout had changes on top of it.
+CHANGED = "+changes"
 
 
 def environment(device: Any) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def commit() -> Optional[str]:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "attnhub", "backends", "integrations")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + ("+changes" if changed else "")
+    return head + (CHANGED if changed else "")
 
 
 def document(
@@ -124,6 +126,8 @@ def continued(path: str | os.PathLike[str], now: dict[str, Any]) -> list[dict[st
     differ += [name for name in ("commit", "settings", "preset") if before[name] != now[name]]
     if differ:
         raise ValueError(f"--resume: {path} was measured with another {', '.join(differ)}; measure it anew without --resume")
+    if str(now["commit"]).endswith(CHANGED):
+        raise ValueError(f"--resume: {path} was measured with changes on top of a commit, which may be others by now; commit them, and measure anew")
     rows: list[dict[str, Any]] = before["rows"]
     return rows
 
