@@ -77,8 +77,6 @@ _TABLE: dict[tuple[str, int, bool], tuple[Row, ...]] = {
 }  # fmt: skip
 ROLES = ("hopper_forward", "hopper_grad_kv", "hopper_grad_q")
 _UNEVEN = frozenset({Feature.CAUSAL_BOTTOM_RIGHT, Feature.CAUSAL_TOP_LEFT, Feature.WINDOW})
-
-
 #: What needs registers of its own beside scores and dP.
 _MORE = frozenset({Feature.SOFTCAP, Feature.ALIBI, Feature.BIAS})
 #: (role, width) -> the backward's tiles with such a part: with the table's, sums and scores do not stay in registers.

@@ -2,8 +2,7 @@
 one warp copies tiles (TMA) while warpgroups of 64 rows compute (the division of labour of FlashAttention-3, arXiv 2407.08608).
 
 Ranges of tiles are the functions of `kernels.mask`, compiled for Gluon; `kernels.mask.keep_pairs` and `kernels.tile.add_bias` say what
-`kept` and `biased` do in fewer instructions. Arguments that only pass
-through a function travel as tuples:
+`kept` and `biased` do in fewer instructions. Arguments that only pass through a function travel as tuples:
 
 place    (pairs of sequence and head, pairs in a section, tiles in all): see `tile_place`
 lengths  (cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k)
@@ -221,7 +220,7 @@ def kept(b, h, i, j, len_q, len_k, lowest, prefix_len, limits, data, LIMITS: gl.
 
 @gluon.jit
 def tanh(x):
-    """tanh with an absolute error of a few 1e-7, which is what a softcapped score of two-byte inputs needs, in five instructions."""
+    """tanh with an absolute error of a few 1e-7, in five instructions: enough for scores of two-byte inputs that are capped below 1000."""
     grown = 1.0 + gl.exp2(x * (2.0 * LOG2_E))
     return 1.0 - 2.0 * gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [grown], dtype=gl.float32, is_pure=True, pack=1)
 
