@@ -33,6 +33,7 @@ def warmup(
     softcap: float = 0.0,
     sinks: bool = False,
     dropout_p: float = 0.0,
+    descale: str = "",
     packed: bool = False,
     page_size: int = 0,
     return_lse: bool = False,
@@ -47,7 +48,7 @@ def warmup(
     warms up 1 x 1024, 1 x 2048, 1 x 4096 and 1 x 8192. Compiled kernels also stay on disk, for processes that start later.
 
     q_heads, head_dim, seqlen_q, ...: the shapes, seqlen_k, kv_heads and v_head_dim by default as those of q. mask: as for `attention`; its
-    tensors have to fit the shapes. sinks: whether there are any. packed: ``batch`` sequences of these lengths in a `Varlen`.
+    tensors have to fit the shapes. sinks: whether there are any. descale: which of q, k and v come with factors (float8_e4m3fn), as in "qkv" or "kv". packed: ``batch`` sequences of these lengths in a `Varlen`.
     page_size: above 0, K/V in a paged `KVCache` with seqlen_k tokens. device: default cuda where there is one, else cpu.
 
     Returns the decision that served the calls. Its ``plan`` holds, besides what the backend tells of its kernels, ``first_call_seconds`` (with
@@ -63,9 +64,12 @@ def warmup(
             raise ValueError(f"{name}={optional!r}: a whole number above 0 is needed, or None for that of q")
     if page_size and (packed or need_backward):
         raise ValueError(f"page_size={page_size}: a paged cache has no backward pass and no packed queries; leave out packed and need_backward")
+    if set(descale) - set("qkv"):
+        raise ValueError(f"descale={descale!r}: letters of 'qkv' are needed, one for each tensor that comes with factors")
     length, heads, v_dim = seqlen_k or seqlen_q, kv_heads or q_heads, v_head_dim or head_dim
     settings: dict[str, Any] = {"softmax_scale": softmax_scale, "softcap": softcap, "dropout_p": dropout_p, "return_lse": return_lse, "backend": backend}
     settings["sinks"] = torch.zeros(q_heads, device=where) if sinks else None
+    settings.update((f"{name}_descale", torch.ones(batch, heads, device=where)) for name in descale)
 
     def zeros(h: int, s: int, d: int) -> Tensor:
         shape = (batch * s, h, d) if packed else (batch, s, h, d) if layout == "bshd" else (batch, h, s, d)

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--softcap", type=float, default=0.0)
     parser.add_argument("--sinks", action="store_true")
     parser.add_argument("--alibi", action="store_true")
+    parser.add_argument("--descale", default="", help="which of q, k and v come with factors, as in qkv; with float8_e4m3fn")
     parser.add_argument("--packed", action="store_true", help="sequences one behind the other, with cu_seqlens")
     parser.add_argument("--page-size", type=_size, default=0, help="tokens in a page of a paged K/V cache; default: not paged")
     parser.add_argument("--layout", choices=("bhsd", "bshd"), default="bhsd")
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
                 decision = attnhub.warmup(
                     q_heads=args.heads, head_dim=args.head_dim, seqlen_q=seqlen_q, seqlen_k=seqlen_k or None, batch=batch, kv_heads=args.kv_heads or None,
                     v_head_dim=args.v_head_dim or None, dtype=dtype, device=args.device or None, mask=_mask(args), softcap=args.softcap, sinks=args.sinks,
-                    packed=args.packed, page_size=args.page_size, return_lse=args.lse, layout=args.layout, need_backward=args.backward,
+                    descale=args.descale, packed=args.packed, page_size=args.page_size, return_lse=args.lse, layout=args.layout, need_backward=args.backward,
                     backend=args.backend or None,
                 )  # fmt: skip
             except attnhub.NoBackendError as error:

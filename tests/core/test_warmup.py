@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import attnhub
-from attnhub import cli, runtime
+from attnhub import cli, runtime, warming
 from attnhub.backend import Backend, Call, Plan
 from attnhub.backends.sdpa import backend as sdpa
 
@@ -90,6 +90,19 @@ def test_the_calls_are_of_the_shapes(more: dict[str, Any], shapes: Any, features
         assert slow.calls[0].mask.seqused_k is not None and slow.calls[0].mask.seqused_k.tolist() == [16, 16]
 
 
+def test_factors_go_with_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def attention(*args: Any, **named: Any) -> Any:
+        given.append(named)
+        return attnhub.attention(*args, **named)
+
+    monkeypatch.setattr(warming, "attention", attention)
+    decision = attnhub.warmup(**{**QUICK, "dtype": torch.float8_e4m3fn}, batch=2, descale="kv", backend="reference")
+    assert decision.chosen == "reference" and len(given) == 2
+    assert {name: tuple(x.shape) for name, x in given[0].items() if name.endswith("descale")} == {"k_descale": (2, 2), "v_descale": (2, 2)}
+
+
 @pytest.mark.parametrize("name", ["cpu", "sdpa", "reference"])
 def test_a_backward_pass_is_warmed_up_too(name: str) -> None:
     if not attnhub.backends()[name]["available"]:
@@ -104,6 +117,7 @@ def test_what_does_not_fit_is_an_error() -> None:
     for wrong, said in (
         ({"q_heads": 0}, "q_heads=0"), ({"kv_heads": -1}, "kv_heads=-1"), ({"kv_heads": 3}, "multiple"), ({"page_size": 4, "packed": True}, "page_size=4"),
         ({"page_size": 4, "need_backward": True}, "no backward"), ({"layout": "sbhd"}, "allowed are"), ({"seqlen_k": 1.5}, "seqlen_k=1.5"),
+        ({"descale": "qx"}, "descale='qx'"), ({"descale": "v"}, "float8_e4m3fn"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             attnhub.warmup(**{**QUICK, **wrong})
