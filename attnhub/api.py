@@ -213,14 +213,11 @@ def _repeated(
         call = _normalise(q, k, v, mask, softmax_scale, softcap, None, 0.0, None, None, return_lse, "bhsd")
         out, lse = _run(call, backend, return_lse)
         if call.q is q and call.k is k and call.v is v and _is_eager(call) and not runtime.is_empty(call):
-            if len(_seen) >= _SEEN_LIMIT:
-                _seen.clear()
             bits = runtime._LSE_GRAD if grad and return_lse else 0
             call.need_lse = return_lse
             chosen = runtime.prepared(call, backend, grad, bits)
             call.need_lse = return_lse or grad
-            repeatable = mask.structural and not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
-            _seen[key] = chosen, call.softmax_scale, chosen.plan.repeat(call) if repeatable else None
+            _remember(key, call, chosen, mask.structural and not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15)
         return (out, lse) if lse is not None else out
     chosen, scale, repeat = seen
     runtime._served.chosen = chosen
@@ -241,6 +238,13 @@ def _repeated(
         call.need_lse = return_lse
         out, lse = _run(call, backend, return_lse)
     return (out, lse) if lse is not None else out
+
+
+def _remember(key: tuple[Any, ...], call: Call, chosen: runtime.Prepared, repeatable: bool) -> None:
+    """What serves calls of a key from now on. repeatable: whether the call is one that `Plan.repeat` speaks of."""
+    if len(_seen) >= _SEEN_LIMIT:
+        _seen.clear()
+    _seen[key] = chosen, call.softmax_scale, chosen.plan.repeat(call) if repeatable else None
 
 
 def _read_again(
@@ -277,12 +281,12 @@ def _read_again(
     call = _normalise(q, None, None, mask, softmax_scale, softcap, None, 0.0, None, cache, return_lse, "bhsd")
     out, lse = _run(call, backend, return_lse)
     # A tensor that was copied on the way is no input of the plan's.
-    given = call.q is q and call.mask.seqused_k is cache.cache_seqlens and call.k.data_ptr() == keys.data_ptr() and call.v.data_ptr() == values.data_ptr() and all(t.is_contiguous() for t in tensors[3:])
+    given = (
+        call.q is q and call.mask.seqused_k is cache.cache_seqlens and call.k.data_ptr() == keys.data_ptr() and call.v.data_ptr() == values.data_ptr()
+        and all(t.is_contiguous() for t in tensors[3:])
+    )  # fmt: skip
     if _is_eager(call) and not runtime.is_empty(call):
-        if len(_seen) >= _SEEN_LIMIT:
-            _seen.clear()
-        chosen = runtime.prepared(call, backend, False)
-        _seen[key] = chosen, call.softmax_scale, chosen.plan.repeat(call) if given else None
+        _remember(key, call, runtime.prepared(call, backend, False), given)
     return (out, lse) if lse is not None else out
 
 

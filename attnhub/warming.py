@@ -47,9 +47,10 @@ def warmup(
     Plans are shared by classes of lengths and batches (powers of two; Sq 0, 1, 2 to 16): a server that decodes up to 8192 tokens
     warms up 1 x 1024, 1 x 2048, 1 x 4096 and 1 x 8192. Compiled kernels also stay on disk, for processes that start later.
 
-    q_heads, head_dim, seqlen_q, ...: the shapes, seqlen_k, kv_heads and v_head_dim by default as those of q. mask: as for `attention`; its
-    tensors have to fit the shapes. sinks: whether there are any. descale: which of q, k and v come with factors (float8_e4m3fn), as in "qkv" or "kv". packed: ``batch`` sequences of these lengths in a `Varlen`.
-    page_size: above 0, K/V in a paged `KVCache` with seqlen_k tokens. device: default cuda where there is one, else cpu.
+    q_heads, head_dim, seqlen_q, ...: the shapes, seqlen_k, kv_heads and v_head_dim by default as those of q. mask: as for `attention`;
+    its tensors have to fit the shapes. sinks: whether there are any. descale: which of q, k and v come with factors (float8_e4m3fn), as
+    in "qkv" or "kv". packed: ``batch`` sequences of these lengths in a `Varlen`. page_size: above 0, K/V in a paged `KVCache` with
+    seqlen_k tokens. device: default cuda where there is one, else cpu.
 
     Returns the decision that served the calls. Its ``plan`` holds, besides what the backend tells of its kernels, ``first_call_seconds`` (with
     everything that is done once) and ``next_call_seconds``. Raises what `attention` raises: ValueError for shapes that do not fit,

@@ -198,8 +198,8 @@ def forward(recorder: Recorder, arguments: dict[str, Any], tiles: Tiles) -> None
     recorder.launch(
         hopper_forward_kernel, programs, tiles,
         **{
-            **arguments, **place, "scale": max(arguments["scale"], _SMALLEST), "HIDES": _hides(arguments), "PAIRS": _in_pairs(arguments), "BLOCK_DV": v_width, "BLOCK_N": tiles.block_n, "WIDTH": width, "CHUNKS": chunks,
-            "STAGES": tiles.num_stages, "GROUPS": groups,
+            **arguments, **place, "scale": max(arguments["scale"], _SMALLEST), "HIDES": _hides(arguments), "PAIRS": _in_pairs(arguments),
+            "BLOCK_DV": v_width, "BLOCK_N": tiles.block_n, "WIDTH": width, "CHUNKS": chunks, "STAGES": tiles.num_stages, "GROUPS": groups,
             "q_boxes": _boxes(q, 64, width), "k_boxes": _boxes(k, tiles.block_n, width), "v_boxes": _boxes(v, tiles.block_n, v_width),
         },
     )  # fmt: skip
