@@ -68,7 +68,7 @@ def attention_forward(
         key, value = key[:, :, :keys], value[:, :, :keys]
     if position_bias is not None:
         mask = mask & Bias(position_bias[..., :keys] if position_bias.shape[-1] > keys else position_bias)
-    if _wants_weights(module, output_attentions):
+    if wants_weights(module, output_attentions):
         out, weights = attention_with_weights(
             query, key, value, mask, softmax_scale=scaling, softcap=softcap or 0.0, sinks=s_aux, dropout_p=dropout
         )
@@ -149,7 +149,7 @@ def _packs(query: Tensor, mask: Mask, position_bias: Optional[Tensor]) -> bool:
 # -- weights -------------------------------------------------------------------------------------------------------------
 
 
-def _wants_weights(module: nn.Module, output_attentions: Optional[bool]) -> bool:
+def wants_weights(module: nn.Module, output_attentions: Optional[bool]) -> bool:
     if output_attentions is not None:
         return bool(output_attentions)
     if torch.compiler.is_compiling():

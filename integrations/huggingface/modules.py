@@ -22,11 +22,13 @@ _SPARSE = ("eager", "sdpa")
 
 @dataclass(frozen=True)
 class Found:
-    """An attention module: its name in the model, itself, and why it cannot be routed ("" if it can)."""
+    """An attention module: its name in the model, itself, why the interface cannot route it ("" if it can), and whether it writes
+    attention out in operations of its own, which `deferred` can read."""
 
     name: str
     module: nn.Module
     reason: str = ""
+    own: bool = False
 
 
 def find_attention(model: nn.Module) -> list[Found]:
@@ -35,9 +37,12 @@ def find_attention(model: nn.Module) -> list[Found]:
     for name, module in _inside_transformers(model):
         cls = type(module)
         if _consults(cls):  # type: ignore[arg-type]
-            found.append(Found(name, module, _obstacle(module)))
+            reason = _obstacle(module)
+            found.append(Found(name, module, reason, bool(reason)))
         elif _looks_like_attention(module):
-            found.append(Found(name, module, f"{cls.__name__} computes attention itself and never asks transformers' attention interface"))
+            own = _takes_softmax(cls)  # type: ignore[arg-type]
+            reason = f"{cls.__name__} never asks transformers' attention interface" + ("" if own else " and takes no softmax")
+            found.append(Found(name, module, reason, own))
     return found
 
 
@@ -94,6 +99,18 @@ def _looks_like_attention(module: nn.Module) -> bool:
 def _consults(cls: Any) -> bool:
     """Whether a method of the class reads the attention interface. By its code, so it also holds for code from the Hub."""
     return any(_INTERFACE in code.co_names for code in _codes(cls))
+
+
+@functools.cache
+def _takes_softmax(cls: Any) -> bool:
+    """Whether the class, or a function that it names, mentions a softmax or torch's attention."""
+    space = vars(inspect.getmodule(cls) or inspect)
+    names = {name for code in _codes(cls) for name in code.co_names}
+    for name in list(names):
+        code = getattr(inspect.unwrap(space[name]), "__code__", None) if callable(space.get(name)) else None
+        if code is not None:
+            names.update(n for inner in _nested(code) for n in inner.co_names)
+    return any("softmax" in name.lower() or "scaled_dot_product" in name for name in names)
 
 
 @functools.cache
