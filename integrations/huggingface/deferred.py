@@ -36,6 +36,7 @@ _RESHAPE = {"view", "reshape", "flatten", "unflatten"}
 _IN_PLACE = {"mul_", "__imul__", "div_", "__idiv__", "__itruediv__", "add_", "__iadd__", "sub_", "__isub__", "masked_fill_"}
 _ASKS = {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "get_device", "element_size", "__len__"}
 _ATTRIBUTES = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_nested", "is_quantized", "itemsize"}
+_SHAPED_LIKE = {"expand_as", "reshape_as", "view_as", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"}
 _DTYPES = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -138,6 +139,12 @@ def _handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope: Opt
     if name in _ASKS or (name == "__get__" and getattr(func.__self__, "__name__", "") in _ATTRIBUTES):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
+    if name in _SHAPED_LIKE and isinstance(args[-1] if name.endswith("_as") else args[0], Deferred):
+        shape, dtype, device = *_meta(args[-1] if name.endswith("_as") else args[0]), args[0].device
+        if name.endswith("_as") and not isinstance(args[0], Deferred):
+            return getattr(args[0], {"expand_as": "expand"}.get(name, "reshape"))(shape)
+        if not name.endswith("_as"):
+            return func(torch.empty((), dtype=dtype, device=device).expand(shape), *args[1:], **kwargs)
     if scope is not None:
         done = _step(name, func, args, kwargs, scope)
         if done is not None:
@@ -204,25 +211,34 @@ def _einsum_operands(args: tuple[Any, ...]) -> Optional[tuple[Any, Any]]:
     return (operands[0], operands[1]) if len(operands) == 2 else None
 
 
-def _einsum_letters(equation: Any) -> Optional[tuple[str, str, str]]:
-    if not isinstance(equation, str) or "." in equation or "->" not in equation:
+def _einsum_letters(equation: Any, a: Any, b: Any) -> Optional[tuple[str, str, str]]:
+    """The letters of both operands and of the result; an ellipsis that is the same in all three becomes capital letters."""
+    if not isinstance(equation, str) or "->" not in equation or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return None
     inputs, _, out = equation.replace(" ", "").partition("->")
     parts = inputs.split(",")
-    if len(parts) != 2 or any(len(set(part)) != len(part) for part in (*parts, out)):
+    if "..." in equation:
+        if len(parts) != 2 or equation.count("...") != 3:
+            return None
+        ranks = {x.dim() - len(part) + 3 for x, part in zip((a, b), parts)}
+        dots = "ABCDEFGH"[: ranks.pop()]
+        if ranks or dots in equation:
+            return None
+        parts, out = [part.replace("...", dots) for part in parts], out.replace("...", dots)
+    if len(parts) != 2 or len(parts[0]) != a.dim() or len(parts[1]) != b.dim() or any(len(set(part)) != len(part) for part in (*parts, out)):
         return None
     return parts[0], parts[1], out
 
 
 def _einsum_scores(equation: Any, q: Any, k: Any) -> Optional[tuple[Tensor, Tensor]]:
     """(q, k^T) with equal leading letters, if the equation is a stack of products of matrices, ``...qd,...kd->...qk`` in any order."""
-    letters = _einsum_letters(equation)
-    if letters is None or not (isinstance(q, Tensor) and isinstance(k, Tensor)):
+    letters = _einsum_letters(equation, q, k)
+    if letters is None:
         return None
     a, b, out = letters
     lead, row, column = out[:-2], out[-2:-1], out[-1:]
     inner = [letter for letter in a if letter in b and letter not in out]
-    if len(inner) != 1 or not lead or set(a) != {*lead, row, *inner} or set(b) != {*lead, column, *inner} or len(a) != q.ndim or len(b) != k.ndim:
+    if len(inner) != 1 or not lead or set(a) != {*lead, row, *inner} or set(b) != {*lead, column, *inner}:
         return None
     return q.permute([a.index(c) for c in (*lead, row, *inner)]), k.permute([b.index(c) for c in (*lead, *inner, column)])
 
@@ -433,7 +449,7 @@ def _with_v(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], scope: Def
     order: Optional[list[int]] = None
     if name == "einsum":
         operands = _einsum_operands(args)
-        letters = _einsum_letters(args[0])
+        letters = None if operands is None else _einsum_letters(args[0], *operands)
         if operands is None or letters is None or kwargs:
             return None
         x, v = operands

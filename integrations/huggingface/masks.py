@@ -103,6 +103,8 @@ def attnhub_mask(
     )
     if use_vmap:
         sizes["use_vmap"] = True
+    # Some models pass it down themselves. A shortcut would give None, and attention without a mask may be causal.
+    kwargs.pop("allow_is_bidirectional_skip", None)
     dense: Optional[Tensor] = masking_utils.sdpa_mask(
         batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
         local_size=local_size, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **sizes, **kwargs,

@@ -15,9 +15,11 @@ from torch import nn
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 #: Attention by its class name. Pieces of one (dropouts, biases, masks, poolers) carry the word without computing attention.
 _NAMED = re.compile(r"Attention|SelfAttn|CrossAttn")
-_PIECE = re.compile(r"Dropout|Mask|Bias$|Embedding|Output$|Norm$")
+_PIECE = re.compile(r"Dropout|Mask$|Bias$|Embedding|Output$|Norm$")
 #: Models that select keys themselves compare the implementation with this pair, and hand indices to everything else.
 _SPARSE = ("eager", "sdpa")
+#: Names in the code of a method that asks whether its mask is a tensor and appends columns to it (DeepSeek-V4).
+_MASK_TYPE = {"isinstance", "Tensor", "attention_mask", "pad"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def _obstacle(module: nn.Module) -> str:
         return f"{cls.__name__} holds no config of its own, so its implementation cannot be set"
     if _constants(cls) & {_SPARSE}:  # type: ignore[arg-type]
         return f"{cls.__name__} selects its keys itself and applies the selection only for the implementations eager and sdpa"
+    if any(_MASK_TYPE <= {*code.co_names, *code.co_varnames} for code in _codes(cls)):  # type: ignore[arg-type]
+        return f"{cls.__name__} widens the additive mask of eager attention itself, and would misread any other"
     return ""
 
 

@@ -30,9 +30,11 @@ def route(model: nn.Module, attention: Iterable[nn.Module], routed: Iterable[nn.
     if not chosen:
         return
     plan = _Plan()
+    names = {id(module): name for name, module in model.named_modules()}
     for module in attention:
-        if is_config(module.__dict__.get("config")):
-            plan.note(module.__dict__["config"], id(module) in chosen)
+        config = _nearest_config(model, names.get(id(module), ""))
+        if config is not None:
+            plan.note(config, id(module) in chosen)
     for module in model.modules():
         for attribute, config in list(module.__dict__.items()):
             if not is_config(config):
@@ -57,6 +59,15 @@ def restore(model: nn.Module) -> None:
         for key, value in private.__dict__.items():
             if key != _IMPLEMENTATION and id(value) not in pairs and before.__dict__.get(key, _swapped) is not value:
                 before.__dict__[key] = value
+
+
+def _nearest_config(model: nn.Module, name: str) -> Any:
+    """The config of a module, or of the closest module around it that has one: whoever that is makes its masks."""
+    while True:
+        config = model.get_submodule(name).__dict__.get("config")
+        if is_config(config) or not name:
+            return config if is_config(config) else None
+        name = name.rpartition(".")[0]
 
 
 class _Plan:

@@ -1,0 +1,156 @@
+"""One model class, tiny and with random weights, by eager attention and by attnhub: what `attnhub coverage` asks of its processes.
+
+``python -m attnhub.integrations.huggingface.probe`` answers a line of JSON (the name of a class) by one (the finding) until its input ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+import attnhub
+from attnhub.bench.workers import answer
+from attnhub.integrations.huggingface.modules import find_attention
+from attnhub.integrations.huggingface.tiny import BATCH, LENGTH, padding, tiny_inputs, tiny_model
+from attnhub.patching import PatchError
+
+#: A process that needs more address space than this fails at the class that does.
+MEMORY = 12 << 30
+#: Largest difference from eager attention, relative to the largest output where that is above 1.
+TOLERANCE = 2e-5
+_LONG = 160
+
+
+def probe(name: str) -> dict[str, Any]:
+    """What was found of a class of transformers: ``state`` is one of STATES, ``reason`` says why, the rest are numbers.
+
+    calls: attention calls that attnhub served. ran, served: attention modules that ran, and those of them that attnhub served.
+    difference: from eager attention, in valid positions, the largest of no, left and right padding. reasons: of modules that ran unserved.
+    """
+    import transformers
+
+    cls = getattr(transformers, name)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        return {"state": "no model"}
+    if getattr(cls, "config_class", None) is None:
+        return {"state": "not run", "reason": "it has no configuration class of its own"}
+    try:
+        model = tiny_model(cls)
+        eager = {pad: _run(model, pad) for pad in _paddings(model)}
+    except MemoryError:
+        return {"state": "not run", "reason": "its tiny configuration needs too much memory"}
+    except Exception as error:
+        return {"state": "not run", "reason": f"tiny: {_line(error)}"}
+    try:
+        return _compare(model, eager)
+    except Exception as error:
+        return {"state": "fails", "reason": _line(error)}
+
+
+def _compare(model: Any, eager: dict[str, list[Tensor]]) -> dict[str, Any]:
+    try:
+        report = attnhub.patch(model)
+    except PatchError:
+        return {"state": "no attention"}
+    ran: set[nn.Module] = set()
+    modules = {id(found.module): found.module for found in find_attention(model)}
+    modules |= {id(m): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    hooks = [m.register_forward_hook(lambda module, *_: ran.add(module)) for m in modules.values()]
+    largest, size = 0.0, 1.0
+    for pad, theirs in eager.items():
+        ours = _run(model, pad)
+        for a, b in zip(ours, theirs):
+            rows = _valid(b, pad)
+            if rows is None:
+                continue
+            gap = float((a - b)[rows].abs().max()) if b.numel() else 0.0
+            if gap != gap:
+                gap = float("inf")
+            scale = max(1.0, float(b[rows].abs().max())) if b.numel() else 1.0
+            largest, size = max((largest, size), (gap, scale), key=lambda pair: pair[0] / pair[1])
+    for hook in hooks:
+        hook.remove()
+    names = {id(m): name for name, m in model.named_modules()}
+    reports = {m.name: m for m in report.modules}
+    unserved = [reports[names[id(m)]] for m in ran if names[id(m)] in reports and not reports[names[id(m)]].calls]
+    found = {
+        "calls": report.calls,
+        "modules": len(report.modules),
+        "ran": len(ran),
+        "served": len(ran) - len(unserved),
+        "difference": largest,
+        "reasons": sorted({m.reason or f"{m.kind} made no call of attention" for m in unserved}),
+        "own": sorted({type(m).__name__ for m in ran if hasattr(type(m), "_attnhub_trials")} - {m.kind for m in unserved}),
+    }
+    if not ran:
+        return {"state": "not run", "reason": "none of its attention modules ran", **found}
+    if largest > TOLERANCE * size:
+        return {"state": "differs", "reason": f"{largest:.1e} from eager attention, of values up to {size:.1f}", **found}
+    return {"state": "routed" if not unserved else "partly" if report.calls else "not routed", **found}
+
+
+def _paddings(model: Any) -> tuple[str, ...]:
+    return ("none", "left", "right") if "attention_mask" in tiny_inputs(model, "none") else ("none",)
+
+
+def _run(model: Any, pad: str) -> list[Tensor]:
+    """The floating outputs of a forward pass, in order."""
+    torch.manual_seed(11)
+    with torch.no_grad():
+        out = model(**tiny_inputs(model, pad))
+    found = list(_tensors(out))
+    if not found:
+        raise ValueError("its forward pass gives no floating tensor")
+    if not all(bool(torch.isfinite(t).all()) for t in found) and pad == "none":
+        raise ValueError("the eager outputs of its tiny model are not finite")
+    return found
+
+
+def _tensors(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        if tree.is_floating_point():
+            yield tree.float()
+    elif isinstance(tree, dict):
+        for part in tree.values():
+            yield from _tensors(part)
+    elif isinstance(tree, (list, tuple)):
+        for part in tree:
+            yield from _tensors(part)
+
+
+def _valid(out: Tensor, pad: str) -> Optional[Any]:
+    """Which part of an output is compared: with padding only what belongs to tokens, and of that only tokens that are none."""
+    if pad == "none":
+        return ...
+    if out.ndim >= 2 and out.shape[:2] == (BATCH, LENGTH):
+        return padding(pad).bool()
+    return None
+
+
+def _line(error: BaseException) -> str:
+    text = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}").strip()
+    return text if len(text) <= _LONG else text[: _LONG - 1] + "…"
+
+
+def main() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    except (ImportError, ValueError, OSError):
+        pass
+    answer(probe)
+
+
+if __name__ == "__main__":
+    main()
