@@ -45,7 +45,7 @@ class HuggingFaceIntegration:
                 if not why:
                     reports[entry.module] = report
                     if entry.own:
-                        take_over(entry.module)
+                        take_over(entry.module, entry.reason if entry.asks else "")
                     else:
                         routed.append(entry.module)
             result.append(report)

@@ -8,20 +8,19 @@ for operation as the module wrote it: the maths are then the module's own, and s
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from attnhub.api import attention, scaled_dot_product_attention
+from attnhub.api import scaled_dot_product_attention
 from attnhub.backend import PrepareError
 from attnhub.decision import NoBackendError
 from attnhub.integrations.calls import served_by
-from attnhub.mask import FULL, Bias, BoolMask
+from attnhub.integrations.huggingface import einsum
+from attnhub.integrations.huggingface.scores import Scores, attend
 
 #: A filled value from which on exp(value - largest score) is 0 in fp32; fp16 has no lower finite number than -65504.
 _MASKED = -3e4
@@ -40,48 +39,13 @@ _SHAPED_LIKE = {"expand_as", "reshape_as", "view_as", "zeros_like", "ones_like",
 _DTYPES = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class _Scores:
-    """q k^T and what was done with it so far: once as the steps that compute it, once as attention's own terms.
-
-    Tensors of a term come with the leading dimensions that the scores had then.
-    """
-
-    def __init__(self, q: Tensor, kt: Tensor, first: Callable[[], Tensor]) -> None:
-        self.q, self.kt, self._first = q, kt, first
-        self.steps: list[tuple[torch.Size, Any, tuple[Any, ...], dict[str, Any]]] = []
-        self.scale = 1.0
-        self.factors: list[tuple[Tensor, torch.Size]] = []
-        self.terms: list[tuple[Tensor, torch.Size]] = []
-        self.allowed: list[tuple[Tensor, torch.Size]] = []
-        self.origin: torch.Size = torch.Size(torch.broadcast_shapes(q.shape[:-2], kt.shape[:-2]))
-        self.lead = self.origin
-        self.is_softmax = False
-        self.dropout_p = 0.0
-        self.known: Optional[Tensor] = None
-
-    def copy(self) -> _Scores:
-        made = copy.copy(self)
-        for name in ("steps", "factors", "terms", "allowed"):
-            setattr(made, name, list(getattr(self, name)))
-        return made
-
-    def value(self) -> Tensor:
-        """What the module's own operations give."""
-        if self.known is None:
-            x = self._first()
-            for shape, func, args, kwargs in self.steps:
-                x = func(x.reshape(shape), *args, **kwargs)
-            self.known = x
-        return self.known
-
-
 class Deferred(Tensor):
     """Scores or weights without values. Whatever looks at the values gets an ordinary tensor of them."""
 
-    _scores: _Scores
+    _scores: Scores
 
     @staticmethod
-    def __new__(cls, scores: _Scores, shape: Any, dtype: torch.dtype) -> Deferred:
+    def __new__(cls, scores: Scores, shape: Any, dtype: torch.dtype) -> Deferred:
         made: Deferred = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=scores.q.device)  # type: ignore[attr-defined]
         made._scores = scores
         if len(shape) == 4:
@@ -102,7 +66,7 @@ class Deferred(Tensor):
         return _handle(func, args, kwargs or {}, None)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return func(*_values(args), **_values(kwargs or {}))
 
 
@@ -169,8 +133,8 @@ def _product(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     """A product that waits, or None if it is not one of two stacks of matrices."""
     term, scale, beta = None, 1.0, 1.0
     if name == "einsum":
-        operands = _einsum_operands(args)
-        parsed = _einsum_scores(args[0], *operands) if operands is not None else None
+        operands = einsum.operands(args)
+        parsed = einsum.scores(args[0], *operands) if operands is not None else None
         if parsed is None:
             return None
         q, kt = parsed
@@ -187,7 +151,7 @@ def _product(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if not (isinstance(q, Tensor) and isinstance(kt, Tensor)) or q.ndim != kt.ndim or q.ndim < 3 or not _fits(q, kt):
         return None
     lead = torch.broadcast_shapes(q.shape[:-2], kt.shape[:-2])
-    scores = _Scores(q, kt, lambda: func(*args, **kwargs))
+    scores = Scores(q, kt, lambda: func(*args, **kwargs))
     scores.scale = float(scale)
     dtype = q.dtype
     if torch.is_autocast_enabled(q.device.type):
@@ -197,6 +161,7 @@ def _product(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         if not isinstance(term, Tensor) or isinstance(term, Deferred):
             return None
         scores.terms.append((term * beta if beta != 1 else term, lead))
+        scores.reads(term)
     return Deferred(scores, shape, dtype)
 
 
@@ -204,43 +169,6 @@ def _fits(q: Tensor, kt: Tensor) -> bool:
     if not (q.is_floating_point() and q.dtype == kt.dtype and q.device == kt.device and q.shape[-1] == kt.shape[-2]):
         return False
     return all(a == b or 1 in (a, b) for a, b in zip(q.shape[:-2], kt.shape[:-2]))
-
-
-def _einsum_operands(args: tuple[Any, ...]) -> Optional[tuple[Any, Any]]:
-    operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
-    return (operands[0], operands[1]) if len(operands) == 2 else None
-
-
-def _einsum_letters(equation: Any, a: Any, b: Any) -> Optional[tuple[str, str, str]]:
-    """The letters of both operands and of the result; an ellipsis that is the same in all three becomes capital letters."""
-    if not isinstance(equation, str) or "->" not in equation or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return None
-    inputs, _, out = equation.replace(" ", "").partition("->")
-    parts = inputs.split(",")
-    if "..." in equation:
-        if len(parts) != 2 or equation.count("...") != 3:
-            return None
-        ranks = {x.dim() - len(part) + 3 for x, part in zip((a, b), parts)}
-        dots = "ABCDEFGH"[: ranks.pop()]
-        if ranks or dots in equation:
-            return None
-        parts, out = [part.replace("...", dots) for part in parts], out.replace("...", dots)
-    if len(parts) != 2 or len(parts[0]) != a.dim() or len(parts[1]) != b.dim() or any(len(set(part)) != len(part) for part in (*parts, out)):
-        return None
-    return parts[0], parts[1], out
-
-
-def _einsum_scores(equation: Any, q: Any, k: Any) -> Optional[tuple[Tensor, Tensor]]:
-    """(q, k^T) with equal leading letters, if the equation is a stack of products of matrices, ``...qd,...kd->...qk`` in any order."""
-    letters = _einsum_letters(equation, q, k)
-    if letters is None:
-        return None
-    a, b, out = letters
-    lead, row, column = out[:-2], out[-2:-1], out[-1:]
-    inner = [letter for letter in a if letter in b and letter not in out]
-    if len(inner) != 1 or not lead or set(a) != {*lead, row, *inner} or set(b) != {*lead, column, *inner}:
-        return None
-    return q.permute([a.index(c) for c in (*lead, row, *inner)]), k.permute([b.index(c) for c in (*lead, *inner, column)])
 
 
 # -- what is done with scores ----------------------------------------------------------------------------------------------
@@ -284,14 +212,19 @@ def _step(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], s
         return None
     if name in _IN_PLACE:
         made.steps.append((_meta(x)[0], func, (other, *rest[1:]), {}))
+        made.reads(other)
         vars(scores).update(vars(made))
         return x
-    return _noted(x, made, func, (other, *rest[1:]), {})
+    dtype = _meta(x)[1]
+    if isinstance(other, Tensor) and other.ndim and other.is_floating_point():
+        dtype = torch.promote_types(dtype, other.dtype)
+    return _noted(x, made, func, (other, *rest[1:]), {}, dtype)
 
 
-def _noted(x: Deferred, made: _Scores, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any], dtype: Optional[torch.dtype] = None) -> Deferred:
+def _noted(x: Deferred, made: Scores, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any], dtype: Optional[torch.dtype] = None) -> Deferred:
     shape, before = _meta(x)
     made.steps.append((shape, func, rest, kwargs))
+    made.reads(*rest)
     return Deferred(made, shape, dtype or before)
 
 
@@ -308,8 +241,8 @@ def _grows(x: Deferred, other: Tensor) -> bool:
     return any(b not in (1, a) for a, b in zip(reversed(shape), reversed(other.shape)))
 
 
-def _scale(x: Deferred, made: _Scores, other: Any, inverse: bool) -> bool:
-    shape, dtype = _meta(x)
+def _scale(x: Deferred, made: Scores, other: Any, inverse: bool) -> bool:
+    shape, _ = _meta(x)
     if isinstance(other, (int, float)):
         if not (math.isfinite(other) and other > 0):
             return False
@@ -320,8 +253,6 @@ def _scale(x: Deferred, made: _Scores, other: Any, inverse: bool) -> bool:
         at = shape[:-2]
         if made.allowed or _grows(x, other) or (other.ndim and other.shape[-1] != 1) or any(lead != at for _, lead in made.terms):
             return False
-        if other.ndim and torch.promote_types(dtype, other.dtype) != dtype:
-            return False
         factor = other.reciprocal() if inverse else other
         made.factors.append((factor, at))
     else:
@@ -330,20 +261,20 @@ def _scale(x: Deferred, made: _Scores, other: Any, inverse: bool) -> bool:
     return True
 
 
-def _add(x: Deferred, made: _Scores, other: Any, minus: bool) -> bool:
+def _add(x: Deferred, made: Scores, other: Any, minus: bool) -> bool:
     shape, dtype = _meta(x)
     if isinstance(other, (int, float)):
         if other:
             made.terms.append((torch.full((), -float(other) if minus else float(other), device=made.q.device), shape[:-2]))
         return True
-    if not isinstance(other, Tensor) or _grows(x, other) or other.dtype == torch.bool or (other.ndim and torch.promote_types(dtype, other.dtype) != dtype):
+    if not isinstance(other, Tensor) or _grows(x, other) or other.dtype == torch.bool:
         return False
     term = -other if minus else other
     made.terms.append((term if term.is_floating_point() else term.to(dtype), shape[:-2]))
     return True
 
 
-def _fill(x: Deferred, made: _Scores, mask: Any, value: Any) -> bool:
+def _fill(x: Deferred, made: Scores, mask: Any, value: Any) -> bool:
     shape, _ = _meta(x)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or _grows(x, mask) or not _is_masked(value):
         return False
@@ -387,7 +318,7 @@ def _floor(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Optional
     return _noted(x, x._scores.copy(), func, (low,), {})
 
 
-def _cast(x: Deferred, made: _Scores, name: str, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Optional[Deferred]:
+def _cast(x: Deferred, made: Scores, name: str, func: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Optional[Deferred]:
     shape, dtype = _meta(x)
     if name == "softmax":
         dim = kwargs.get("dim", rest[0] if rest else None)
@@ -448,18 +379,18 @@ def _with_v(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], scope: Def
     """weights @ v through attnhub, or None if this is not what the product is."""
     order: Optional[list[int]] = None
     if name == "einsum":
-        operands = _einsum_operands(args)
-        letters = None if operands is None else _einsum_letters(args[0], *operands)
+        operands = einsum.operands(args)
+        letters = None if operands is None else einsum.letters(args[0], *operands)
         if operands is None or letters is None or kwargs:
             return None
         x, v = operands
-        a, b, out = letters
+        a, b, c = letters
         lead, inner = a[:-2], a[-1]
         last = [letter for letter in b if letter not in a]
-        if not isinstance(x, Deferred) or not isinstance(v, Tensor) or len(last) != 1 or set(b) != {*lead, inner, *last} or set(out) != {*a[:-1], *last}:
+        if not isinstance(x, Deferred) or not isinstance(v, Tensor) or len(last) != 1 or set(b) != {*lead, inner, *last} or set(c) != {*a[:-1], *last}:
             return None
-        v = v.permute([b.index(c) for c in (*lead, inner, *last)])
-        order = [(*a[:-1], *last).index(c) for c in out]
+        v = v.permute([b.index(letter) for letter in (*lead, inner, *last)])
+        order = [(*a[:-1], *last).index(letter) for letter in c]
     elif len(args) == 2 and not kwargs:
         x, v = args
     else:
@@ -475,56 +406,12 @@ def _with_v(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], scope: Def
     if not all(n in (1, m) for n, m in zip(v.shape[:-2], shape[:-2])):
         return None
     try:
-        out = _attend(scores, shape, v)
+        out = attend(scores, shape, v)
     except (NoBackendError, PrepareError) as error:
         scope.refused = str(error).splitlines()[0]
         return None
     scope.served.append(served_by())
     return out if order is None else out.permute(order)
-
-
-def _attend(scores: _Scores, shape: torch.Size, v: Tensor) -> Tensor:
-    lead = scores.lead
-    batch, heads = math.prod(lead[:-1]), lead[-1]
-    rows = shape[-2]
-    q = _four(scores.q, scores.origin, lead)
-    k = _four(scores.kt.transpose(-1, -2), scores.origin, lead)
-    v = _four(v, shape[:-2], lead)
-    if k.shape[1] != v.shape[1]:
-        k, v = (t.expand(batch, heads, *t.shape[2:]) for t in (k, v))
-    mask = FULL
-    for term, at in scores.terms:
-        mask = mask & Bias(_term(term, at, lead))
-    for allowed, at in scores.allowed:
-        mask = mask & BoolMask(_term(allowed, at, lead))
-    for factor, at in scores.factors:
-        q = q * _term(factor, at, lead)
-    kind = v.device.type
-    autocast = torch.is_autocast_enabled(kind)
-    out_dtype = torch.get_autocast_dtype(kind) if autocast else v.dtype
-    wide = out_dtype if autocast else torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    result = attention(q.to(wide), k.to(wide), v.to(wide), mask, softmax_scale=scores.scale, dropout_p=scores.dropout_p)
-    assert isinstance(result, Tensor)
-    # A product of matrices would be contiguous, and the module may go on with view().
-    return result.to(out_dtype).contiguous().reshape(*shape[:-2], rows, v.shape[-1])
-
-
-def _four(x: Tensor, at: torch.Size, lead: torch.Size) -> Tensor:
-    """A stack that broadcasts to leading dimensions ``at`` as [batch, heads, S, D], or with 1 head where all of them share it."""
-    heads, last = lead[-1], x.shape[-2:]
-    if at == lead and len(lead) > 1 and x.shape[-3] == 1 and heads > 1:
-        return x.expand(*lead[:-1], 1, *last).reshape(-1, 1, *last)
-    return x.expand(*at, *last).reshape(math.prod(lead[:-1]), heads, *last)
-
-
-def _term(x: Tensor, at: torch.Size, lead: torch.Size) -> Tensor:
-    """A tensor that broadcasts against scores of leading dimensions ``at``, for scores of [batch, heads]."""
-    last = (1, 1, *x.shape)[-2:]
-    if all(n == 1 for n in x.shape[:-2]):
-        return x.reshape(last)
-    if at == lead and len(lead) == 2:
-        return x
-    return x.expand(*at, *last).reshape(math.prod(lead[:-1]), lead[-1], *last)
 
 
 def _sdpa(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope: DeferredMaths) -> Any:

@@ -24,12 +24,13 @@ _MASK_TYPE = {"isinstance", "Tensor", "attention_mask", "pad"}
 
 @dataclass(frozen=True)
 class Found:
-    """An attention module: its name in the model, itself, why the interface cannot route it ("" if it can), and whether it writes
-    attention out in operations of its own, which `deferred` can read."""
+    """An attention module: its name in the model, itself, why the interface cannot route it ("" if it can), whether it asks the interface
+    at all, and whether it may write attention out in operations of its own, which `deferred` reads."""
 
     name: str
     module: nn.Module
     reason: str = ""
+    asks: bool = True
     own: bool = False
 
 
@@ -40,11 +41,11 @@ def find_attention(model: nn.Module) -> list[Found]:
         cls = type(module)
         if _consults(cls):  # type: ignore[arg-type]
             reason = _obstacle(module)
-            found.append(Found(name, module, reason, bool(reason)))
+            found.append(Found(name, module, reason, True, bool(reason)))
         elif _looks_like_attention(module):
             own = _takes_softmax(cls)  # type: ignore[arg-type]
             reason = f"{cls.__name__} never asks transformers' attention interface" + ("" if own else " and takes no softmax")
-            found.append(Found(name, module, reason, own))
+            found.append(Found(name, module, reason, False, own))
     return found
 
 
@@ -66,7 +67,7 @@ def _obstacle(module: nn.Module) -> str:
         return f"{cls.__name__} holds no config of its own, so its implementation cannot be set"
     if _constants(cls) & {_SPARSE}:  # type: ignore[arg-type]
         return f"{cls.__name__} selects its keys itself and applies the selection only for the implementations eager and sdpa"
-    if any(_MASK_TYPE <= {*code.co_names, *code.co_varnames} for code in _codes(cls)):  # type: ignore[arg-type]
+    if any({*code.co_names, *code.co_varnames} >= _MASK_TYPE for code in _codes(cls)):  # type: ignore[arg-type]
         return f"{cls.__name__} widens the additive mask of eager attention itself, and would misread any other"
     return ""
 

@@ -20,6 +20,7 @@ class OwnMathsMixin(Swapped):
     """Serves the module's attention where its operations can be read as one; otherwise they run as they are written."""
 
     _attnhub_trials = 0
+    _attnhub_obstacle = ""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         forward = super().forward  # type: ignore[misc]
@@ -43,23 +44,27 @@ class OwnMathsMixin(Swapped):
         elif report is None or not report.calls:
             self._attnhub_trials += 1
             if report is not None:
-                report.patched, report.reason = False, _reason(type(module)._attnhub_before, scope.refused)
+                report.patched, report.reason = False, _reason(module, scope.refused)
 
 
-def _reason(cls: type, refused: str) -> str:
+def _reason(module: Any, refused: str) -> str:
+    name = type(module)._attnhub_before.__name__
     if refused:
-        return f"no backend serves what {cls.__name__} computes: {refused}"
-    return f"{cls.__name__} computes something else than softmax(scale * q k^T + bias) v: its own operations ran"
+        return f"no backend serves what {name} computes: {refused}"
+    before = module._attnhub_obstacle
+    return (f"{before}; " if before else "") + f"{name} computes something else than softmax(scale * q k^T + bias) v: its own operations ran"
 
 
-def take_over(module: nn.Module) -> None:
-    """Run the module's forward in `DeferredMaths` from now on."""
+def take_over(module: nn.Module, obstacle: str = "") -> None:
+    """Run the module's forward in `DeferredMaths` from now on. obstacle: why transformers' interface cannot route it, where it asks it."""
     swap(module, OwnMathsMixin)
+    module.__dict__["_attnhub_obstacle"] = obstacle
 
 
 def give_back(module: nn.Module) -> bool:
     """Undo `take_over`; whether there was anything to undo."""
     if not isinstance(module, OwnMathsMixin):
         return False
-    module.__dict__.pop("_attnhub_trials", None)
+    for name in ("_attnhub_trials", "_attnhub_obstacle"):
+        module.__dict__.pop(name, None)
     return unswap(module)

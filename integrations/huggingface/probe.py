@@ -1,6 +1,7 @@
 """One model class, tiny and with random weights, by eager attention and by attnhub: what `attnhub coverage` asks of its processes.
 
-``python -m attnhub.integrations.huggingface.probe`` answers a line of JSON (the name of a class) by one (the finding) until its input ends.
+``python -m attnhub.integrations.huggingface.probe`` answers a line of JSON (the name of a class; null: the
+names of all) by one (the finding) until its input ends.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _LONG = 160
 
 
 def probe(name: str) -> dict[str, Any]:
-    """What was found of a class of transformers: ``state`` is one of STATES, ``reason`` says why, the rest are numbers.
+    """What was found of a class of transformers: ``state`` in a word or two, ``reason`` says why, the rest are numbers.
 
     calls: attention calls that attnhub served. ran, served: attention modules that ran, and those of them that attnhub served.
     difference: from eager attention, in valid positions, the largest of no, left and right padding. reasons: of modules that ran unserved.
@@ -69,9 +70,7 @@ def _compare(model: Any, eager: dict[str, list[Tensor]]) -> dict[str, Any]:
             rows = _valid(b, pad)
             if rows is None:
                 continue
-            gap = float((a - b)[rows].abs().max()) if b.numel() else 0.0
-            if gap != gap:
-                gap = float("inf")
+            gap = float((a - b)[rows].nan_to_num(torch.inf).abs().max()) if b.numel() else 0.0
             scale = max(1.0, float(b[rows].abs().max())) if b.numel() else 1.0
             largest, size = max((largest, size), (gap, scale), key=lambda pair: pair[0] / pair[1])
     for hook in hooks:
@@ -138,6 +137,26 @@ def _line(error: BaseException) -> str:
     return text if len(text) <= _LONG else text[: _LONG - 1] + "…"
 
 
+def classes() -> dict[str, str]:
+    """Every name that a modeling file of transformers exports as a class -> the folder of the file."""
+    import transformers
+
+    modules: dict[str, str] = transformers._class_to_module  # type: ignore[attr-defined]
+    return {
+        name: module.split(".")[1]
+        for name, module in sorted(modules.items())
+        if module.startswith("models.") and ".modeling_" in module and name[0].isupper() and not name.endswith(("PreTrainedModel", "PretrainedModel"))
+    }
+
+
+def _answer(question: Any) -> Any:
+    if question is None:
+        import transformers
+
+        return {"classes": classes(), "transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+    return probe(question)
+
+
 def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore")
@@ -149,7 +168,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     except (ImportError, ValueError, OSError):
         pass
-    answer(probe)
+    answer(_answer)
 
 
 if __name__ == "__main__":

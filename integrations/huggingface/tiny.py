@@ -189,8 +189,9 @@ def enlarge(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 and "embed" not in name and "lm_head" not in name and parameter.is_floating_point():
-                parameter.normal_(0.0, 1.3 / parameter.shape[-1] ** 0.5, generator=generator)
+            if parameter.ndim >= 2 and parameter.numel() and "embed" not in name and "lm_head" not in name and parameter.is_floating_point():
+                # All but the first dimension are summed over: in a linear layer, in a convolution, and in a product with heads.
+                parameter.normal_(0.0, 1.3 / (parameter.numel() / parameter.shape[0]) ** 0.5, generator=generator)
             elif "sink" in name or "relative_attention_bias" in name:
                 parameter.normal_(generator=generator)
 
