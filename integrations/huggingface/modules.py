@@ -25,7 +25,7 @@ _MASK_TYPE = {"isinstance", "Tensor", "attention_mask", "pad"}
 @dataclass(frozen=True)
 class Found:
     """An attention module: its name in the model, itself, why the interface cannot route it ("" if it can), whether it asks the interface
-    at all, and whether it may write attention out in operations of its own, which `deferred` reads."""
+    at all, and whether it may write attention out in operations of its own, which `reading` reads."""
 
     name: str
     module: nn.Module

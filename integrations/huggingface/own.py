@@ -8,8 +8,8 @@ from torch import nn
 
 from attnhub.integrations.calls import count, reports
 from attnhub.integrations.huggingface.attention import wants_weights
-from attnhub.integrations.huggingface.deferred import DeferredMaths
 from attnhub.integrations.huggingface.masks import is_tracing
+from attnhub.integrations.huggingface.reading import DeferredMaths
 from attnhub.integrations.swap import Swapped, swap, unswap
 
 #: Forward passes after which a module that attnhub could never serve is left alone.

@@ -13,7 +13,8 @@ from families import BATCH, LENGTH, PADDINGS, VOCAB, padding, transformers
 from torch import Tensor, nn
 
 import attnhub
-from attnhub.integrations.huggingface.deferred import Deferred, DeferredMaths
+from attnhub.integrations.huggingface.deferred import Deferred
+from attnhub.integrations.huggingface.reading import DeferredMaths
 from attnhub.integrations.huggingface.tiny import enlarge
 
 TOLERANCE = 5e-6
