@@ -147,6 +147,7 @@ def _row(folder: str, members: dict[str, Any]) -> tuple[str, ...]:
     if any(m["served"] > 0 and not m.get("own") for m in ran):
         notes.insert(0, "interface")
     notes.extend(sorted({_escape(reason) for m in ran for reason in m.get("reasons", ())}))
+    notes.extend(f"`{name}`: {_escape(m['note'])}" for name, m in members.items() if "note" in m)
     notes.extend(f"`{name}` {m['state']}: {_escape(m.get('reason', ''))}" for name, m in members.items() if m["state"] in ("differs", "fails"))
     numbers = [str(states[s]) if states[s] else "" for s in ("routed", "partly", "not routed")]
     return (folder, *numbers, f"{max(m['difference'] for m in ran):.1e}", "; ".join(notes))

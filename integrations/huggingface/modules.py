@@ -115,7 +115,7 @@ def _takes_softmax(cls: Any) -> bool:
         code = getattr(inspect.unwrap(space[name]), "__code__", None) if callable(space.get(name)) else None
         if code is not None:
             names.update(n for inner in _nested(code) for n in inner.co_names)
-    return any("softmax" in name.lower() or "scaled_dot_product" in name for name in names)
+    return any("softmax" in name.lower() or "scaled_dot_product" in name or "multi_head_attention" in name for name in names)
 
 
 @functools.cache

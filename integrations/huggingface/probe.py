@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 import attnhub
 from attnhub.bench.workers import answer
+from attnhub.integrations.huggingface.inputs import BATCH, LENGTH, VARIANTS, padding, tiny_inputs
 from attnhub.integrations.huggingface.modules import find_attention
-from attnhub.integrations.huggingface.tiny import BATCH, LENGTH, padding, tiny_inputs, tiny_model
+from attnhub.integrations.huggingface.own import OWN
+from attnhub.integrations.huggingface.tiny import tiny_model
 from attnhub.patching import PatchError
 
 #: A process that needs more address space than this fails at the class that does.
@@ -43,18 +45,20 @@ def probe(name: str) -> dict[str, Any]:
         return {"state": "not run", "reason": "it has no configuration class of its own"}
     try:
         model = tiny_model(cls)
-        eager = {pad: _run(model, pad) for pad in _paddings(model)}
+        variant, without = _first_run(model)
+        paddings = ("left", "right") if "attention_mask" in tiny_inputs(model, "none", variant) else ()
+        eager = {"none": without} | {pad: _run(model, pad, variant) for pad in paddings}
     except MemoryError:
         return {"state": "not run", "reason": "its tiny configuration needs too much memory"}
     except Exception as error:
         return {"state": "not run", "reason": f"tiny: {_line(error)}"}
     try:
-        return _compare(model, eager)
+        return _compare(model, eager, variant)
     except Exception as error:
         return {"state": "fails", "reason": _line(error)}
 
 
-def _compare(model: Any, eager: dict[str, list[Tensor]]) -> dict[str, Any]:
+def _compare(model: Any, eager: dict[str, list[Tensor]], variant: tuple[str, ...]) -> dict[str, Any]:
     try:
         report = attnhub.patch(model)
     except PatchError:
@@ -63,46 +67,74 @@ def _compare(model: Any, eager: dict[str, list[Tensor]]) -> dict[str, Any]:
     modules = {id(found.module): found.module for found in find_attention(model)}
     modules |= {id(m): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     hooks = [m.register_forward_hook(lambda module, *_: ran.add(module)) for m in modules.values()]
-    largest, size = 0.0, 1.0
-    for pad, theirs in eager.items():
-        ours = _run(model, pad)
-        for a, b in zip(ours, theirs):
-            rows = _valid(b, pad)
-            if rows is None:
-                continue
-            gap = float((a - b)[rows].nan_to_num(torch.inf).abs().max()) if b.numel() else 0.0
-            scale = max(1.0, float(b[rows].abs().max())) if b.numel() else 1.0
-            largest, size = max((largest, size), (gap, scale), key=lambda pair: pair[0] / pair[1])
+    ours = {pad: _run(model, pad, variant) for pad in eager}
+    largest, size = _largest(ours, eager)
     for hook in hooks:
         hook.remove()
     names = {id(m): name for name, m in model.named_modules()}
     reports = {m.name: m for m in report.modules}
-    unserved = [reports[names[id(m)]] for m in ran if names[id(m)] in reports and not reports[names[id(m)]].calls]
+    kept = [reports[names[id(m)]] for m in ran if names[id(m)] in reports]
+    unserved = [m for m in kept if not m.calls or OWN in m.backends]
     found = {
         "calls": report.calls,
         "modules": len(report.modules),
         "ran": len(ran),
         "served": len(ran) - len(unserved),
         "difference": largest,
-        "reasons": sorted({m.reason or f"{m.kind} made no call of attention" for m in unserved}),
+        "reasons": sorted({m.reason or (f"some of the softmaxes of {m.kind} are" if m.calls else f"{m.kind} made") + " no call of attention" for m in unserved}),
         "own": sorted({type(m).__name__ for m in ran if hasattr(type(m), "_attnhub_trials")} - {m.kind for m in unserved}),
     }
     if not ran:
         return {"state": "not run", "reason": "none of its attention modules ran", **found}
     if largest > TOLERANCE * size:
+        other = _by_sdpa(type(model), variant, tuple(eager))
+        if other is not None and (gap := _largest(ours, other))[0] <= TOLERANCE * gap[1]:
+            # Eager attention adds a boolean mask as numbers, for one.
+            found |= {"difference": gap[0], "note": f"compared with sdpa attention, from which eager attention is {largest:.1e} away"}
+            return {"state": "routed" if not unserved else "partly", **found}
         return {"state": "differs", "reason": f"{largest:.1e} from eager attention, of values up to {size:.1f}", **found}
     return {"state": "routed" if not unserved else "partly" if report.calls else "not routed", **found}
 
 
-def _paddings(model: Any) -> tuple[str, ...]:
-    return ("none", "left", "right") if "attention_mask" in tiny_inputs(model, "none") else ("none",)
+def _largest(ours: dict[str, list[Tensor]], theirs: dict[str, list[Tensor]]) -> tuple[float, float]:
+    """The largest difference of valid outputs, and the largest of the outputs it was found in where that is above 1."""
+    worst = (0.0, 1.0)
+    for pad, outputs in theirs.items():
+        for a, b in zip(ours[pad], outputs):
+            rows = _valid(b, pad)
+            if rows is None or not b.numel():
+                continue
+            gap = float((a - b)[rows].nan_to_num(torch.inf).abs().max())
+            worst = max(worst, (gap, max(1.0, float(b[rows].abs().max()))), key=lambda pair: pair[0] / pair[1])
+    return worst
 
 
-def _run(model: Any, pad: str) -> list[Tensor]:
+def _by_sdpa(cls: Any, variant: tuple[str, ...], paddings: tuple[str, ...]) -> Optional[dict[str, list[Tensor]]]:
+    """The outputs by transformers' sdpa attention, where the class has it."""
+    try:
+        model = tiny_model(cls, "sdpa")
+        return {pad: _run(model, pad, variant) for pad in paddings}
+    except Exception:
+        return None
+
+
+def _first_run(model: Any) -> tuple[tuple[str, ...], list[Tensor]]:
+    """The first variant of inputs that the model runs with, and its outputs. Raises what the plain one raised."""
+    first: Optional[Exception] = None
+    for variant in VARIANTS:
+        try:
+            return variant, _run(model, "none", variant)
+        except Exception as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _run(model: Any, pad: str, variant: tuple[str, ...]) -> list[Tensor]:
     """The floating outputs of a forward pass, in order."""
     torch.manual_seed(11)
     with torch.no_grad():
-        out = model(**tiny_inputs(model, pad))
+        out = model(**tiny_inputs(model, pad, variant))
     found = list(_tensors(out))
     if not found:
         raise ValueError("its forward pass gives no floating tensor")

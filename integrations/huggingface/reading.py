@@ -8,6 +8,8 @@ for operation as the module wrote it: the maths are then the module's own, and s
 
 from __future__ import annotations
 
+import functools
+from types import FunctionType
 from typing import Any, Optional
 
 import torch
@@ -27,11 +29,13 @@ _MATMUL = {"matmul", "__matmul__", "bmm"}
 
 
 class DeferredMaths(TorchFunctionMode):
-    """The scope in which products wait. ``served``: the backends of the calls that attnhub then made; ``refused``: why it could not make another."""
+    """The scope in which products wait. ``served``: the backends of the calls that attnhub then made; ``missed``: how many softmaxes
+    were part of no such call; ``refused``: why the last of them could not be."""
 
     def __init__(self) -> None:
         super().__init__()
         self.served: list[str] = []
+        self.missed = 0
         self.refused = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,6 +44,8 @@ class DeferredMaths(TorchFunctionMode):
 
 def _handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope: DeferredMaths) -> Any:
     name = getattr(func, "__name__", "")
+    if name == "softmax":
+        scope.missed += 1
     if not any(isinstance(a, Deferred) for a in args) and not any(isinstance(a, Deferred) for a in kwargs.values()):
         if name in _MATMUL or name in ("baddbmm", "einsum"):
             made = product(name, func, args, kwargs)
@@ -47,6 +53,9 @@ def _handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope: Def
                 return made
         elif name == "scaled_dot_product_attention":
             return _sdpa(func, args, kwargs, scope)
+        elif func is torch.nn.functional.multi_head_attention_forward:
+            with scope:
+                return _as_its_own_operations(func)(*args, **kwargs)
         result = func(*args, **kwargs)
         if name in ("tensor", "full") and result.ndim == 0:
             number = args[-1] if name == "tensor" else (*args, kwargs.get("fill_value"))[1]
@@ -58,6 +67,15 @@ def _handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope: Def
     if done is None:
         done = Deferred.__torch_function__(func, (), args, kwargs)
     return done
+
+
+@functools.cache
+def _as_its_own_operations(func: Any) -> Any:
+    """A function of torch written in Python, without the question at its top whether somebody wants to take it over as a whole."""
+    space = {**func.__globals__, "has_torch_function": lambda _: False}
+    made = FunctionType(func.__code__, space, func.__name__, func.__defaults__, func.__closure__)
+    made.__kwdefaults__ = func.__kwdefaults__
+    return made
 
 
 # -- products --------------------------------------------------------------------------------------------------------------
@@ -144,6 +162,7 @@ def _with_v(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], scope: Def
         scope.refused = str(error).splitlines()[0]
         return None
     scope.served.append(served_by())
+    scope.missed -= 1
     return out if order is None else out.permute(order)
 
 

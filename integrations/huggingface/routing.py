@@ -19,6 +19,8 @@ from attnhub.integrations.huggingface.modules import is_config
 
 NAME = "attnhub"
 _IMPLEMENTATION = "_attn_implementation_internal"
+#: Set on a routed module whose masks are made for another implementation, because other modules of its config read them.
+FOREIGN_MASKS = "_attnhub_foreign_masks"
 
 #: module -> attribute -> (config before the patch, the private copy in its place).
 _swapped: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
@@ -36,6 +38,8 @@ def route(model: nn.Module, attention: Iterable[nn.Module], routed: Iterable[nn.
         if config is not None:
             plan.note(config, id(module) in chosen)
     for module in model.modules():
+        if id(module) in chosen and plan.is_shared(module.__dict__.get("config")):
+            module.__dict__[FOREIGN_MASKS] = True
         for attribute, config in list(module.__dict__.items()):
             if not is_config(config):
                 continue
@@ -51,6 +55,7 @@ def restore(model: nn.Module) -> None:
     """Put every config back. What was changed in a private copy meanwhile (a vocabulary resized, say) moves to the original."""
     pairs: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
+        module.__dict__.pop(FOREIGN_MASKS, None)
         for attribute, (before, private) in _swapped.pop(module, {}).items():
             pairs[id(private)] = (before, private)
             if module.__dict__.get(attribute) is private:
@@ -83,6 +88,10 @@ class _Plan:
     def note(self, config: Any, routed: bool) -> None:
         self._configs[id(config)] = config
         (self._routed if routed else self._unrouted).add(id(config))
+
+    def is_shared(self, config: Any) -> bool:
+        """Whether modules that are not routed read the masks of this config too."""
+        return is_config(config) and bool({id(c) for c in _with_nested(config)} & self._unrouted)
 
     def switched(self, config: Any) -> Any:
         """The copy for routed modules: it names attnhub."""

@@ -1,4 +1,4 @@
-"""A tiny random model of any transformers class, and inputs for it: sizes by the names that configurations give them.
+"""A tiny random model of any transformers class: sizes by the names that configurations give them.
 
 There is no rule per architecture, so some configurations cannot be made small this way; whoever asks gets the exception.
 """
@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, Optional, Union
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from attnhub.integrations.huggingface.modules import is_config
 
-BATCH, LENGTH, VOCAB = 2, 20, 128
+VOCAB = 128
 LAYERS, HEADS, WIDTH, HEAD_DIM = 2, 4, 32, 8
 IMAGE, PATCH = 32, 8
 #: A class that has more parameters than this after all is not run.
@@ -24,13 +24,22 @@ MOST_PARAMETERS = 40_000_000
 #: name of a size -> its tiny value. The first pattern that matches the whole name decides; None keeps what is there.
 _SIZES: tuple[tuple[str, Optional[int]], ...] = (
     (r".*(token|_id|_ids|index|idx)", None),
-    (r".*(bucket|codebook_dim|num_labels|num_channels|in_channels|in_chans|out_channels|kernel.*|stride.*|.*pad.*|dilation.*|pool.*|.*factor.*|.*period.*|.*interval.*)", None),
+    (r".*layer_offset", 1),
+    (r".*(bucket|codebook_dim|num_labels|num_channels|in_channels|in_chans|out_channels|kernel.*|stride.*|.*pad.*|dilation.*|pool.*|.*factor.*|.*interval.*)", None),
     (r"(.*_)?vocab_size(_.*)?|type_vocab_size", VOCAB),
     (r".*experts_per_tok.*|.*top_?k(_experts)?|moe_k|n_activated_experts", 2),
     (r".*(num|n)(_local|_routed)?_experts|.*num_experts.*", 2),
     (r"(n_group|topk_group|.*num_groups|n_groups)", 1),
     (r".*(num|n)_shared_experts", 1),
     (r".*(key_value|kv|query)_?(heads|groups)|multi_query_group_num|num_key_value.*", 2),
+    (r".*layer_period", 2),
+    (r"window_size", 4),
+    (r"num_latents", 16),
+    (r"num_queries", 4),
+    (r"coordinate_size", 5),
+    (r"shape_size", 6),
+    (r"d_latents", WIDTH),
+    (r"rotary.*dim|.*rope_dim", HEAD_DIM // 2),
     (r".*head.*dim.*|d_kv|kv_channels|d_head|.*head_size", HEAD_DIM),
     (r".*heads?|.*num_attention_head.*|n_head.*|num_head.*", HEADS),
     (r".*(lora_rank|_rank)", 16),
@@ -39,7 +48,7 @@ _SIZES: tuple[tuple[str, Optional[int]], ...] = (
     (r".*(intermediate|ffn|ff|inner|mlp|feedforward|feed_forward)_?(size|dim|hidden.*)?|d_ff|.*ffn_dim|.*intermediate.*size.*|n_inner|hidden_dim", 48),
     (r".*image_?size.*|img_size|input_size|.*crop_size", IMAGE),
     (r".*patch_?size.*", PATCH),
-    (r".*num_mel_bins|.*n_mels|feature_size|input_feat_per_channel|.*num_mels", 16),
+    (r".*num_mel_bins|.*n_mels|input_feat_per_channel|.*num_mels", 16),
     (r".*(hidden|embed|embedding|model|proj|projection|feature|output|input)_?(size|dim|dims)|d_model|.*_dim|dim|n_embd|hidden|width|.*_hidden_size.*|.*embd.*|.*channels|.*_size|.*d_model", WIDTH),
 )  # fmt: skip
 _COMPILED = tuple((re.compile(pattern), value) for pattern, value in _SIZES)
@@ -51,8 +60,14 @@ _KEPT_LISTS = re.compile(r".*(kernel|stride|pad|dilation|ratio|ids|mean|std|sect
 def tiny_config(cls: type) -> Any:
     """The default configuration of a configuration class with small sizes, nested ones too, and eager attention."""
     config = cls()
-    small = _shrunk(config)
-    made = type(config)(**small)
+    made = type(config)(**_shrunk(config))
+    for inner in configs_of(made):
+        if "pad_token_id" in inner.__dict__ and inner.pad_token_id is None:
+            inner.pad_token_id = 0
+        rope = inner.__dict__.get("rope_parameters")
+        if isinstance(rope, dict) and "rope_type" in rope and "mrope_section" not in rope:
+            # The default of those that divide a head by time, height and width is that of a head of 128; others do not look.
+            rope["mrope_section"] = _rope("mrope_section", [0, 0, 0])
     made._attn_implementation = "eager"
     return made
 
@@ -62,25 +77,69 @@ def _shrunk(config: Any) -> dict[str, Any]:
     given = {key: value for key, value in config.__dict__.items() if not key.startswith("_") and key not in _DERIVED}
     parameters = _parameters(type(config).__init__) | _fields(type(config))
     known = {key: value for key, value in given.items() if not parameters or key in parameters or is_config(value)}
-    layers = next((v for k, v in known.items() if isinstance(v, int) and _value(k) == LAYERS and not isinstance(v, bool)), None)
+    before = next((v for k, v in known.items() if is_int(v) and _value(k) == LAYERS and "layer" in k), 0)
+    kinds = next((_each_kind(v) for k, v in known.items() if k in _KINDS and isinstance(v, (list, tuple)) and v), [])
+    indices = [v for k, v in known.items() if k.endswith("out_indices") and isinstance(v, (list, tuple)) and len(v) > LAYERS]
+    layers = max(LAYERS, len(kinds), *(len(v) for v in indices), 0)
     tokens = _Tokens()
     made: dict[str, Any] = {}
     for key, value in known.items():
         if is_config(value):
             made[key] = type(value)(**_shrunk(value))
+        elif key == "attention_types" and isinstance(value, list) and value and isinstance(value[0], (list, tuple)):
+            made[key] = [[list(value[0][0])[:layers], 1]]
+        elif key in _KINDS and isinstance(value, (list, tuple)) and value:
+            made[key] = (_each_kind(value) * layers)[:layers]
+        elif key.endswith("out_indices") and isinstance(value, (list, tuple)) and indices:
+            made[key] = type(value)(range(len(value)))
+        elif isinstance(value, (list, tuple)) and before > layers and len(value) == before:
+            made[key] = type(value)(_small(key, v, tokens) if is_int(v) else v for v in value[:layers])
         else:
-            made[key] = _small(key, value, layers, tokens)
-    for key, value in list(made.items()):
-        if key in ("layer_types", "layers_block_type", "mlp_layer_types") and isinstance(value, list):
-            made[key] = _each_kind(given[key])
-    kinds = [len(made[k]) for k in ("layer_types", "layers_block_type") if isinstance(made.get(k), list)]
-    if kinds:
-        for key in made:
-            if isinstance(given.get(key), int) and not isinstance(given[key], bool) and key in ("num_hidden_layers", "n_layer", "num_layers"):
-                made[key] = kinds[0]
+            made[key] = _small(key, value, tokens)
+            if is_int(value) and _value(key) == LAYERS and made[key] == LAYERS:
+                made[key] = min(value, layers)
+    _agree(made, known)
     return made
 
 
+_INSTEAD_OF_NONE = {"head_dim": HEAD_DIM, "num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 2, "top_k_experts": 2, "moe_intermediate_size": 48, "vocab_size": VOCAB}
+
+
+def _agree(made: dict[str, Any], before: dict[str, Any]) -> None:
+    """Sizes that depend on one another, where more than one family has them."""
+    heads = [k for k in ("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads") if is_int(made.get(k))]
+    kv_heads = [k for k in ("num_key_value_heads", "num_kv_heads", "n_kv_heads") if is_int(made.get(k))]
+    for kv in kv_heads:
+        if heads and (before[kv] == before[heads[0]] or "kv_lora_rank" in made):
+            made[kv] = made[heads[0]]
+    for key, value in _INSTEAD_OF_NONE.items():
+        if key in made and made[key] is None:
+            made[key] = value
+    if heads and made.get("num_key_value_heads", 0) is None:
+        made["num_key_value_heads"] = made[heads[0]]
+    if made.get("layer_types", 0) is None:
+        # Hybrids that make no choice by themselves.
+        made["layer_types"] = ["mamba", "attention"] if "mamba_n_heads" in made else ["conv", "full_attention"] if "conv_L_cache" in made else None
+    if "attn_layer_indices" in made and not made["attn_layer_indices"]:
+        made["attn_layer_indices"] = [1]
+    if "mamba_d_ssm" in made and "mamba_n_heads" in made:
+        made["mamba_d_ssm"] = made["mamba_n_heads"] * HEAD_DIM
+    if "qk_head_dim" in made and {"qk_nope_head_dim", "qk_rope_head_dim"} <= set(made):
+        made["qk_head_dim"] = made["qk_nope_head_dim"] + made["qk_rope_head_dim"]
+    if made.get("default_language", 0) is None and made.get("languages"):
+        made["default_language"] = made["languages"][0]
+    # State space layers: heads times their size is the width times its expansion.
+    for prefix, count, expand in (("mamba_n_heads", "mamba_d_head", "mamba_expand"), ("mamba_num_heads", "mamba_head_dim", "expand"), ("num_heads", "head_dim", "expand")):
+        if all(k in made for k in (prefix, count, expand)) and made[expand]:
+            made[count], made[prefix] = HEAD_DIM, int(made[expand] * made.get("hidden_size", WIDTH)) // HEAD_DIM
+    for key in ("prediction_length", "context_length"):
+        if key in made and "lags_sequence" in made:
+            made[key] = 4
+    if made.get("codebook_dim") and "quantizer" in "".join(made) + "".join(map(str, before.get("architectures") or ())):
+        made["codebook_dim"] = made.get("hidden_size", made["codebook_dim"])
+
+
+_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "layer_type_list", "block_types", "attention_types_per_layer")
 _DERIVED = {
     "transformers_version", "architectures", "model_type", "dtype", "torch_dtype", "id2label", "label2id", "num_labels", "return_dict", "output_attentions",
     "rope_scaling", "problem_type", "attribute_map", "is_composition", "use_bfloat16", "output_hidden_states",
@@ -118,70 +177,78 @@ class _Tokens:
         return self._known[token]
 
 
-def _small(key: str, value: Any, layers: Optional[int], tokens: Callable[[int], int]) -> Any:
-    if isinstance(value, bool) or value is None or isinstance(value, (float, str)):
-        return value
-    if isinstance(value, int):
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _small(key: str, value: Any, tokens: Callable[[int], int]) -> Any:
+    if is_int(value):
         if _TOKEN.fullmatch(key):
             return tokens(value)
-        small = _value(key)
-        if key.endswith("position_embeddings") or small is None:
-            return value if small is None else min(value, small) if value > 0 else value
-        return min(value, small) if value > 0 else value
-    if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-        return type(value)(_small_list(key, list(value), layers, tokens))
-    if isinstance(value, (list, tuple)) and layers is not None and len(value) == layers and layers > LAYERS:
-        return type(value)(value[:LAYERS])
-    if isinstance(value, dict) and value and all(isinstance(k, str) for k in value) and "rope" not in key:
-        return {k: _small(k, v, layers, tokens) for k, v in value.items()}
+        small = _value(key) if key != "window_size" or value < IMAGE else None  # Larger ones are in pixels.
+        return min(value, small) if small is not None and value > 0 else value
+    if isinstance(value, (list, tuple)) and value and all(is_int(v) for v in value):
+        return type(value)(_small_list(key, list(value), tokens))
+    if isinstance(value, dict) and value and all(isinstance(k, str) for k in value):
+        if "rope" in key or "rotary" in key:
+            return {k: _small(key, v, tokens) if isinstance(v, dict) else _rope(k, v) for k, v in value.items()}
+        return {k: _small(k, v, tokens) for k, v in value.items()}
     return value
 
 
-def _small_list(key: str, value: list[int], layers: Optional[int], tokens: Callable[[int], int]) -> list[int]:
+def _rope(key: str, value: Any) -> Any:
+    """Sections of a head's pairs of dimensions (time, height, width)."""
+    if "section" in key and isinstance(value, (list, tuple)) and value:
+        half = HEAD_DIM // 2
+        return type(value)([half - len(value) + 1, *[1] * (len(value) - 1)])
+    return value
+
+
+def _small_list(key: str, value: list[int], tokens: Callable[[int], int]) -> list[int]:
     if _TOKEN.fullmatch(key):
         return [tokens(v) for v in value]
     if "depth" in key or key in ("layers", "num_blocks", "block_repeats"):
         return [min(v, 1) for v in value]
     if re.fullmatch(r".*heads?.*", key):
         return [min(v, 2) for v in value]
+    if key in ("attn_layer_indices", "axial_pos_embds_dim"):
+        return [1] if key == "attn_layer_indices" else [WIDTH // len(value)] * len(value)
     if re.fullmatch(r".*(image|img|crop)_?size.*", key):
         return [IMAGE] * len(value)
     if re.fullmatch(r".*patch_?size.*", key):
         return [min(v, PATCH) for v in value]
     if _KEPT_LISTS.fullmatch(key):
         return value
-    if layers is not None and len(value) == layers and layers > LAYERS:
-        return value[:LAYERS]
     if re.fullmatch(r".*(hidden|embed|dim|channel|width|size).*", key) and max(value) >= 32:
-        smallest = min(v for v in value if v > 0)
-        return [max(1, round(v / smallest)) * 16 if v > 0 else v for v in value]
+        # A hierarchy keeps its ratios, also to other lists; the channels of an image stay.
+        return [max(4, v // 4) if v > 4 else v for v in value]
     return value
 
 
-def _each_kind(kinds: list[Any]) -> list[Any]:
+def _each_kind(kinds: Union[list[Any], tuple[Any, ...]]) -> list[Any]:
     """Two layers, or one of each kind if there are more."""
     first = list(dict.fromkeys(kinds))
-    return first if len(first) >= LAYERS else (kinds * LAYERS)[:LAYERS]
+    return first if len(first) >= LAYERS else (first * LAYERS)[:LAYERS]
 
 
 # -- models ----------------------------------------------------------------------------------------------------------------
 
 
-def tiny_model(cls: Any, seed: int = 1) -> Any:
-    """A model of the class in eval mode with eager attention, and weights so large that attention is far from uniform."""
+def tiny_model(cls: Any, implementation: str = "eager") -> Any:
+    """A model of the class in eval mode, and weights so large that attention is far from uniform."""
     config = tiny_config(cls.config_class)
     with torch.device("meta"):
-        count = sum(p.numel() for p in _made(cls, config).parameters())
+        count = sum(p.numel() for p in _made(cls, config, implementation).parameters())
     if count > MOST_PARAMETERS:
         raise ValueError(f"its tiny configuration still has {count:,} parameters")
-    torch.manual_seed(seed)
-    model = _made(cls, tiny_config(cls.config_class)).eval()
+    torch.manual_seed(1)
+    model = _made(cls, tiny_config(cls.config_class), implementation).eval()
     enlarge(model)
     return model
 
 
-def _made(cls: Any, config: Any) -> Any:
-    return cls._from_config(config, attn_implementation="eager", torch_dtype=torch.float32) if hasattr(cls, "_from_config") else cls(config)
+def _made(cls: Any, config: Any, implementation: str) -> Any:
+    return cls._from_config(config, attn_implementation=implementation, dtype=torch.float32)
 
 
 def enlarge(model: nn.Module) -> None:
@@ -196,93 +263,8 @@ def enlarge(model: nn.Module) -> None:
                 parameter.normal_(generator=generator)
 
 
-# -- inputs ----------------------------------------------------------------------------------------------------------------
-
-
-def padding(kind: str) -> Tensor:
-    """[BATCH, LENGTH] of 1 for tokens and 0 for padding, at no side, at the left or at the right of the last sequence."""
-    mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
-    if kind == "left":
-        mask[-1, :7] = 0
-    if kind == "right":
-        mask[-1, -7:] = 0
-    return mask
-
-
-def tiny_inputs(model: Any, pad: str) -> dict[str, Any]:
-    """What the model's forward asks for, by the names of its parameters. Only text can be padded here.
-
-    Raises ValueError for a parameter without a default that has no rule.
-    """
-    generator = torch.Generator().manual_seed(7)
-    parameters = inspect.signature(model.forward).parameters
-    required = [n for n, p in parameters.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    main = getattr(model, "main_input_name", "input_ids")
-    wanted = list(dict.fromkeys([*required, *([main] if main in parameters else [])]))
-    if "input_ids" in parameters and "input_ids" not in wanted and "decoder_input_ids" not in parameters:
-        wanted.append("input_ids")
-    if any(n in wanted for n in ("input_ids", "inputs_embeds")) and "attention_mask" in parameters:
-        wanted.append("attention_mask")
-    if "decoder_input_ids" in parameters:
-        wanted.append("decoder_input_ids")
-    if "bbox" in parameters:
-        wanted.append("bbox")
-    text = torch.randint(3, 100, (BATCH, LENGTH), generator=generator)
-    made: dict[str, Any] = {}
-    for name in dict.fromkeys(wanted):
-        rule = _INPUTS.get(name)
-        if rule is None:
-            raise ValueError(f"there is no rule for its argument {name}")
-        made[name] = rule(model, text, pad, generator)
-    return made
-
-
-def _pixels(model: Any, text: Tensor, pad: str, generator: torch.Generator) -> Tensor:
-    config = model.config
-    size, channels = IMAGE, 3
-    for inner in _configs(config):
-        found = getattr(inner, "image_size", None)
-        if found is not None:
-            size = found[0] if isinstance(found, (list, tuple)) else found
-            size = size if isinstance(size, int) else IMAGE
-        channels = getattr(inner, "num_channels", None) or getattr(inner, "in_channels", None) or channels
-        if found is not None:
-            break
-    channels = channels if isinstance(channels, int) else 3
-    return torch.randn(BATCH, channels, size, size, generator=generator)
-
-
-def _configs(config: Any) -> Iterator[Any]:
+def configs_of(config: Any) -> Iterator[Any]:
     yield config
     for value in config.__dict__.values():
         if is_config(value):
-            yield from _configs(value)
-
-
-def _mels(model: Any, text: Tensor, pad: str, generator: torch.Generator) -> Tensor:
-    bins, frames = 16, 64
-    for inner in _configs(model.config):
-        found = getattr(inner, "num_mel_bins", None) or getattr(inner, "input_feat_per_channel", None)
-        if isinstance(found, int):
-            bins = found
-            positions = getattr(inner, "max_source_positions", None)
-            if isinstance(positions, int) and "whisper" in str(getattr(inner, "model_type", "")):
-                frames = 2 * positions
-            break
-    by_frame = getattr(model, "main_input_name", "") == "input_features" and "Whisper" not in type(model).__name__
-    return torch.randn((BATCH, frames, bins) if by_frame else (BATCH, bins, frames), generator=generator)
-
-
-Rule = Callable[[Any, Tensor, str, torch.Generator], Union[Tensor, Any]]
-_INPUTS: dict[str, Rule] = {
-    "input_ids": lambda model, text, pad, g: text,
-    "decoder_input_ids": lambda model, text, pad, g: text[:, :7],
-    "attention_mask": lambda model, text, pad, g: padding(pad),
-    "inputs_embeds": lambda model, text, pad, g: torch.randn(BATCH, LENGTH, model.config.hidden_size, generator=g),
-    "hidden_states": lambda model, text, pad, g: torch.randn(BATCH, LENGTH, model.config.hidden_size, generator=g),
-    "pixel_values": _pixels,
-    "pixel_values_videos": lambda model, text, pad, g: _pixels(model, text, pad, g).unsqueeze(1).repeat(1, getattr(model.config, "num_frames", 4), 1, 1, 1),
-    "input_features": _mels,
-    "input_values": lambda model, text, pad, g: torch.randn(BATCH, 4000, generator=g),
-    "bbox": lambda model, text, pad, g: torch.tensor([1, 2, 8, 9]).expand(BATCH, LENGTH, 4).clone(),
-}
+            yield from configs_of(value)

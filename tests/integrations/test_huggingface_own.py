@@ -179,6 +179,34 @@ def test_what_is_no_attention_runs_as_it_is_written() -> None:
     assert report.calls == 0 and not report.patched and all("something else than softmax" in m.reason for m in report.skipped)
 
 
+def test_a_part_is_called_a_part() -> None:
+    """Of the three softmaxes of Nystromformer one is followed by v."""
+    model = transformers.NystromformerModel(transformers.NystromformerConfig(**{**_PLAIN, "num_landmarks": 4, "segment_means_seq_len": 20, "conv_kernel_size": 3})).eval()
+    enlarge(model)
+    ids = torch.randint(3, VOCAB, (2, 20))
+    with torch.no_grad():
+        theirs = model(input_ids=ids).last_hidden_state
+        report = attnhub.patch(model)
+        torch.testing.assert_close(model(input_ids=ids).last_hidden_state, theirs, rtol=1e-4, atol=1e-4)
+    assert all(m.calls == 1 and m.backends["own operations"] == 2 for m in report.patched) and report.calls == 2
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_torchs_multi_head_attention_forward_is_read(need_weights: bool) -> None:
+    """WavLM calls it with projections of its own."""
+    layer = nn.MultiheadAttention(8, 2, batch_first=False)
+    x, mask = torch.randn(5, 2, 8), torch.randn(2 * 2, 5, 5)
+    arguments = (x, x, x, 8, 2, layer.in_proj_weight, layer.in_proj_bias, None, None, False, 0.0, layer.out_proj.weight, layer.out_proj.bias)
+    theirs, weights = nn.functional.multi_head_attention_forward(*arguments, attn_mask=mask, need_weights=need_weights)
+    with DeferredMaths() as scope:
+        ours, seen = nn.functional.multi_head_attention_forward(*arguments, attn_mask=mask, need_weights=need_weights)
+    assert len(scope.served) == 1 and scope.missed == 0
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (seen is None) == (weights is None)
+    if weights is not None:
+        torch.testing.assert_close(seen + 0.0, weights)
+
+
 def test_compiles_without_being_read() -> None:
     """A graph holds the model's own operations: there are no values to wait for."""
     model = build("BloomForCausalLM")

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo.testing
 from torch import Tensor
 
 import attnhub
@@ -121,6 +120,26 @@ def test_sparse_selectors_are_served_with_their_own_selection(implementation: st
     report = attnhub.patch(model)
     assert close(logits(model), theirs) and model.config._attn_implementation == implementation
     assert len(report.patched) == 2 and report.calls == 2
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_no_mask_and_no_word_of_causality(foreign: bool) -> None:
+    """A module without is_causal that gets no mask attends to all, as in eager attention; unless its masks are sdpa's, where None may be causal."""
+    from attnhub.integrations.huggingface.attention import attention_forward
+    from attnhub.integrations.huggingface.routing import FOREIGN_MASKS
+
+    module = torch.nn.Module().eval()
+    if foreign:
+        setattr(module, FOREIGN_MASKS, True)
+    q, k, v = (torch.randn(2, 4, 5, 8) for _ in range(3))
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=foreign).transpose(1, 2)
+    torch.testing.assert_close(attention_forward(module, q, k, v, None)[0], theirs)
+    model = llama("sdpa")
+    report = attnhub.patch(model, only=lambda name, _: ".1." in name)
+    assert len(report.patched) == 1 and [FOREIGN_MASKS in vars(layer.self_attn) for layer in model.model.layers] == [False, True]
+    attnhub.unpatch(model)
+    attnhub.patch(model)
+    assert not any(FOREIGN_MASKS in vars(layer.self_attn) for layer in model.model.layers)
 
 
 def test_masks_for_attention_that_holds_no_config() -> None:
@@ -387,62 +406,6 @@ def test_packed_documents() -> None:
     report = attnhub.patch(model)
     ours = logits(model, None, position_ids=positions)
     assert close(ours, theirs) and not close(ours, alone, 0.01) and report.calls == 2
-
-
-# -- graphs ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pad", ["none", "left"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "bert"])
-def test_compiles_into_one_graph(name: str, pad: str) -> None:
-    if name == "bert":
-        model = bert()
-    elif name == "llama":
-        model = llama()
-    else:
-        model = build("MistralForCausalLM", config("MistralConfig", **{**LLAMA, "sliding_window": 6}))
-    mask = None if pad == "none" else LEFT
-    theirs = logits(model, mask)
-    report = attnhub.patch(model)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        out = (
-            compiled(input_ids=IDS, attention_mask=mask, use_cache=False)
-            if name != "bert"
-            else compiled(input_ids=IDS, attention_mask=mask)
-        )
-    ours = (out.logits if name != "bert" else out.last_hidden_state)[LEFT.bool()]
-    assert close(ours, theirs)
-    assert report.calls == 0, "calls are counted outside tracing"
-
-
-def test_compiled_graph_serves_every_length() -> None:
-    model = llama(num_hidden_layers=1)
-    attnhub.patch(model)
-    torch._dynamo.reset()
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, backend=graphs, fullgraph=True, dynamic=True)
-    counts = []
-    with torch.no_grad():
-        for length in (9, 12, 17, 21):
-            torch.testing.assert_close(
-                compiled(input_ids=IDS[:, :length].contiguous(), use_cache=False).logits,
-                model(input_ids=IDS[:, :length]).logits,
-                atol=1e-5,
-                rtol=1e-5,
-            )
-            counts.append(graphs.frame_count)
-    assert counts[0] > 0 and counts == counts[:1] * 4
-
-
-def test_exports() -> None:
-    model = bert()
-    theirs = logits(model)
-    attnhub.patch(model)
-    exported = torch.export.export(model, (), {"input_ids": IDS, "attention_mask": LEFT}, strict=False)
-    assert sum("attnhub.forward" in str(node.target) for node in exported.graph.nodes) == 2
-    assert close(exported.module()(input_ids=IDS, attention_mask=LEFT).last_hidden_state[LEFT.bool()], theirs)
 
 
 def test_report_reads_well() -> None:
