@@ -49,9 +49,9 @@ def tiny_inputs(model: Any, pad: str, variant: tuple[str, ...] = ()) -> dict[str
         raise ValueError(f"it takes no {', '.join(extra)}")
     text = torch.randint(3, 100, (BATCH, LENGTH), generator=generator)
     end = getattr(model.config, "eos_token_id", None)
-    if is_int(end) and type(model).__name__.endswith("ForSequenceClassification"):
+    if isinstance(end, int) and type(model).__name__.endswith("ForSequenceClassification"):
         # Some read the class at the last of these.
-        text = torch.where(text.eq(end), torch.full_like(text, 99), text)
+        text = text.masked_fill(text == end, 99)
         text[:, LENGTH // 2] = end
     made: dict[str, Any] = {}
     for name in dict.fromkeys([*wanted, *extra]):
