@@ -55,8 +55,8 @@ def attention_forward(
         )
     if cache is not None:
         raise ValueError(
-            "attnhub: continuous batching hands over its paged cache, which this function does not read: transformers routes "
-            'generate_batch to "paged|eager", "sdpa" or flash kernels only. Unpatch the model first.'
+            "attnhub: continuous batching hands over its paged cache, which this function does not read: run generate_batch in the scope "
+            "attnhub.integrations.huggingface.paged.paged(model), or unpatch the model first."
         )
     if s_aux is None:
         s_aux = sinks

@@ -8,9 +8,10 @@ routed, since others could not read attnhub's masks; otherwise it keeps making t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -64,6 +65,26 @@ def restore(model: nn.Module) -> None:
         for key, value in private.__dict__.items():
             if key != _IMPLEMENTATION and id(value) not in pairs and before.__dict__.get(key, _swapped) is not value:
                 before.__dict__[key] = value
+
+
+@contextlib.contextmanager
+def renamed(model: nn.Module, name: str) -> Iterator[None]:
+    """A patched model whose configs name another of attnhub's functions for a while. ValueError where that cannot be done."""
+    from attnhub.integrations.huggingface.modules import find_attention
+
+    private = {id(c): c for m in model.modules() for _, c in _swapped.get(m, {}).values()}
+    ours = {key: c for key, c in private.items() if c.__dict__.get(_IMPLEMENTATION) == NAME}
+    for found in find_attention(model):
+        if id(found.module.__dict__.get("config")) not in ours or found.own:
+            what = found.reason or "it is not patched"
+            raise ValueError(f"attnhub: {found.name or type(model).__name__} cannot take part: {what}. Call attnhub.patch(model) first.")
+    for config in ours.values():
+        config.__dict__[_IMPLEMENTATION] = name
+    try:
+        yield
+    finally:
+        for config in ours.values():
+            config.__dict__[_IMPLEMENTATION] = NAME
 
 
 def _nearest_config(model: nn.Module, name: str) -> Any:
