@@ -19,11 +19,12 @@ class Deferred(Tensor):
     """Scores or weights without values. Whatever looks at the values gets an ordinary tensor of them."""
 
     _scores: Scores
+    _meta: tuple[torch.Size, torch.dtype]
 
     @staticmethod
     def __new__(cls, scores: Scores, shape: Any, dtype: torch.dtype) -> Deferred:
         made: Deferred = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=scores.q.device)  # type: ignore[attr-defined]
-        made._scores = scores
+        made._scores, made._meta = scores, (torch.Size(shape), dtype)
         if len(shape) == 4:
             # What the module calls batch and heads.
             scores.lead = torch.Size(shape[:-2])
@@ -33,9 +34,7 @@ class Deferred(Tensor):
         pass
 
     def value(self) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
-            shape = self.shape
-        return self._scores.value().reshape(shape)
+        return self._scores.value().reshape(self._meta[0])
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -67,5 +66,5 @@ def values(tree: Any) -> Any:
 
 
 def meta(x: Deferred) -> tuple[torch.Size, torch.dtype]:
-    with torch._C.DisableTorchFunctionSubclass():
-        return x.shape, x.dtype
+    """Its shape and dtype."""
+    return x._meta

@@ -26,6 +26,7 @@ from attnhub.integrations.huggingface.scores import Scores, attend
 from attnhub.integrations.huggingface.steps import step
 
 _MATMUL = {"matmul", "__matmul__", "bmm"}
+_LOOKED_AT = _MATMUL | {"baddbmm", "einsum", "softmax", "scaled_dot_product_attention", "multi_head_attention_forward", "tensor", "full"}
 
 
 class DeferredMaths(TorchFunctionMode):
@@ -39,34 +40,35 @@ class DeferredMaths(TorchFunctionMode):
         self.refused = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _handle(func, args, kwargs or {}, self)
+        name = getattr(func, "__name__", "")
+        if Deferred not in types and name not in _LOOKED_AT:
+            # Most operations of a module: it is the host's time that they cost.
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return _handle(name, func, args, kwargs or {}, self)
 
 
-def _handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope: DeferredMaths) -> Any:
-    name = getattr(func, "__name__", "")
+def _handle(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope: DeferredMaths) -> Any:
     if name == "softmax":
         scope.missed += 1
-    if not any(isinstance(a, Deferred) for a in args) and not any(isinstance(a, Deferred) for a in kwargs.values()):
-        if name in _MATMUL or name in ("baddbmm", "einsum"):
-            made = product(name, func, args, kwargs)
-            if made is not None:
-                return made
-        elif name == "scaled_dot_product_attention":
-            return _sdpa(func, args, kwargs, scope)
-        elif func is torch.nn.functional.multi_head_attention_forward:
-            with scope:
-                return _as_its_own_operations(func)(*args, **kwargs)
-        result = func(*args, **kwargs)
-        if name in ("tensor", "full") and result.ndim == 0:
-            number = args[-1] if name == "tensor" else (*args, kwargs.get("fill_value"))[1]
-            if isinstance(number, (int, float)):
-                # Reading it from a device would wait for the device.
-                result._attnhub_number = number
-        return result
-    done = _with_v(name, args, kwargs, scope) if name in _MATMUL or name == "einsum" else step(name, func, args, kwargs)
-    if done is None:
-        done = Deferred.__torch_function__(func, (), args, kwargs)
-    return done
+    if any(isinstance(a, Deferred) for a in args) or any(isinstance(a, Deferred) for a in kwargs.values()):
+        done = _with_v(name, args, kwargs, scope) if name in _MATMUL or name == "einsum" else step(name, func, args, kwargs)
+        return Deferred.__torch_function__(func, (), args, kwargs) if done is None else done
+    if name in _MATMUL or name in ("baddbmm", "einsum"):
+        made = product(name, func, args, kwargs)
+        if made is not None:
+            return made
+    elif name == "scaled_dot_product_attention":
+        return _sdpa(func, args, kwargs, scope)
+    elif func is torch.nn.functional.multi_head_attention_forward:
+        with scope:
+            return _as_its_own_operations(func)(*args, **kwargs)
+    result = func(*args, **kwargs)
+    if name in ("tensor", "full") and result.ndim == 0 and not result.is_inference():
+        number = args[-1] if name == "tensor" else (*args, kwargs.get("fill_value"))[1]
+        if isinstance(number, (int, float)):
+            # Reading it from a device would wait for the device.
+            result._attnhub_number = number, result._version
+    return result
 
 
 @functools.cache
@@ -102,8 +104,8 @@ def product(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return None
     if not (isinstance(q, Tensor) and isinstance(kt, Tensor)) or q.ndim != kt.ndim or q.ndim < 3 or not _fits(q, kt):
         return None
-    lead = torch.broadcast_shapes(q.shape[:-2], kt.shape[:-2])
-    scores = Scores(q, kt, lambda: func(*args, **kwargs))
+    lead = torch.Size(b if a == 1 else a for a, b in zip(q.shape[:-2], kt.shape[:-2]))
+    scores = Scores(q, kt, lead, lambda: func(*args, **kwargs))
     scores.scale = float(scale)
     dtype = q.dtype
     if torch.is_autocast_enabled(q.device.type):

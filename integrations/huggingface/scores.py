@@ -20,15 +20,14 @@ class Scores:
     Tensors of a term come with the leading dimensions that the scores had then.
     """
 
-    def __init__(self, q: Tensor, kt: Tensor, first: Callable[[], Tensor]) -> None:
+    def __init__(self, q: Tensor, kt: Tensor, lead: torch.Size, first: Callable[[], Tensor]) -> None:
         self.q, self.kt, self._first = q, kt, first
         self.steps: list[tuple[torch.Size, Any, tuple[Any, ...], dict[str, Any]]] = []
         self.scale = 1.0
         self.factors: list[tuple[Tensor, torch.Size]] = []
         self.terms: list[tuple[Tensor, torch.Size]] = []
         self.allowed: list[tuple[Tensor, torch.Size]] = []
-        self.origin: torch.Size = torch.Size(torch.broadcast_shapes(q.shape[:-2], kt.shape[:-2]))
-        self.lead = self.origin
+        self.origin = self.lead = lead
         self.is_softmax = False
         self.dropout_p = 0.0
         self.known: Optional[Tensor] = None

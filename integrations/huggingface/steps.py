@@ -132,8 +132,11 @@ def _is_masked(value: Any) -> bool:
     if isinstance(value, Tensor):
         if value.ndim:
             return False
-        number = getattr(value, "_attnhub_number", None)
-        value = number if number is not None or value.device.type != "cpu" else value.item()
+        number, version = getattr(value, "_attnhub_number", (None, -1))
+        if number is not None and version == value._version:
+            value = number
+        elif value.device.type == "cpu":
+            value = value.item()
     return isinstance(value, (int, float)) and value <= _MASKED
 
 
@@ -211,10 +214,19 @@ def _reshaped(x: Deferred, name: str, rest: tuple[Any, ...], kwargs: dict[str, A
     shape, dtype = meta(x)
     if kwargs or not all(isinstance(a, (int, tuple, list)) for a in rest):
         return None
-    new = torch.empty(shape, device="meta")
-    new = getattr(new, name)(*rest)
-    if new.ndim < 3 or new.shape[-2:] != shape[-2:]:
+    new = _new_shape(shape, name, rest)
+    if len(new) < 3 or new[-2:] != shape[-2:]:
         return None
-    return Deferred(x._scores, new.shape, dtype)
+    return Deferred(x._scores, new, dtype)
+
+
+def _new_shape(shape: torch.Size, name: str, rest: tuple[Any, ...]) -> torch.Size:
+    sizes = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
+    if name in ("view", "reshape") and all(isinstance(n, int) for n in sizes) and sum(n == -1 for n in sizes) <= 1:
+        known = math.prod(n for n in sizes if n != -1)
+        total = math.prod(shape)
+        if known and total % known == 0 and (-1 in sizes or known == total):
+            return torch.Size(total // known if n == -1 else n for n in sizes)
+    return torch.Size(getattr(torch.empty(shape, device="meta"), name)(*rest).shape)
 
 
