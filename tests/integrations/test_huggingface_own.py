@@ -222,6 +222,8 @@ def test_compiles_without_being_read() -> None:
 Q, K, V = (torch.randn(2, 3, n, 8, generator=torch.Generator().manual_seed(n)) for n in (5, 7, 7))
 KEEP = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])[:, None, None, :]
 LOW = torch.finfo(torch.float32).min
+#: No two rows of it differ by a constant, which a softmax would not show.
+WAVES = 3 * torch.linspace(0, 40, 70).square().sin()
 
 
 def _in_place(s: Tensor) -> Tensor:
@@ -238,8 +240,8 @@ SERVED: dict[str, Callable[[Tensor], Tensor]] = {
     "divided by a tensor": lambda s: (s / torch.tensor(2.5)).softmax(3),
     "a factor a head": lambda s: (s * torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1) + torch.ones(3, 5, 7).tril()).softmax(-1),
     "biases, then scaled": lambda s: ((1.0 + s + torch.linspace(0, 1, 7)) * 0.5).softmax(-1),
-    "bias of a batch of heads": lambda s: (s.view(6, 5, 7) - torch.linspace(0, 4, 42).view(6, 1, 7)).view(2, 3, 5, 7).softmax(-1),
-    "windows of a batch": lambda s: (s.view(1, 2, 3, 5, 7) + torch.linspace(0, 4, 70).view(2, 1, 5, 7).unsqueeze(0)).view(-1, 3, 5, 7).softmax(-1),
+    "bias of a batch of heads": lambda s: (s.view(6, 5, 7) - WAVES[:42].view(6, 1, 7)).view(2, 3, 5, 7).softmax(-1),
+    "windows of a batch": lambda s: (s.view(1, 2, 3, 5, 7) + WAVES.view(2, 1, 5, 7).unsqueeze(0)).view(-1, 3, 5, 7).softmax(-1),
     "filled": lambda s: s.masked_fill(~KEEP, LOW).softmax(-1),
     "chosen": lambda s: torch.where(KEEP, s, torch.full([], LOW)).softmax(-1),
     "chosen by a number that was another": lambda s: torch.where(KEEP, s, torch.full([], -2.0).fill_(LOW)).softmax(-1),
