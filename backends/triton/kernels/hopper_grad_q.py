@@ -113,6 +113,10 @@ def compute(
             o = gl.load(
                 row_pointers(out_head, first_q + read_row, out_strides, BLOCK_DV, READ), mask=existing(read_row < len_q, V_HEAD_DIM, BLOCK_DV, READ), other=0.0
             )
+            i = first + gl.arange(0, 64, ROW)
+            lse_i = gl.load(lse + row_base + i, mask=i < len_q, other=INF)
+            # Rows without keys, and rows that do not exist, have P = 0.
+            lse_i = gl.where(lse_i == -INF, INF, lse_i) * (1.0 if NATURAL else LOG2_E)
             row_delta = gl.zeros((64,), gl.float32, gl.SliceLayout(1, READ))
             if grad_lse is not None:
                 row_delta = -gl.load(grad_lse + row_base + read_row, mask=read_row < len_q, other=0.0)
@@ -121,55 +125,65 @@ def compute(
             do_tile = do_tiles.index(buffer * GROUPS + WHICH)
             mbarrier.wait(q_full.index(buffer), served // BUFFERS & 1)
             served += 1
-            row_delta += gl.sum(o.to(gl.float32) * do_tile.load(READ).to(gl.float32), 1)
-            gl.store(delta + row_base + read_row, row_delta, mask=read_row < len_q)
             dq = gl.zeros((64, BLOCK_D), gl.float32, Q_LAYOUT)
-            if hi > lo:
-                i = first + gl.arange(0, 64, ROW)
+            if hi <= lo:
+                row_delta += gl.sum(o.to(gl.float32) * do_tile.load(READ).to(gl.float32), 1)
+                gl.store(delta + row_base + read_row, row_delta, mask=read_row < len_q)
+            else:
                 column = gl.arange(0, BLOCK_N, COLUMN)
-                delta_i = gl.convert_layout(row_delta, ROW)
-                lse_i = gl.load(lse + row_base + i, mask=i < len_q, other=INF)
-                # Rows without keys, and rows that do not exist, have P = 0.
-                lse_i = gl.where(lse_i == -INF, INF, lse_i) * (1.0 if NATURAL else LOG2_E)
-                # From step to step dS travels in fp32: see `kernels.hopper_forward`.
-                ds_wide = gl.zeros((64, BLOCK_N), gl.float32, S_LAYOUT)
                 n = lo + (hi - lo - 1) // BLOCK_N * BLOCK_N
-                # The first tile; then masked tiles at the end, full ones, masked ones at the beginning.
-                for phase in gl.static_range(-1, 3):
-                    if phase == -1:
-                        stop = n
-                    elif phase == 0:
+                # The first tile, beside whose products delta is made; under names of its own, since later tiles of whole pairs have constants for some.
+                mbarrier.wait(k_full.index(it % STAGES), it // STAGES & 1)
+                s_1 = multiply_transposed(q_tile, k_tiles.index(it % STAGES), S_LAYOUT)
+                mbarrier.wait(v_full.index(it % V_STAGES), it // V_STAGES & 1)
+                dp_1 = multiply_transposed(do_tile, v_tiles.index(it % V_STAGES), S_LAYOUT)
+                value_1 = load_bias(b, h, 0, i[:, None], n, column[None, :], len_q, lengths[7], added, LIMITS)
+                row_delta += gl.sum(o.to(gl.float32) * do_tile.load(READ).to(gl.float32), 1)
+                gl.store(delta + row_base + read_row, row_delta, mask=read_row < len_q)
+                delta_i = gl.convert_layout(row_delta, ROW)
+                s_1 = warpgroup_mma_wait(1, deps=[s_1])
+                weights_1, slope_1, keep_1 = weights_again(
+                    s_1, value_1, lse_i[:, None], b, h, i[:, None], (n + column)[None, :], len_q, len_k, lowest, prefix_len, scale, softcap,
+                    limits, added, data, LIMITS, SOFTCAP, NATURAL, True,
+                )  # fmt: skip
+                dp_1 = warpgroup_mma_wait(0, deps=[dp_1])
+                mbarrier.arrive(v_empty.index(it % V_STAGES), count=1)
+                # From step to step dS travels in fp32: see `kernels.hopper_forward`.
+                ds_wide = gl.where(keep_1, weights_1 * (dp_1 - delta_i[:, None]) * slope_1, 0.0)
+                it += 1
+                n -= BLOCK_N
+                # Masked tiles at the end, full ones, masked ones at the beginning.
+                for phase in gl.static_range(0, 3):
+                    if phase == 0:
                         # Where all is masked, full_hi is the first tile of this warpgroup, which may lie behind that of the whole block.
                         stop = lo if LIMITS[6] else gl.maximum(full_hi, lo)
                     elif phase == 1:
                         stop = gl.maximum(full_lo, lo)
                     else:
                         stop = lo
-                    if phase <= 0 or (phase == 1 and not LIMITS[6]) or (phase == 2 and LIMITS[5]):
+                    if phase == 0 or (phase == 1 and not LIMITS[6]) or (phase == 2 and LIMITS[5]):
                         while n >= stop:
                             before = (it + STAGES - 1) % STAGES
                             mbarrier.wait(k_full.index(it % STAGES), it // STAGES & 1)
                             s = multiply_transposed(q_tile, k_tiles.index(it % STAGES), S_LAYOUT)
                             mbarrier.wait(v_full.index(it % V_STAGES), it // V_STAGES & 1)
                             dp = multiply_transposed(do_tile, v_tiles.index(it % V_STAGES), S_LAYOUT)
-                            if phase >= 0:
-                                ds = gl.convert_layout(ds_wide.to(dtype), DS_LAYOUT)
-                                dq = warpgroup_mma(ds, k_tiles.index(before), dq, is_async=True)
+                            ds = gl.convert_layout(ds_wide.to(dtype), DS_LAYOUT)
+                            dq = warpgroup_mma(ds, k_tiles.index(before), dq, is_async=True)
                             value = load_bias(b, h, 0, i[:, None], n, column[None, :], len_q, lengths[7], added, LIMITS)
-                            s = warpgroup_mma_wait(2 if phase >= 0 else 1, deps=[s])
+                            s = warpgroup_mma_wait(2, deps=[s])
                             j = n + column
                             weights, slope, keep = weights_again(
                                 s, value, lse_i[:, None], b, h, i[:, None], j[None, :], len_q, len_k, lowest, prefix_len, scale, softcap,
                                 limits, added, data, LIMITS, SOFTCAP, NATURAL, phase != 1,
                             )  # fmt: skip
-                            dp = warpgroup_mma_wait(1 if phase >= 0 else 0, deps=[dp])
+                            dp = warpgroup_mma_wait(1, deps=[dp])
                             mbarrier.arrive(v_empty.index(it % V_STAGES), count=1)
                             ds_wide = weights * (dp - delta_i[:, None]) * slope
                             if phase != 1:
                                 ds_wide = gl.where(keep, ds_wide, 0.0)
-                            if phase >= 0:
-                                dq, ds = warpgroup_mma_wait(0, deps=[dq, ds])
-                                mbarrier.arrive(k_empty.index(before), count=1)
+                            dq, ds = warpgroup_mma_wait(0, deps=[dq, ds])
+                            mbarrier.arrive(k_empty.index(before), count=1)
                             it += 1
                             n -= BLOCK_N
                 before = (it + STAGES - 1) % STAGES
