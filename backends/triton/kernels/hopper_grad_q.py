@@ -20,8 +20,10 @@ from attnhub.backends.triton.kernels.hopper import (
     add_transposed,
     any_nonfinite,
     copy_box,
+    draw_tile,
     existing,
     head_of,
+    hear_tile,
     keys,
     load_bias,
     load_rows,
@@ -30,7 +32,6 @@ from attnhub.backends.triton.kernels.hopper import (
     row_pointers,
     rows_to_keys,
     tile_place,
-    turns,
     weights_again,
 )
 from attnhub.backends.triton.kernels.tile import INF, LOG2_E
@@ -75,7 +76,7 @@ def compute(
     LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WHICH: grad_q and delta of 64 of a tile's 64 * GROUPS query rows."""
-    tensors, barriers, k, v, out, lse, grad_lse, delta, grad_q, strides, scales, place, lengths, limits, added, data = common
+    tensors, barriers, k, v, out, lse, grad_lse, delta, grad_q, strides, scales, place, queue, lengths, limits, added, data = common
     q_tiles, do_tiles, k_tiles, v_tiles = tensors
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     out_strides, grad_q_strides, k_strides, v_strides = strides
@@ -99,10 +100,12 @@ def compute(
     READ: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
     it = 0
     served = 0
-    for turn in range(0, turns(place)):
-        b, h, block, exists = tile_place(turn, place, lengths[0], lengths[5], lengths[6], Q_HEADS, BLOCK_M, True)
+    turn = 0
+    index = gl.program_id(0)
+    while index < place[2]:
+        b, h, block = tile_place(index, place, lengths[0], lengths[5], lengths[6], Q_HEADS, BLOCK_M, True)
         first_q, len_q, memory_b = queries(lengths, b)
-        if exists & (block * BLOCK_M < len_q):
+        if block * BLOCK_M < len_q:
             first_k, len_k, _, lowest, memory_bk, prefix_len = keys(lengths, b)
             lo, _, _, hi = rows_to_keys(block * BLOCK_M, BLOCK_M, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
             first = block * BLOCK_M + WHICH * 64
@@ -210,12 +213,14 @@ def compute(
             row = first + gl.arange(0, 64, gl.SliceLayout(1, WRITE))
             pointers = row_pointers(head, first_q + row, grad_q_strides, BLOCK_D, WRITE)
             gl.store(pointers, result, mask=existing(row < len_q, HEAD_DIM, BLOCK_D, WRITE))
+        index = hear_tile(turn, queue)
+        turn += 1
 
 
 @gluon.jit
 def copy(copied, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, LIMITS: gl.constexpr):
     """One warp: a tile's query rows and their gradients once, then keys and values, as far ahead as there is room."""
-    q, k, v, grad_out, tensors, barriers, place, lengths, limits = copied
+    q, k, v, grad_out, tensors, barriers, place, queue, lengths, limits = copied
     q_tiles, do_tiles, k_tiles, v_tiles = tensors
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     BLOCK_D: gl.constexpr = q_tiles.shape[2]
@@ -227,10 +232,12 @@ def copy(copied, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexp
     BUFFERS: gl.constexpr = q_full.shape[0]
     it = 0
     served = 0
-    for turn in range(0, turns(place)):
-        b, h, block, exists = tile_place(turn, place, lengths[0], lengths[5], lengths[6], Q_HEADS, BLOCK_M, True)
+    turn = 0
+    index = gl.program_id(0)
+    while index < place[2]:
+        b, h, block = tile_place(index, place, lengths[0], lengths[5], lengths[6], Q_HEADS, BLOCK_M, True)
         first_q, len_q, memory_b = queries(lengths, b)
-        if exists & (block * BLOCK_M < len_q):
+        if block * BLOCK_M < len_q:
             first_k, len_k, _, lowest, memory_bk, prefix_len = keys(lengths, b)
             lo, _, _, hi = rows_to_keys(block * BLOCK_M, BLOCK_M, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
             buffer = served % BUFFERS
@@ -252,6 +259,8 @@ def copy(copied, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexp
                     copy_box(v, memory_bk, h // GROUP, first_k + n, 0, v_full.index(it % V_STAGES), v_tiles.index(it % V_STAGES))
                     it += 1
                     n -= BLOCK_N
+        index = draw_tile(turn, queue)
+        turn += 1
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
@@ -262,7 +271,7 @@ def hopper_grad_q_kernel(
     cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k, left, right, chunk,
     segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
-    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tile_total,
+    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tile_total, counter,
     Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, BUFFERS: gl.constexpr, GROUPS: gl.constexpr, HIDES: gl.constexpr,
@@ -294,6 +303,12 @@ def hopper_grad_q_kernel(
     for stage in gl.static_range(0, V_STAGES):
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=GROUPS)
+    numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    told = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    heard = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    for slot in gl.static_range(0, 2):
+        mbarrier.init(told.index(slot), count=1)
+        mbarrier.init(heard.index(slot), count=GROUPS)
     fence_async_shared()
 
     LIMITS: gl.constexpr = (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, CAUSAL and blocks_q is None, PAIRS, False)
@@ -305,6 +320,7 @@ def hopper_grad_q_kernel(
     )  # fmt: skip
     scales = (scale, softmax_scale, softcap)
     place = (pairs, section, tile_total)
+    queue = (counter, numbers, told, heard)
     lengths = (cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k)
     limits = (left, right, chunk)
     added = (bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b)
@@ -312,8 +328,8 @@ def hopper_grad_q_kernel(
         segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
         bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     )  # fmt: skip
-    common = (tensors, barriers, k, v, out, lse, grad_lse, delta, grad_q, strides, scales, place, lengths, limits, added, data)
-    copied = (q_boxes, k_boxes, v_boxes, grad_out_boxes, tensors, barriers, place, lengths, limits)
+    common = (tensors, barriers, k, v, out, lse, grad_lse, delta, grad_q, strides, scales, place, queue, lengths, limits, added, data)
+    copied = (q_boxes, k_boxes, v_boxes, grad_out_boxes, tensors, barriers, place, queue, lengths, limits)
     # Registers: see `kernels.hopper_forward`.
     if GROUPS == 2:
         gl.warp_specialize(
