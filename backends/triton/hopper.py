@@ -45,7 +45,7 @@ EACH, WALK, DRAW = 0, 1, 2
 
 
 class Row(NamedTuple):
-    """Tiles for lengths up to ``longest``, and how programs come to them: EACH (False), WALK (True) or DRAW."""
+    """Tiles for lengths up to ``longest``, and how programs come to them: EACH, WALK or DRAW."""
 
     longest: float
     tiles: Tiles
@@ -53,33 +53,32 @@ class Row(NamedTuple):
 
 
 _ANY = math.inf
-#: (role, width, whether a mask makes blocks of rows differ in work) -> rows by rising length: the fastest of two to eight tried on an H100 at 512
-#: to 8192 tokens (those of uneven work before programs walked forth and back and copied ahead); the trials are in no result file. block_m,
-#: block_n: 64 query rows (keys in dK/dV) for each computing warpgroup. Walking saves the start and end of a tile, and costs where the work of
-#: tiles differs.
+#: (role, width, whether a mask makes blocks of rows differ in work) -> rows by rising length: the fastest of two to nine tried on an H100 at 512
+#: to 16384 tokens (width 256 of uneven work: the forward alone, to 16384; its backward as the narrower ones); the trials are in no result file.
+#: block_m, block_n: 64 query rows (keys in dK/dV) for each computing warpgroup. Walking and drawing save the start and end of a tile.
 _TABLE: dict[tuple[str, int, bool], tuple[Row, ...]] = {
-    ("hopper_forward", 64, False): (Row(8192, Tiles(128, 128, 4, 2), True), Row(_ANY, Tiles(192, 128, 4, 2), True)),
-    ("hopper_forward", 64, True): (Row(4096, Tiles(128, 128, 4, 2), True), Row(_ANY, Tiles(192, 128, 4, 2), False)),
-    ("hopper_forward", 128, False): (Row(_ANY, Tiles(128, 128, 4, 2), True),),
+    ("hopper_forward", 64, False): (Row(8192, Tiles(128, 128, 4, 2), WALK), Row(_ANY, Tiles(192, 128, 4, 2), WALK)),
+    ("hopper_forward", 64, True): (
+        Row(512, Tiles(128, 128, 4, 2), WALK), Row(8192, Tiles(128, 128, 4, 2), DRAW), Row(_ANY, Tiles(192, 128, 4, 2), DRAW),
+    ),
+    ("hopper_forward", 128, False): (Row(_ANY, Tiles(128, 128, 4, 2), WALK),),
     ("hopper_forward", 128, True): (
-        Row(512, Tiles(128, 64, 4, 3), True), Row(2048, Tiles(128, 128, 4, 2), True), Row(_ANY, Tiles(128, 128, 4, 2), False),
+        Row(512, Tiles(128, 64, 4, 3), DRAW), Row(8192, Tiles(128, 128, 4, 2), DRAW), Row(_ANY, Tiles(128, 128, 4, 2), EACH),
     ),
-    ("hopper_forward", 256, False): (Row(_ANY, Tiles(128, 64, 4, 2), True),),
-    ("hopper_forward", 256, True): (Row(_ANY, Tiles(128, 64, 4, 2), False),),
-    ("hopper_grad_q", 64, False): (Row(2048, Tiles(128, 128, 4, 3), True), Row(_ANY, Tiles(128, 128, 4, 3), False)),
-    ("hopper_grad_q", 64, True): (Row(8192, Tiles(128, 128, 4, 3), True), Row(_ANY, Tiles(128, 128, 4, 3), False)),
-    ("hopper_grad_q", 128, False): (Row(_ANY, Tiles(128, 64, 4, 3), True),),
-    ("hopper_grad_q", 128, True): (Row(1024, Tiles(128, 64, 4, 3), True), Row(_ANY, Tiles(128, 64, 4, 3), False)),
-    ("hopper_grad_q", 256, False): (Row(_ANY, Tiles(128, 32, 4, 2), True),),
-    ("hopper_grad_q", 256, True): (Row(_ANY, Tiles(128, 32, 4, 2), False),),
-    ("hopper_grad_kv", 64, False): (Row(_ANY, Tiles(128, 128, 4, 2), True),),
-    ("hopper_grad_kv", 64, True): (
-        Row(1024, Tiles(64, 128, 4, 3), True), Row(8192, Tiles(128, 128, 4, 2), True), Row(_ANY, Tiles(128, 128, 4, 2), False),
-    ),
-    ("hopper_grad_kv", 128, False): (Row(_ANY, Tiles(64, 128, 4, 2), True),),
-    ("hopper_grad_kv", 128, True): (Row(_ANY, Tiles(64, 128, 4, 2), False),),
-    ("hopper_grad_kv", 256, False): (Row(_ANY, Tiles(32, 128, 4, 2), True),),
-    ("hopper_grad_kv", 256, True): (Row(_ANY, Tiles(32, 128, 4, 2), False),),
+    ("hopper_forward", 256, False): (Row(_ANY, Tiles(128, 64, 4, 2), WALK),),
+    ("hopper_forward", 256, True): (Row(_ANY, Tiles(128, 64, 4, 2), DRAW),),
+    ("hopper_grad_q", 64, False): (Row(2048, Tiles(128, 128, 4, 3), WALK), Row(_ANY, Tiles(128, 128, 4, 3), EACH)),
+    ("hopper_grad_q", 64, True): (Row(_ANY, Tiles(128, 128, 4, 3), DRAW),),
+    ("hopper_grad_q", 128, False): (Row(_ANY, Tiles(128, 64, 4, 3), WALK),),
+    ("hopper_grad_q", 128, True): (Row(_ANY, Tiles(128, 64, 4, 3), DRAW),),
+    ("hopper_grad_q", 256, False): (Row(_ANY, Tiles(128, 32, 4, 2), WALK),),
+    ("hopper_grad_q", 256, True): (Row(_ANY, Tiles(128, 32, 4, 2), DRAW),),
+    ("hopper_grad_kv", 64, False): (Row(_ANY, Tiles(128, 128, 4, 2), WALK),),
+    ("hopper_grad_kv", 64, True): (Row(1024, Tiles(64, 128, 4, 3), DRAW), Row(_ANY, Tiles(128, 128, 4, 2), DRAW)),
+    ("hopper_grad_kv", 128, False): (Row(_ANY, Tiles(64, 128, 4, 2), WALK),),
+    ("hopper_grad_kv", 128, True): (Row(_ANY, Tiles(64, 128, 4, 2), DRAW),),
+    ("hopper_grad_kv", 256, False): (Row(_ANY, Tiles(32, 128, 4, 2), WALK),),
+    ("hopper_grad_kv", 256, True): (Row(_ANY, Tiles(32, 128, 4, 2), DRAW),),
 }  # fmt: skip
 ROLES = ("hopper_forward", "hopper_grad_kv", "hopper_grad_q")
 _UNEVEN = frozenset({Feature.CAUSAL_BOTTOM_RIGHT, Feature.CAUSAL_TOP_LEFT, Feature.WINDOW})
@@ -202,7 +201,8 @@ def forward(recorder: Recorder, arguments: dict[str, Any], tiles: Tiles) -> None
         width = 64
     groups = tiles.block_m // 64
     chunks = -(-dim // width)
-    resident, staged = 2 * tiles.block_m * chunks * width, 2 * tiles.num_stages * tiles.block_n * (chunks * width + v_width)
+    # The output passes through another half of its tile.
+    resident, staged = 2 * tiles.block_m * chunks * width, 2 * tiles.num_stages * tiles.block_n * (chunks * width + v_width) + tiles.block_m * v_width
     programs, place = _programs(recorder, "hopper_forward", arguments, max(_width(dim), v_width), 2 * (dim + v_width), tiles.block_m, resident, staged)
     recorder.launch(
         hopper_forward_kernel, programs, tiles,

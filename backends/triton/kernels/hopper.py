@@ -77,6 +77,8 @@ def hear_tile(turn, queue):
         slot = turn % 2
         mbarrier.wait(told.index(slot), turn // 2 & 1)
         index = gl.max(numbers.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+        # One lane arrives for all that have read.
+        barrier()
         mbarrier.arrive(heard.index(slot), count=1)
     return index
 

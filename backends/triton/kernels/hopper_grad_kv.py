@@ -39,6 +39,19 @@ from attnhub.backends.triton.kernels.tile import INF, LOG2_E
 
 
 @gluon.jit
+def unknown_zero(PHASE: gl.constexpr):
+    """0 under another name for each phase: where the resident tile varies, ptxas 12.8 computes a part of its address once for the loops of all
+    phases, in the first of them, and leaves the others without it where that one has no tile. Grids have one axis, which it cannot know."""
+    if PHASE == 0:
+        zero = 0
+    elif PHASE == 1:
+        zero = gl.program_id(1)
+    else:
+        zero = gl.program_id(2)
+    return zero
+
+
+@gluon.jit
 def grad_carefully(
     k_tile, v_tile, q, grad_out, lse, delta, strides, first, lo, hi, b, kv_head, first_q, memory_b, tokens_q, max_k, len_q, len_k, lowest, prefix_len,
     scale, softcap, limits, added, data, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr,
@@ -143,13 +156,16 @@ def compute(
                         else:
                             stop = hi
                         if phase == 2 or not LIMITS[6]:
+                            own = buffer * GROUPS + WHICH
+                            if BUFFERS > 1:
+                                own += unknown_zero(phase)
                             while m < stop:
                                 stage = it % STAGES
                                 mbarrier.wait(q_full.index(stage), it // STAGES & 1)
-                                s = multiply_transposed(k_tile, q_tiles.index(stage), S_LAYOUT)
+                                s = multiply_transposed(k_tiles.index(own), q_tiles.index(stage), S_LAYOUT)
                                 mbarrier.wait(do_full.index(stage), it // STAGES & 1)
                                 if WANT_K:
-                                    dp = multiply_transposed(v_tile, do_tiles.index(stage), S_LAYOUT)
+                                    dp = multiply_transposed(v_tiles.index(own), do_tiles.index(stage), S_LAYOUT)
                                 value = load_bias(b, h, m, row[None, :], 0, j[:, None], len_q, lengths[7], added, LIMITS)
                                 # In masked tiles both are awaited, so that no mask has to be kept until dP is there.
                                 s = warpgroup_mma_wait(1 if WANT_K and phase == 1 else 0, deps=[s])
