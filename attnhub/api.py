@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from attnhub import config, ops, runtime, spec
+from attnhub import config, ops, philox, runtime, spec
 from attnhub.backend import Call, Descale, PrepareError
 from attnhub.decision import Decision
 from attnhub.kv_cache import KVCache, append_kv
@@ -44,6 +44,7 @@ def attention(
     q_descale: Optional[Tensor] = None,
     k_descale: Optional[Tensor] = None,
     v_descale: Optional[Tensor] = None,
+    deterministic: bool = False,
     return_lse: bool = False,
     layout: Layout = "bhsd",
     backend: Optional[str] = None,
@@ -62,6 +63,8 @@ def attention(
     q_descale, k_descale, v_descale: for float8_e4m3fn inputs, as in flash-attn 3: fp32 [B, Hk] (varlen: B is the number of sequences;
         any strides, so ``factor.expand(B, Hk)`` is fine). q, k and v stand for q * q_descale, k * k_descale and v * v_descale; None
         is 1. The result is then bf16, and there is a forward pass only.
+    deterministic: admit only backends that promise bitwise repeatable results, forward and backward, for this call
+        (`torch.use_deterministic_algorithms` and ATTNHUB_DETERMINISTIC do so for all).
     return_lse: also return the fp32 (fp64 for fp64 inputs) natural logarithm of the softmax denominator, [B, Hq, Sq] (varlen: [Hq, T]), differentiable.
     backend: a name or a list ("cuda,triton", "cuda,auto"): strict, see docs/choosing.md.
 
@@ -70,7 +73,7 @@ def attention(
     """
     plain = (
         varlen is None and sinks is None and not dropout_p and layout == "bhsd" and q_descale is None and k_descale is None
-        and v_descale is None and not torch.compiler.is_compiling()
+        and v_descale is None and not deterministic and not torch.compiler.is_compiling()
     )  # fmt: skip
     if plain and (mask is None or _is_usual_mask(mask)) and _no_modes() and _is_usual_tensor(q):
         usual = FULL if mask is None else mask
@@ -82,7 +85,7 @@ def attention(
             if read is not None:
                 return read
     descale = _descale(q_descale, k_descale, v_descale)
-    call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout, descale=descale)
+    call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout, None, descale, deterministic)
     out, lse = _run(call, backend or "", return_lse)
     if varlen is not None:
         out = out[0].transpose(0, 1)
@@ -162,6 +165,7 @@ def explain(
     q_descale: Optional[Tensor] = None,
     k_descale: Optional[Tensor] = None,
     v_descale: Optional[Tensor] = None,
+    deterministic: bool = False,
     return_lse: bool = False,
     layout: Layout = "bhsd",
     backend: Optional[str] = None,
@@ -175,9 +179,9 @@ def explain(
         new = 0 if k is None else k.shape[2 if layout == "bhsd" else 1]
         q, layout = q.transpose(1, 2) if layout == "bshd" else q, "bhsd"
         k, v, mask, table = _cached(kv_cache, mask, new)
-        call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, None, None, return_lse, layout, table, descale)
+        call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, None, None, return_lse, layout, table, descale, deterministic)
     else:
-        call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, None, return_lse, layout, descale=descale)
+        call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, None, return_lse, layout, None, descale, deterministic)
     return runtime.explain(call, backend or "", _wants_grad(call), _grad_bits(call, return_lse))
 
 
@@ -323,7 +327,7 @@ def _run(call: Call, backend: str, return_lse: bool) -> tuple[Tensor, Optional[T
             return runtime.forward(call, backend)
         if not runtime.is_empty(call):
             return _run_with_grad(call, backend, return_lse)
-    flat, sizes, data = spec.encode(call.mask, call.softcap, call.dropout_p, call.rng, call.varlen, call.block_table, call.descale)
+    flat, sizes, data = spec.encode(call.mask, call.softcap, call.dropout_p, call.rng, call.varlen, call.block_table, call.descale, call.deterministic)
     out, lse = ops.forward_op(
         call.q, call.k, call.v, call.mask.bias, call.sinks, data, flat, sizes, call.softmax_scale, return_lse, grad, backend
     )  # fmt: skip
@@ -381,7 +385,7 @@ def _is_eager(call: Call) -> bool:
 def _normalise(
     q: Tensor, k: Optional[Tensor], v: Optional[Tensor], mask: Optional[Mask], softmax_scale: Optional[float], softcap: float,
     sinks: Optional[Tensor], dropout_p: float, varlen: Optional[Varlen], kv_cache: Optional[KVCache], need_lse: bool, layout: str,
-    block_table: Optional[Tensor] = None, descale: Descale = _NO_DESCALE,
+    block_table: Optional[Tensor] = None, descale: Descale = _NO_DESCALE, deterministic: bool = False,
 ) -> Call:  # fmt: skip
     for name, value, kind in (("q", q, Tensor), ("k", k, Tensor), ("v", v, Tensor), ("sinks", sinks, Tensor), ("varlen", varlen, Varlen), ("kv_cache", kv_cache, KVCache)):
         if not isinstance(value, kind) and (value is not None or name == "q"):
@@ -424,6 +428,7 @@ def _normalise(
     else:
         scale = float(softmax_scale)
     call = Call(q, k, v, mask, scale, 0.0, None, 0.0, None, varlen, block_table, need_lse)
+    call.deterministic = bool(deterministic)
     if softcap:
         if not 0 < softcap < math.inf:
             raise ValueError(f"softcap={softcap}: 0 (off) or a positive number is needed")
@@ -439,7 +444,7 @@ def _normalise(
         if not 0.0 <= dropout_p < 1.0:
             raise ValueError(f"dropout_p={dropout_p}: 0 <= dropout_p < 1 is needed")
         call.dropout_p = float(dropout_p)
-        call.rng = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)
+        call.rng = philox.draw(q.device)
     if mask is not FULL:
         _check_mask(mask, call)
     if descale is not _NO_DESCALE:

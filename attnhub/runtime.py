@@ -175,7 +175,7 @@ def _facts(call: Call, need_backward: bool, grads: int) -> tuple[int, int, int, 
     if call.block_table is not None:
         flags |= _PAGED
         page_size, seqlen_k = seqlen_k, call.block_table.shape[1] * seqlen_k
-    if torch.are_deterministic_algorithms_enabled():
+    if call.deterministic or torch.are_deterministic_algorithms_enabled():
         flags |= _DETERMINISTIC
     return batch, seqlen_q, seqlen_k, page_size, flags
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Optional
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from attnhub import dense
 from attnhub.backend import Call, Gradients, Needs, Plan
 from attnhub.backends.reference import maths
-from attnhub.backends.sdpa.backward import all_heads, flash_backward
+from attnhub.backends.sdpa.backward import all_heads, flash_backward, torch_deterministic
 from attnhub.backends.sdpa.blocks import BLOCK_ELEMENTS, MOST_HEADS, row_blocks, without_padding
 from attnhub.layouts import in_order, lse_dtype
 from attnhub.problem import Feature, Problem
@@ -40,22 +41,33 @@ def _too_many_heads(problem: Problem) -> bool:
 def plan(problem: Problem) -> Plan:
     """The plan for a problem class."""
     if problem.features & _NOT_EXPRESSIBLE or _too_many_heads(problem):
-        return TiledPlan()
-    if problem.need_backward and not problem.features & {Feature.BIAS_GRAD, Feature.LSE_GRAD}:
+        return TiledPlan(problem)
+    # torch's autograd asks torch's own switch alone whether a backward has to be repeatable; `TiledPlan.backward` can set it.
+    own_backward = problem.features & {Feature.BIAS_GRAD, Feature.LSE_GRAD} or _repeatable(problem)
+    if problem.need_backward and not own_backward:
         return TrainingPlan(problem)
     if Feature.LSE in problem.features:
-        return LsePlan(problem) if _has_lse_kernel(problem) else TiledPlan()
+        return LsePlan(problem) if _has_lse_kernel(problem) else TiledPlan(problem)
     return TorchPlan(problem)
+
+
+def _repeatable(problem: Problem) -> bool:
+    """Whether repeatable results were asked for where torch's kernels do not give them anyway."""
+    return Feature.DETERMINISTIC in problem.features and problem.device.type != "cpu"
 
 
 class TiledPlan(Plan):
     """The definition over blocks of rows: memory linear in the sequence length."""
 
+    def __init__(self, problem: Problem) -> None:
+        self._repeatable = _repeatable(problem)
+
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
         return maths.forward(call, _block_rows(call), torch.promote_types(call.q.dtype, torch.float32), exact_nan=False)
 
     def backward(self, call: Call, grad_out: Tensor, grad_lse: Optional[Tensor], out: Tensor, lse: Tensor, needs: Needs) -> Gradients:
-        fast = flash_backward(call, grad_out, grad_lse, out, lse, needs)
+        with torch_deterministic() if self._repeatable else nullcontext():
+            fast = flash_backward(call, grad_out, grad_lse, out, lse, needs)
         if fast is not None:
             return fast
         dtype = torch.promote_types(call.q.dtype, torch.float32)
@@ -69,6 +81,7 @@ class TorchPlan(TiledPlan):
     """F.scaled_dot_product_attention, over blocks of rows where the mask is structure that has to be made dense."""
 
     def __init__(self, problem: Problem) -> None:
+        TiledPlan.__init__(self, problem)
         self._maskless = problem.features <= _MASKLESS | {Feature.LSE}
         # enable_gqa reads K/V at 2 to 16% of the read bandwidth in decode on CPU; the same heads as rows of one K/V head are 2-12 times faster.
         # On an H200 it is the other way round, several times at batch 1: torch's CUDA kernels split long K/V for single rows only.
@@ -159,7 +172,7 @@ class TrainingPlan(TorchPlan):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self._lse_plan = LsePlan(problem) if _has_lse_kernel(problem) else TiledPlan()
+        self._lse_plan = LsePlan(problem) if _has_lse_kernel(problem) else TiledPlan(problem)
 
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
         return self._lse_plan.forward(call) if call.need_lse else super().forward(call)
@@ -169,6 +182,7 @@ class LsePlan(TiledPlan):
     """torch's flash kernels called by their aten names, which also return lse."""
 
     def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
         self._on_cpu = problem.device.type == "cpu"
 
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
@@ -189,7 +203,7 @@ class LsePlan(TiledPlan):
 
 def _has_lse_kernel(problem: Problem) -> bool:
     """Whether an aten kernel gives (out, lse) for the problem: full or causal, head_dims alike, a dtype that it has."""
-    plain = {Feature.LSE, Feature.LSE_GRAD, Feature.GQA, Feature.CAUSAL_TOP_LEFT, Feature.CAUSAL_BOTTOM_RIGHT}
+    plain = {Feature.LSE, Feature.LSE_GRAD, Feature.GQA, Feature.CAUSAL_TOP_LEFT, Feature.CAUSAL_BOTTOM_RIGHT, Feature.DETERMINISTIC}
     if not problem.features <= plain:
         return False
     if problem.device.type == "cpu":
