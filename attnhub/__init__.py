@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from attnhub.patching import PatchReport, patch, unpatch
     from attnhub.problem import DeviceInfo, Feature, Problem
     from attnhub.reasons import Accepted, Code, Reason, Rejected
-    from attnhub.replacing import install_as_flash_attn, uninstall_as_flash_attn
+    from attnhub.replacing import install_as_flash_attn, install_as_sdpa, replace_sdpa, uninstall_as_flash_attn, uninstall_as_sdpa
     from attnhub.rotary import apply_rotary
     from attnhub.runtime import last_decision, use
     from attnhub.states import merge_states
@@ -47,7 +47,7 @@ _HOME = {
         "patching": ("PatchReport", "patch", "unpatch"),
         "problem": ("DeviceInfo", "Feature", "Problem"),
         "reasons": ("Accepted", "Code", "Reason", "Rejected"),
-        "replacing": ("install_as_flash_attn", "uninstall_as_flash_attn"),
+        "replacing": ("install_as_flash_attn", "install_as_sdpa", "replace_sdpa", "uninstall_as_flash_attn", "uninstall_as_sdpa"),
         "rotary": ("apply_rotary",),
         "runtime": ("last_decision", "use"),
         "states": ("merge_states",),
@@ -98,13 +98,16 @@ __all__ = [
     "backends",
     "explain",
     "install_as_flash_attn",
+    "install_as_sdpa",
     "last_decision",
     "merge_states",
     "onnx",
     "patch",
+    "replace_sdpa",
     "scaled_dot_product_attention",
     "testing",
     "uninstall_as_flash_attn",
+    "uninstall_as_sdpa",
     "unpatch",
     "use",
     "warmup",

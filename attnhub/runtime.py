@@ -147,6 +147,12 @@ def last_decision() -> Optional[Decision]:
     return None if chosen is None else _with_plan(chosen.decision, chosen.plan)
 
 
+def last_backend() -> Optional[str]:
+    """Who served the last attention call that ran in this thread: `last_decision`'s choice, without asking the plan to describe itself."""
+    chosen = _served.chosen
+    return None if chosen is None else chosen.backend
+
+
 def _with_plan(decision: Decision, plan: Plan) -> Decision:
     """The decision with its plan as that is now: a plan may know more after its first call."""
     described = {"backend": decision.chosen, **plan.describe()}

@@ -17,6 +17,8 @@ from attnhub.backends.sdpa.blocks import BLOCK_ELEMENTS, MOST_HEADS, row_blocks,
 from attnhub.layouts import in_order, lse_dtype
 from attnhub.problem import Feature, Problem
 
+#: torch's own F.scaled_dot_product_attention, whoever may have put a function of theirs there (`attnhub.replace_sdpa` does).
+torch_sdpa = torch._C._nn.scaled_dot_product_attention
 #: Beyond F.scaled_dot_product_attention: softcap and sinks change the maths, dropout there draws its own random numbers
 #: (ours is shared by all backends), and packed or paged K/V are layouts that it lacks.
 _NOT_EXPRESSIBLE = frozenset({Feature.SOFTCAP, Feature.SINKS, Feature.DROPOUT, Feature.VARLEN, Feature.PAGED})
@@ -96,7 +98,7 @@ class TorchPlan(TiledPlan):
 
     @staticmethod
     def _plain(call: Call) -> tuple[Tensor, Optional[Tensor]]:
-        out = F.scaled_dot_product_attention(call.q, call.k, call.v, scale=call.softmax_scale)
+        out = torch_sdpa(call.q, call.k, call.v, scale=call.softmax_scale)
         return out if call.q.is_cpu else in_order(out, call.q), None
 
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
@@ -107,7 +109,7 @@ class TorchPlan(TiledPlan):
                 causal = False
             if not causal or self._top_left or q.shape[2] == k.shape[2]:
                 if self._in_order:
-                    return F.scaled_dot_product_attention(q, k, v, None, 0.0, causal, scale=call.softmax_scale), None
+                    return torch_sdpa(q, k, v, None, 0.0, causal, scale=call.softmax_scale), None
                 return in_order(self._torch(q, k, v, None, causal, call.softmax_scale), q), None
         return in_order(self._masked(call), q), None
 
@@ -118,21 +120,21 @@ class TorchPlan(TiledPlan):
         if self._dv_differs:
             return self._padded(q, k, v, attn_mask, causal, scale)
         if not self._gqa:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, causal, scale=scale)
+            return torch_sdpa(q, k, v, attn_mask, 0.0, causal, scale=scale)
         if self._fold_heads and (attn_mask is None or attn_mask.shape[1] == 1):
             # With one query row, causal (either alignment) is decided by the caller; top-left sees the first key alone.
             batch, heads, _, dim = q.shape
             grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], dim)
             if causal:
                 k, v = k[:, :, :1], v[:, :, :1]
-            return F.scaled_dot_product_attention(grouped, k, v, attn_mask, scale=scale).reshape(batch, heads, 1, v.shape[3])
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, causal, scale=scale, enable_gqa=True)
+            return torch_sdpa(grouped, k, v, attn_mask, scale=scale).reshape(batch, heads, 1, v.shape[3])
+        return torch_sdpa(q, k, v, attn_mask, 0.0, causal, scale=scale, enable_gqa=True)
 
     def _padded(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor], causal: bool, scale: float) -> Tensor:
         """torch's flash kernels want one head_dim: zeros in q and k change no score, and zeros in v are cut off again."""
         width = max(q.shape[3], v.shape[3])
         q, k = F.pad(q, (0, width - q.shape[3])), F.pad(k, (0, width - k.shape[3]))
-        out = F.scaled_dot_product_attention(
+        out = torch_sdpa(
             q, k, F.pad(v, (0, width - v.shape[3])), attn_mask, 0.0, causal, scale=scale, enable_gqa=self._gqa
         )  # fmt: skip
         return out[..., : v.shape[3]]
