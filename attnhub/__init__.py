@@ -17,7 +17,7 @@ if not _os.path.isdir(_os.path.join(_here, "backends")) and _os.path.isdir(_os.p
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from attnhub import onnx, testing
+    from attnhub import nn, onnx, testing
     from attnhub.api import attention, backends, explain, scaled_dot_product_attention
     from attnhub.backend import Backend, Call, Descale, Gradients, Needs, Plan, PrepareError
     from attnhub.capability import Capability, DeviceRange
@@ -55,7 +55,7 @@ _HOME = {
     }.items()
     for name in names
 }
-_MODULES = ("onnx", "testing")
+_MODULES = ("nn", "onnx", "testing")
 
 __all__ = [
     "ALiBi",
@@ -101,6 +101,7 @@ __all__ = [
     "install_as_sdpa",
     "last_decision",
     "merge_states",
+    "nn",
     "onnx",
     "patch",
     "replace_sdpa",
