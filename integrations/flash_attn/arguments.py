@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Optional, Union
 
@@ -16,13 +17,14 @@ Result = Union[Tensor, tuple[Tensor, Tensor, Tensor]]
 
 def mask_of(causal: bool, window_size: Sequence[int], alibi_slopes: Optional[Tensor]) -> Mask:
     """All are aligned at the bottom right. A negative end of the window is open."""
+    mask = _structure(bool(causal), *window(window_size))
+    return mask if alibi_slopes is None else mask & ALiBi(alibi_slopes)
+
+
+@functools.lru_cache(maxsize=64)
+def _structure(causal: bool, left: int, right: int) -> Mask:
     mask = Causal() if causal else FULL
-    left, right = window(window_size)
-    if left >= 0 or right >= 0:
-        mask = mask & Window(left, right)
-    if alibi_slopes is not None:
-        mask = mask & ALiBi(alibi_slopes)
-    return mask
+    return mask & Window(left, right) if left >= 0 or right >= 0 else mask
 
 
 def window(window_size: Sequence[int]) -> tuple[int, int]:

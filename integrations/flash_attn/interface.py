@@ -100,11 +100,11 @@ def _attend(
     options: dict[str, Any] = {"softmax_scale": softmax_scale, "softcap": softcap}
     # The draw that the call is about to make, so that S_dmask can show what it dropped.
     rng = next_rng(q.device) if return_attn_probs and dropout_p else None
-    found: Any = attention(
-        q, k, v, mask, dropout_p=dropout_p, varlen=varlen, deterministic=deterministic, return_lse=return_attn_probs, layout="bshd", **options
-    )  # fmt: skip
+    # `attention` does the same with layout="bshd", by a longer way.
+    q_, k_, v_ = (t.transpose(1, 2) if varlen is None and t.ndim == 4 else t for t in (q, k, v))
+    found: Any = attention(q_, k_, v_, mask, dropout_p=dropout_p, varlen=varlen, deterministic=deterministic, return_lse=return_attn_probs, **options)
+    out: Tensor = found[0] if return_attn_probs else found
+    out = (out.transpose(1, 2) if varlen is None else out).contiguous()
     if not return_attn_probs:
-        out: Tensor = found.contiguous()
         return out
-    weights = q.new_empty(0) if rng is None else s_dmask(q, k, v, mask, varlen, dropout_p, rng, **options)
-    return found[0].contiguous(), found[1], weights
+    return out, found[1], q.new_empty(0) if rng is None else s_dmask(q, k, v, mask, varlen, dropout_p, rng, **options)
