@@ -38,6 +38,7 @@ class Call:
       int32 on the device delimit the N sequences. Mask data indexed by b is indexed by the sequence.
     - Paged K/V (``block_table`` is not None): k and v are [pages, Hk, page_size, D] and ``block_table`` [B, max_pages]
       int32 on the device gives the pages of each sequence; ``mask.seqused_k`` gives its length and is always present.
+    - Both: q is packed and k, v are pages; ``varlen.cu_seqlens_k`` and ``max_seqlen_k`` mean nothing.
     - ``mask``: the normal form (`attnhub.mask.Mask`). ``softmax_scale`` is always a number. ``softcap`` 0.0 is off.
     - ``sinks``: [Hq] fp32 (fp64 for fp64 inputs) or None. ``dropout_p`` 0.0 is off; ``rng`` is int64 [2] = (seed, offset) on q's device when on.
     - ``descale``: a `Descale` with at least one factor, or None. Only with fp8 inputs (float8_e4m3fn; out is then bf16), and a backend

@@ -180,7 +180,8 @@ def _facts(call: Call, need_backward: bool, grads: int) -> tuple[int, int, int, 
         batch, seqlen_q, seqlen_k = call.varlen.cu_seqlens_q.shape[0] - 1, call.varlen.max_seqlen_q, call.varlen.max_seqlen_k
     if call.block_table is not None:
         flags |= _PAGED
-        page_size, seqlen_k = seqlen_k, call.block_table.shape[1] * seqlen_k
+        page_size = call.k.shape[2]
+        seqlen_k = call.block_table.shape[1] * page_size
     if call.deterministic or torch.are_deterministic_algorithms_enabled():
         flags |= _DETERMINISTIC
     return batch, seqlen_q, seqlen_k, page_size, flags

@@ -216,6 +216,6 @@ def _has_lse_kernel(problem: Problem) -> bool:
 
 def _block_rows(call: Call) -> int:
     seqlen_k = call.k.shape[2] if call.block_table is None else call.block_table.shape[1] * call.k.shape[2]
-    if call.varlen is not None:
+    if call.varlen is not None and call.block_table is None:
         seqlen_k = call.varlen.max_seqlen_k
     return max(16, BLOCK_ELEMENTS // max(1, call.q.shape[0] * call.q.shape[1] * seqlen_k))

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Optional, Union
 
+import torch
 from torch import Tensor
 
 from attnhub.layouts import Varlen
@@ -17,14 +18,18 @@ Result = Union[Tensor, tuple[Tensor, Tensor, Tensor]]
 
 def mask_of(causal: bool, window_size: Sequence[int], alibi_slopes: Optional[Tensor]) -> Mask:
     """All are aligned at the bottom right. A negative end of the window is open."""
-    mask = _structure(bool(causal), *window(window_size))
+    # Dynamo traces what a cache holds anyway, with a warning.
+    make = _structure if torch.compiler.is_compiling() else _made
+    mask = make(bool(causal), *window(window_size))
     return mask if alibi_slopes is None else mask & ALiBi(alibi_slopes)
 
 
-@functools.lru_cache(maxsize=64)
 def _structure(causal: bool, left: int, right: int) -> Mask:
     mask = Causal() if causal else FULL
     return mask & Window(left, right) if left >= 0 or right >= 0 else mask
+
+
+_made = functools.lru_cache(maxsize=64)(_structure)
 
 
 def window(window_size: Sequence[int]) -> tuple[int, int]:

@@ -61,7 +61,7 @@ def flash_attn_varlen_func(
     cu_seqlens_q, cu_seqlens_k: [N + 1] integers, cumulative from 0; a sequence may have no tokens. Tokens behind the last
     belong to none: their out is 0. S_dmask is [N, Hq, max_seqlen_q, max_seqlen_k]. All else is `flash_attn_func`'s.
     block_table: [N, max_pages]; k and v are then pages [pages, page_size, Hk, D], and cu_seqlens_k says only how many keys
-    each sequence has. Without gradients; queries are padded to max_seqlen_q in between.
+    each sequence has. Without gradients.
     """
     varlen = lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if block_table is not None:
