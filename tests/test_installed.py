@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.resources
 import json
@@ -83,6 +84,16 @@ def test_compiled_and_eager_agree() -> None:
     q = torch.randn(1, 4, 24, 32)
     compiled = torch.compile(lambda x: attnhub.attention(x, x, x, attnhub.Causal()), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(q), attnhub.attention(q, q, q, attnhub.Causal()))
+
+
+def test_stand_ins_and_the_layer_are_there() -> None:
+    q = torch.randn(1, 6, 2, 8)
+    with attnhub.install_as_flash_attn(), attnhub.replace_sdpa(strict=True) as report:
+        out = importlib.import_module("flash_attn").flash_attn_func(q, q, q, causal=True)
+        same = torch.nn.functional.scaled_dot_product_attention(*(q.transpose(1, 2),) * 3, is_causal=True)
+    assert report.calls == 1
+    torch.testing.assert_close(out, same.transpose(1, 2))
+    torch.testing.assert_close(attnhub.nn.CachedAttention(2, head_dim=8, max_seqlen=8)(q, q, q), out)
 
 
 def test_the_command_line() -> None:
