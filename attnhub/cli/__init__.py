@@ -22,6 +22,7 @@ COMMANDS = {
     "tune": ("tune", "measure tile sizes of the triton backend on this GPU and write them into a table"),
     "export": ("export", "export a model to ONNX with one attention node per layer"),
     "demo": ("demo", "a real model, patched, generated from and exported, every step checked"),
+    "coverage": ("coverage", "try every model class of the installed transformers by eager attention and by attnhub, and write the page"),
     "new-backend": ("new_backend", "write a new backend as a distribution that works and passes conformance"),
     "docs": ("docs", "write the generated pages of a checkout, or check that they are fresh"),
 }
