@@ -33,36 +33,45 @@ def _backend() -> OnnxBackend:
 
 def export(
     model: Union[torch.nn.Module, Callable[..., Any]],
-    args: Union[torch.Tensor, Sequence[Any]],
+    inputs: Union[torch.Tensor, Sequence[Any], Mapping[str, Any]],
     path: Union[str, os.PathLike[str]],
     *,
     kwargs: Optional[Mapping[str, Any]] = None,
     dynamic_shapes: Any = None,
     opset: int = 18,
+    kv_cache: bool = False,
+    fp16: bool = False,
     input_names: Optional[Sequence[str]] = None,
     output_names: Optional[Sequence[str]] = None,
-    verify: bool = True,
+    report: bool = True,
 ) -> ExportReport:
     """Write a model as ONNX; every attnhub attention in it becomes one node that carries its own function body.
 
     model: a module in eval mode that uses `attnhub.attention` (after `attnhub.patch(model)`, say), or a function.
-    args, kwargs: example inputs. dynamic_shapes: as in `torch.export.export`. opset: 18, 21 or 22.
-    verify: run the file in ONNX Runtime on the example inputs, with and without attnhub's library, and compare with torch.
+    inputs, kwargs: example inputs, positional or by name. dynamic_shapes: as in `torch.export.export`. opset: 18, 21 or 22.
+    kv_cache: a transformers decoder gets ``past_key_values.N.key/value`` as inputs and ``present.N.key/value`` as outputs, and
+        dynamic_shapes of its own. An encoder-decoder becomes two files: ``<stem>.encoder.onnx`` gives ``cross.N.key/value``, which the
+        decoder at ``path`` takes.
+    fp16: export a float16 copy of the model; its floating inputs and outputs are float16 then.
+    report: run the file in ONNX Runtime, with and without attnhub's library, on the example and on fresh random inputs of other sizes,
+        and compare with torch.
 
-    Returns a report: nodes, opset, IR version, bodies, largest differences. Raises ValueError for what the node cannot
-    express (the message names the feature and the fix), for another opset, and for a model without attnhub's attention;
-    RuntimeError if verification fails.
+    Weights beyond 1.5 GB go to a file beside the model. Returns a report: nodes, opset, IR version, bodies, largest differences. Raises
+    ValueError for what the node cannot express (the message names the feature and the fix), for another opset, and for a model
+    without attnhub's attention; RuntimeError if the file and torch differ.
     """
     return _backend().export(
         model,
-        args,
+        inputs,
         path,
         kwargs=kwargs,
         dynamic_shapes=dynamic_shapes,
         opset=opset,
+        kv_cache=kv_cache,
+        fp16=fp16,
         input_names=input_names,
         output_names=output_names,
-        verify=verify,
+        report=report,
     )
 
 
