@@ -201,7 +201,7 @@ def test_weights_beside_the_model(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
     with open(tmp_path / "vit.onnx.data", "r+b") as data:
         data.truncate(1000)
     for way in (NATIVE, BODY):
-        with pytest.raises(Exception, match="External initializer: .* out of bounds"):
+        with pytest.raises(Exception, match=r"External initializer: .* out of bounds"):
             open_session(tmp_path / "vit.onnx", way)
 
 
