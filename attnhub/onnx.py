@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
     from attnhub.backends.onnx import OnnxBackend
     from attnhub.backends.onnx.export import ExportReport
+    from attnhub.backends.onnx.rewrite.convert import ConversionReport
 
-__all__ = ["export", "library_path", "native_calls", "register"]
+__all__ = ["convert", "export", "library_path", "lower", "native_calls", "register"]
 
 
 @functools.lru_cache(maxsize=1)
@@ -73,6 +74,44 @@ def export(
         output_names=output_names,
         report=report,
     )
+
+
+def convert(
+    source: Union[str, os.PathLike[str]],
+    target: Union[str, os.PathLike[str]],
+    *,
+    unpadded: bool = False,
+    inputs: Optional[Mapping[str, Any]] = None,
+    verify: bool = True,
+) -> ConversionReport:
+    """Rewrite the attention of an ONNX file into attnhub's nodes: written out as MatMul, Softmax, MatMul (torch's exporters, optimum),
+    ai.onnx Attention, com.microsoft MultiHeadAttention and GroupQueryAttention.
+
+    unpadded: all sequences of a batch are always as long as ``total_sequence_length``; without that promise a GroupQueryAttention is
+        rewritten only where the batch is 1. inputs: name -> array, for the check; made up by default.
+    verify: run both files in ONNX Runtime and compare.
+
+    The report lists what was rewritten, and each node that looked like attention and was left, with the reason; nothing is rewritten in
+    part. Nothing is written if nothing is recognised. Raises ValueError for what is no ONNX model, RuntimeError if the files
+    differ (and nothing is written then).
+    """
+    return _backend().convert(source, target, unpadded=unpadded, inputs=inputs, verify=verify)
+
+
+def lower(
+    source: Union[str, os.PathLike[str]],
+    target: Union[str, os.PathLike[str]],
+    *,
+    to: str = "ai.onnx",
+    inputs: Optional[Mapping[str, Any]] = None,
+    verify: bool = True,
+) -> ConversionReport:
+    """Rewrite attnhub's nodes into operators of a runtime: ``to="ai.onnx"`` (Attention; the file then has operator set 23 or newer) or
+    ``to="com.microsoft"`` (GroupQueryAttention where it is one, else MultiHeadAttention).
+
+    Nothing is written if a node cannot be expressed (sinks, lse); the report says which and why. inputs, verify and errors as in `convert`.
+    """
+    return _backend().lower(source, target, to=to, inputs=inputs, verify=verify)
 
 
 def register(session_options: Optional[onnxruntime.SessionOptions] = None) -> onnxruntime.SessionOptions:

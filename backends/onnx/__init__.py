@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
     from attnhub.backends.onnx.export import ExportReport
+    from attnhub.backends.onnx.rewrite.convert import ConversionReport
 
 
 class OnnxBackend(Backend):
@@ -86,6 +87,18 @@ class OnnxBackend(Backend):
         from attnhub.backends.onnx.export import export
 
         return export(*args, **kwargs)
+
+    def convert(self, *args: Any, **kwargs: Any) -> ConversionReport:
+        """See `attnhub.onnx.convert`."""
+        from attnhub.backends.onnx.rewrite.convert import convert
+
+        return convert(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> ConversionReport:
+        """See `attnhub.onnx.lower`."""
+        from attnhub.backends.onnx.rewrite.lowering import lower
+
+        return lower(*args, **kwargs)
 
 
 backend = OnnxBackend()

@@ -87,7 +87,7 @@ def test_llama_decodes(tmp_path: pathlib.Path) -> None:
         torch.testing.assert_close(torch.cat(logits, 1)[kept], want[kept], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("make", [whisper, t5])
+@pytest.mark.parametrize("make", [whisper, pytest.param(t5, marks=pytest.mark.long)])
 def test_encoder_decoder_decodes(make: Any, tmp_path: pathlib.Path) -> None:
     """Two files: the encoder's keys and values once, then the decoder in steps; the logits of torch at once."""
     model = make()
@@ -129,6 +129,7 @@ class Logits(torch.nn.Module):
         return out
 
 
+@pytest.mark.long
 def test_encoder_decoder_as_one_file(tmp_path: pathlib.Path) -> None:
     model = whisper()
     features, tokens = torch.randn(2, 8, 100), torch.randint(3, 99, (2, 7))
