@@ -11,8 +11,8 @@ from typing import Any, Optional
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
+from torch.nn import functional
 
 import attnhub
 
