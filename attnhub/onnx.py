@@ -114,13 +114,18 @@ def lower(
     return _backend().lower(source, target, to=to, inputs=inputs, verify=verify)
 
 
-def register(session_options: Optional[onnxruntime.SessionOptions] = None) -> onnxruntime.SessionOptions:
+def register(
+    session_options: Optional[onnxruntime.SessionOptions] = None, *, backend: Optional[str] = None, device: Optional[str] = None
+) -> onnxruntime.SessionOptions:
     """Make sessions with these options run attnhub's nodes by the native kernel. Returns the options, new ones for None.
 
+    backend: instead of the native kernel, `attnhub.attention(backend=...)` computes every node, on views of ONNX Runtime's memory: a name, a
+    list "a,b", or "auto". It needs torch, and a Python process. device: where the tensors are moved for it and back, "cuda" for example.
+
     Registering the same options again changes nothing. Raises ImportError without onnxruntime, RuntimeError for one older
-    than 1.20, FileNotFoundError if the library was not built.
+    than 1.20, FileNotFoundError if the library was not built, ValueError for an unknown backend or options that have another one.
     """
-    return _backend().register(session_options)
+    return _backend().register(session_options, backend=backend, device=device)
 
 
 def library_path() -> str:

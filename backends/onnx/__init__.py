@@ -74,9 +74,11 @@ class OnnxBackend(Backend):
         """See `attnhub.onnx.library_path`."""
         return library.library_path()
 
-    def register(self, session_options: Optional[onnxruntime.SessionOptions] = None) -> onnxruntime.SessionOptions:
+    def register(
+        self, session_options: Optional[onnxruntime.SessionOptions] = None, *, backend: Optional[str] = None, device: Optional[str] = None
+    ) -> onnxruntime.SessionOptions:
         """See `attnhub.onnx.register`."""
-        return library.register(session_options)
+        return library.register(session_options, backend=backend, device=device)
 
     def native_calls(self) -> int:
         """See `attnhub.onnx.native_calls`."""
