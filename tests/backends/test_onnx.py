@@ -434,11 +434,38 @@ def test_serving_without_torch(tmp_path: pathlib.Path) -> None:
     torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "out.npy")).double(), want, atol=2e-6, rtol=0)
 
 
-def test_the_interface_is_the_official_one(tmp_path: pathlib.Path) -> None:
-    """Our declaration of ONNX Runtime's C interface against its header, where that is installed."""
+def _headers_and_compiler() -> tuple[str, str]:
+    """The folder of onnxruntime_c_api.h, and a C++ compiler; skips where one is missing."""
     folders = [os.environ.get("ATTNHUB_ORT_INCLUDE", ""), "/usr/include/onnxruntime", "/usr/local/include/onnxruntime"]
     found = next((f for f in folders if f and os.path.exists(os.path.join(f, "onnxruntime_c_api.h"))), None)
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if found is None or compiler is None:
         pytest.skip("needs a C++ compiler and onnxruntime_c_api.h (libonnxruntime-dev, or ATTNHUB_ORT_INCLUDE naming its folder)")
+    return found, compiler
+
+
+def test_the_interface_is_the_official_one() -> None:
+    """Our declaration of ONNX Runtime's C interface against its header, where that is installed."""
+    found, compiler = _headers_and_compiler()
     subprocess.run([compiler, "-std=c++17", "-fsyntax-only", "-isystem", found, str(KERNELS / "abi_check.cpp")], check=True)
+
+
+def test_from_cpp(tmp_path: pathlib.Path) -> None:
+    """The example, built against the runtime of the Python package and run without Python."""
+    found, compiler = _headers_and_compiler()
+    source = pathlib.Path(__file__).resolve().parents[2] / "examples/onnx-cpp/main.cpp"
+    runtime = next(pathlib.Path(ort.__file__).parent.glob("capi/libonnxruntime.so.1*"), None)
+    if runtime is None:
+        pytest.skip("this onnxruntime package holds no libonnxruntime.so")
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (tmp_path / name).symlink_to(runtime)
+    link = [f"-L{tmp_path}", "-lonnxruntime", f"-Wl,-rpath,{tmp_path}"]
+    subprocess.run([compiler, "-std=c++17", "-Wall", "-isystem", found, str(source), *link, "-o", str(tmp_path / "main")], check=True)
+    form = Form(is_causal=True)
+    onnx.save(one_node(form, FLOAT, body=False), tmp_path / "model.onnx")  # without the library it would not load
+    command = [tmp_path / "main", tmp_path / "model.onnx", attnhub.onnx.library_path()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    got = torch.tensor([float(line) for line in done.stdout.split()]).view(1, 2, 5, 8)
+    x = (0.01 * torch.arange(80, dtype=torch.float32)).view(1, 2, 5, 8)
+    torch.testing.assert_close(got.double(), definition(form, {"Q": x, "K": x, "V": x})[0], atol=2e-6, rtol=0)
+    assert subprocess.run([*command[:1], "none.onnx", command[2]], capture_output=True, check=False).returncode == 1
