@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
     from attnhub.backends.onnx import OnnxBackend
     from attnhub.backends.onnx.export import ExportReport
+    from attnhub.backends.onnx.inspect import Problem
     from attnhub.backends.onnx.rewrite.convert import ConversionReport
 
-__all__ = ["convert", "export", "library_path", "lower", "native_calls", "register"]
+__all__ = ["check", "convert", "export", "library_path", "lower", "native_calls", "register"]
 
 
 @functools.lru_cache(maxsize=1)
@@ -112,6 +113,15 @@ def lower(
     Nothing is written if a node cannot be expressed (sinks, lse); the report says which and why. inputs, verify and errors as in `convert`.
     """
     return _backend().lower(source, target, to=to, inputs=inputs, verify=verify)
+
+
+def check(path: Union[str, os.PathLike[str]]) -> tuple[Problem, ...]:
+    """What is wrong with attnhub's nodes in a file: node and reason, empty if nothing is.
+
+    Looks at what runtimes pass over too: attributes and versions that are not known, bodies that are missing, weights that are cut off.
+    Raises FileNotFoundError.
+    """
+    return _backend().check_file(path)
 
 
 def register(

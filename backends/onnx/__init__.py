@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
     from attnhub.backends.onnx.export import ExportReport
+    from attnhub.backends.onnx.inspect import Problem as FileProblem
     from attnhub.backends.onnx.rewrite.convert import ConversionReport
 
 
@@ -89,6 +90,12 @@ class OnnxBackend(Backend):
         from attnhub.backends.onnx.export import export
 
         return export(*args, **kwargs)
+
+    def check_file(self, *args: Any, **kwargs: Any) -> tuple[FileProblem, ...]:
+        """See `attnhub.onnx.check`."""
+        from attnhub.backends.onnx.inspect import check
+
+        return check(*args, **kwargs)
 
     def convert(self, *args: Any, **kwargs: Any) -> ConversionReport:
         """See `attnhub.onnx.convert`."""
