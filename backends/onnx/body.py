@@ -13,7 +13,7 @@ from typing import Any, Union
 import onnx
 from onnx import TensorProto, helper
 
-from attnhub.backends.onnx.node import DEFAULTS, DOMAIN, OP, Form
+from attnhub.backends.onnx.node import DOMAIN, OP, Form
 
 #: Operator sets that export writes.
 OPSETS = (18, 21, 22)
@@ -23,8 +23,8 @@ BODY_OPSETS = range(15, 26)
 _Constant = Union[float, int, list[int]]
 
 
-def function_body(form: Form, opset: int) -> onnx.FunctionProto:
-    """The function ``attnhub::FlashAttention`` of one form, told apart from those of other forms by its ``overload``.
+def function_body(form: Form, opset: int, domain: str = DOMAIN) -> onnx.FunctionProto:
+    """The function ``attnhub::FlashAttention`` of one form, told apart from those of other forms by its domain (and ``overload``).
 
     Raises ValueError for an opset that is not one of `BODY_OPSETS`.
     """
@@ -33,13 +33,13 @@ def function_body(form: Form, opset: int) -> onnx.FunctionProto:
     ops = _Ops(opset=opset)
     outputs = _attention(ops, form)
     function = helper.make_function(
-        DOMAIN,
+        domain,
         OP,
         [name or f"absent_{i}" for i, name in enumerate(form.inputs())],
         outputs,
         ops.nodes,
         [helper.make_opsetid("", opset)],
-        list(DEFAULTS),
+        [],  # a body is of one form and reads none; onnx.reference would want every one that is named here
     )
     function.overload = form.overload()
     return function

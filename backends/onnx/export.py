@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +16,10 @@ from torch.utils import _pytree as pytree
 
 from attnhub import ops
 from attnhub.backends.onnx import cached
-from attnhub.backends.onnx.body import OPSETS, function_body
+from attnhub.backends.onnx.bodies import give_bodies, nodes_of
+from attnhub.backends.onnx.body import OPSETS
 from attnhub.backends.onnx.model import IR_VERSION
-from attnhub.backends.onnx.node import DOMAIN, INPUTS, OP, OUTPUTS, VERSION, Form
+from attnhub.backends.onnx.node import Form
 from attnhub.backends.onnx.translate import IN_PLACE_CACHE, UnsupportedInOnnx, translate_forward
 from attnhub.backends.onnx.verify import Trial, copies, fresh, verify
 
@@ -115,7 +115,7 @@ def _export_part(
 ) -> ExportReport:
     kwargs = kwargs or {}
     program = _trace(part, kwargs, opset)
-    forms = _finish(program.model, opset)
+    forms = _finish(program.model)
     if not forms:
         raise ValueError(
             "the model has no attnhub attention: call attnhub.patch(model) first, or attnhub.attention inside it. Nothing was written"
@@ -197,31 +197,13 @@ def _unsupported_behind(error: Optional[BaseException]) -> Optional[UnsupportedI
     return None
 
 
-def _finish(model: Any, opset: int) -> list[Form]:
-    """Give every node its final outputs, its overload and its body. Changes the model; the forms found, one per node."""
-    forms = []
-    for node in itertools.chain(model.graph.all_nodes(), *(function.all_nodes() for function in model.functions.values())):
-        if (node.domain, node.op_type) != (DOMAIN, OP):
-            continue
+def _finish(model: Any) -> list[Form]:
+    """Give every node its final outputs and its body. Changes the model; the forms found, one per node."""
+    for node in nodes_of(model):
         _drop_unused_outputs(node)
-        inputs = frozenset(name for name, value in zip(INPUTS, node.inputs) if value is not None)
-        outputs = frozenset(name for name, value in zip(OUTPUTS, node.outputs) if value.name)
-        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        form = Form.of_node(attributes, inputs, outputs, "attn_mask" in inputs and _is_bool(node.inputs[INPUTS.index("attn_mask")]))
-        node.overload = form.overload()
-        forms.append(form)
-    for form in set(forms):
-        function = onnx_ir.serde.deserialize_function(function_body(form, opset))
-        model.functions[function.identifier()] = function
-    model.opset_imports[DOMAIN] = VERSION
+    forms = give_bodies(model)
     model.ir_version = IR_VERSION
     return forms
-
-
-def _is_bool(value: Any) -> bool:
-    if value.dtype is None:
-        raise RuntimeError(f"the exporter left the type of attn_mask {value.name!r} open; the node's function body depends on it")
-    return bool(value.dtype == onnx_ir.DataType.BOOL)
 
 
 def _drop_unused_outputs(node: Any) -> None:

@@ -16,7 +16,7 @@ import onnx
 from onnx import AttributeProto, helper
 from onnx.external_data_helper import uses_external_data
 
-from attnhub.backends.onnx.node import DEFAULTS, DOMAIN, INPUTS, OP, OUTPUTS, REQUIRED_INPUTS, VERSION, Form
+from attnhub.backends.onnx.node import DEFAULTS, DOMAIN, INPUTS, OP, OUTPUTS, REQUIRED_INPUTS, VERSION, Form, is_ours
 
 _RANKS = {"Q": 4, "K": 4, "V": 4, "past_key": 4, "past_value": 4, "nonpad_kv_seqlen": 1, "sinks": 1, "leftpad": 1}
 _KINDS = {int: AttributeProto.INT, float: AttributeProto.FLOAT, str: AttributeProto.STRING}
@@ -57,8 +57,9 @@ def check(path: Union[str, os.PathLike[str]]) -> tuple[Problem, ...]:
 
 def _file(model: onnx.ModelProto, folder: pathlib.Path) -> Iterator[Problem]:
     opsets = {entry.domain: entry.version for entry in model.opset_import}
-    if opsets.get(DOMAIN, VERSION) > VERSION:
-        yield Problem("", f"it is of operator set {DOMAIN} {opsets[DOMAIN]}; this attnhub knows {VERSION}: update attnhub")
+    for domain, version in opsets.items():
+        if is_ours(domain, OP) and version > VERSION:
+            yield Problem("", f"it is of operator set {domain} {version}; this attnhub knows {VERSION}: update attnhub")
     if not opsets.get("", 0):
         yield Problem("", "it imports no operator set of ai.onnx")
     for tensor in model.graph.initializer:
@@ -92,24 +93,23 @@ def _nodes(model: onnx.ModelProto, inferred: onnx.ModelProto) -> Iterator[Proble
         types[value.name] = value.type.tensor_type
     for tensor in model.graph.initializer:
         types[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, list(tensor.dims)).tensor_type
-    bodies = {(function.name, function.overload) for function in model.functions if function.domain == DOMAIN}
+    bodies = {(function.domain, function.overload) for function in model.functions if is_ours(function.domain, function.name)}
     for node in _all(model):
-        if node.domain != DOMAIN:
+        if node.domain.split(".")[0] != DOMAIN:
             continue
         label = node.name or (node.output[0] if node.output else node.op_type)
-        if node.op_type != OP:
-            yield Problem(label, f"operator {DOMAIN}::{node.op_type} is not known; there is {OP}")
+        if not is_ours(node.domain, node.op_type):
+            yield Problem(label, f"operator {node.domain}::{node.op_type} is not known; there is {DOMAIN}::{OP}")
             continue
         for reason in (*_attributes(node), *_arguments(node, types)):
             yield Problem(label, reason)
-        if bodies and (node.op_type, node.overload) not in bodies:
-            yield Problem(
-                label, f"it has no function body: overload {node.overload!r} is not among {sorted(overload for _, overload in bodies)}"
-            )
+        if bodies and (node.domain, node.overload) not in bodies:
+            have = ", ".join(f"{domain} {overload}" for domain, overload in sorted(bodies))
+            yield Problem(label, f"it has no function body: {node.domain} {node.overload} is not among {have}")
 
 
 def _all(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    stack = [model.graph.node, *(function.node for function in model.functions if function.domain != DOMAIN)]
+    stack = [model.graph.node, *(function.node for function in model.functions if not is_ours(function.domain, function.name))]
     while stack:
         for node in stack.pop():
             yield node

@@ -83,20 +83,27 @@ Op make_op(Callback callback) {
     return op;
 }
 
+// attnhub, attnhub.2, ... attnhub.32: names of one operator, by which files tell function bodies apart (bodies.py).
+constexpr int kDomains = 32;
+
+using Domains = std::array<OpDomain*, kDomains>;
+
 // The operators, for one runtime (a process can hold several) and one callback or none. They live as long as the library, which
 // is linked never to be unloaded: sessions point to them.
-OpDomain* domain_of(ApiTable table, Callback callback) {
-    static std::map<std::pair<ApiTable, Callback>, OpDomain*> domains;
-    OpDomain*& domain = domains[{table, callback}];
-    if (domain == nullptr) {
-        const Api api(table);
-        OpDomain* made = nullptr;
-        check(api.call<CreateOpDomain>("attnhub", &made));
-        const auto* ops = new std::array<Op, 3>{make_op<kFloat>(callback), make_op<kFloat16>(callback), make_op<kBFloat16>(callback)};
-        for (const Op& op : *ops) check(api.call<OpDomainAdd>(made, static_cast<const CustomOp*>(&op)));
-        domain = made;
+const Domains& domains_of(ApiTable table, Callback callback) {
+    static std::map<std::pair<ApiTable, Callback>, Domains> all;
+    const auto key = std::make_pair(table, callback);
+    const auto found = all.find(key);
+    if (found != all.end()) return found->second;
+    const Api api(table);
+    const auto* ops = new std::array<Op, 3>{make_op<kFloat>(callback), make_op<kFloat16>(callback), make_op<kBFloat16>(callback)};
+    Domains domains{};
+    for (int i = 0; i < kDomains; ++i) {
+        const std::string name = i == 0 ? "attnhub" : "attnhub." + std::to_string(i + 1);
+        check(api.call<CreateOpDomain>(name.c_str(), &domains[i]));
+        for (const Op& op : *ops) check(api.call<OpDomainAdd>(domains[i], static_cast<const CustomOp*>(&op)));
     }
-    return domain;
+    return all.emplace(key, domains).first->second;
 }
 
 // Marks session options that have the operators already: ONNX Runtime refuses the same domain twice.
@@ -136,7 +143,7 @@ ATTNHUB_EXPORT attnhub::ort::Status* RegisterCustomOps(attnhub::ort::SessionOpti
         int registered = 0;
         check(api.call<HasSessionConfigEntry>(static_cast<const SessionOptions*>(options), kMark, &registered));
         if (registered != 0) return;
-        check(api.call<AddOpDomain>(options, domain_of(table, callback_of(api, options))));
+        for (OpDomain* domain : domains_of(table, callback_of(api, options))) check(api.call<AddOpDomain>(options, domain));
         check(api.call<AddSessionConfigEntry>(options, kMark, "1"));
     });
 }

@@ -16,10 +16,10 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from attnhub.backends.onnx.body import BODY_OPSETS, function_body
+from attnhub.backends.onnx.bodies import give_bodies
+from attnhub.backends.onnx.body import BODY_OPSETS
 from attnhub.backends.onnx.export import EXTERNAL_BYTES
-from attnhub.backends.onnx.model import IR_VERSION
-from attnhub.backends.onnx.node import DOMAIN, OP, VERSION, Form
+from attnhub.backends.onnx.node import Form, is_ours
 from attnhub.backends.onnx.rewrite import contrib, pattern, softmax, standard
 from attnhub.backends.onnx.rewrite.check import Checked, check
 from attnhub.backends.onnx.rewrite.graph import NotRecognised, graphs
@@ -104,7 +104,6 @@ def convert(
     names = used_names(model)
     converted: list[Converted] = []
     left: list[Left] = []
-    forms: list[Form] = []
     for node in graphs(model):
         label = node.name or str(node.outputs[0].name)
         kind = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
@@ -115,13 +114,12 @@ def convert(
             continue
         if made is not None:
             form, was, notes = made
-            forms.append(form)
             converted.append(Converted(label, was, form.overload(), tuple(notes)))
     opset = model.opset_imports[""]
-    if not forms:
+    if not converted:
         return ConversionReport(os.fspath(source), "", opset, (), tuple(left))
     common.RemoveUnusedNodesPass()(model)
-    bodies = add_bodies(model, forms)
+    bodies = tuple(sorted({form.overload() for form in give_bodies(model)}))
     report = ConversionReport(
         os.fspath(source), os.fspath(target), opset, tuple(converted), tuple(left), difference(before, operators(model)), bodies
     )
@@ -175,8 +173,13 @@ def load(source: Union[str, os.PathLike[str]]) -> ir.Model:
         raise ValueError(
             f"{path} is of operator set {opset}; function bodies were written for {BODY_OPSETS.start} to {BODY_OPSETS.stop - 1}"
         )
-    if any(node.op_type in ("Softmax", "Attention") for f in model.functions.values() if f.domain != DOMAIN for node in f.all_nodes()):
-        common.InlinePass(lambda function: function.domain != DOMAIN)(model)
+    if any(
+        node.op_type in ("Softmax", "Attention")
+        for f in model.functions.values()
+        if not is_ours(f.domain, f.name)
+        for node in f.all_nodes()
+    ):
+        common.InlinePass(lambda function: not is_ours(function.domain, function.name))(model)
     infer_shapes(model)
     return model
 
@@ -251,17 +254,6 @@ def difference(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str,
     return {name: (before.get(name, 0), after.get(name, 0)) for name in names if before.get(name, 0) != after.get(name, 0)}
 
 
-def add_bodies(model: ir.Model, forms: list[Form]) -> tuple[str, ...]:
-    """One function body per form; the overloads."""
-    opset = model.opset_imports[""]
-    for form in set(forms):
-        function = ir.serde.deserialize_function(function_body(form, opset))
-        model.functions[function.identifier()] = function
-    model.opset_imports[DOMAIN] = VERSION
-    model.ir_version = max(model.ir_version, IR_VERSION)
-    return tuple(sorted({form.overload() for form in forms}))
-
-
 def write(model: ir.Model, report: ConversionReport, inputs: Optional[Mapping[str, Any]], verify: bool) -> ConversionReport:
     """Check the model against its source, and put it in place only if they agree."""
     target = pathlib.Path(report.path)
@@ -277,7 +269,3 @@ def write(model: ir.Model, report: ConversionReport, inputs: Optional[Mapping[st
             if name:
                 os.replace(made.with_name(name), target.with_name(name))
     return report
-
-
-def is_ours(node: ir.Node) -> bool:
-    return (node.domain, node.op_type) == (DOMAIN, OP)

@@ -160,6 +160,9 @@ class Builder:
     def attention(self, form: Form, tensors: dict[str, Optional[ir.Value]]) -> ir.Node:
         """The node of a form, with its overload; the function body is the caller's to add."""
         inputs = [tensors.get(name) for name in INPUTS]
+        mask = tensors.get("attn_mask")
+        if mask is not None and mask.dtype is None:
+            typed(mask, ir.DataType.BOOL if form.mask == "bool" else tensors["Q"].dtype)  # type: ignore[union-attr]
         while inputs[-1] is None:
             inputs.pop()
         made = self.node(OP, inputs, form.attributes(), len(form.outputs()), DOMAIN, form.overload())

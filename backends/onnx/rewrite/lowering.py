@@ -17,7 +17,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import version_converter
 
-from attnhub.backends.onnx.node import DOMAIN, INPUTS, OUTPUTS, Form
+from attnhub.backends.onnx.bodies import form_of, nodes_of, remove_bodies
+from attnhub.backends.onnx.node import DOMAIN, INPUTS, Form
 from attnhub.backends.onnx.rewrite import contrib
 from attnhub.backends.onnx.rewrite.convert import (
     ConversionReport,
@@ -25,7 +26,6 @@ from attnhub.backends.onnx.rewrite.convert import (
     Left,
     difference,
     infer_shapes,
-    is_ours,
     load,
     operators,
     used_names,
@@ -53,7 +53,7 @@ def lower(
         raise ValueError(f"to={to!r}: allowed are {', '.join(map(repr, TARGETS))}")
     model = load(source)
     before = operators(model)
-    ours = [node for node in graphs(model) if is_ours(node)]
+    ours = list(nodes_of(model))
     if not ours:
         return ConversionReport(os.fspath(source), "", model.opset_imports[""], (), ())
     names = used_names(model)
@@ -73,9 +73,7 @@ def lower(
     if left:
         # Half of a model in each world would run in neither.
         return ConversionReport(os.fspath(source), "", model.opset_imports[""], tuple(converted), tuple(left))
-    for key in [key for key, function in model.functions.items() if function.domain == DOMAIN]:
-        del model.functions[key]
-    model.opset_imports.pop(DOMAIN, None)
+    remove_bodies(model)
     if to == CONTRIB:
         model.opset_imports[contrib.DOMAIN] = 1
     elif model.opset_imports[""] < STANDARD_OPSET:
@@ -102,13 +100,13 @@ def _raise(model: ir.Model) -> None:
 
 
 def _form(node: ir.Node) -> Form:
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    inputs = frozenset(name for name, value in zip(INPUTS, node.inputs) if value is not None)
-    outputs = frozenset(name for name, value in zip(OUTPUTS, node.outputs) if value.uses() or value.is_graph_output())
-    mask = node.inputs[INPUTS.index("attn_mask")] if "attn_mask" in inputs else None
-    if mask is not None and mask.dtype is None:
-        raise NotRecognised("the type of attn_mask is not known")
-    return Form.of_node(attributes, inputs, outputs | {"Y"}, mask is not None and mask.dtype == ir.DataType.BOOL)
+    for value in node.outputs[1:]:
+        if not value.uses() and not value.is_graph_output():
+            value.name = ""
+    try:
+        return form_of(node)
+    except ValueError as error:
+        raise NotRecognised(str(error)) from error
 
 
 @dataclass(frozen=True)
