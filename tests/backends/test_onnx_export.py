@@ -16,7 +16,7 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from attnhub.backends.onnx import export as exporting  # noqa: E402
+from attnhub.backends.onnx import bodies  # noqa: E402
 from attnhub.backends.onnx.session import run_all  # noqa: E402
 from attnhub.backends.onnx.verify import ExportMismatch  # noqa: E402
 
@@ -282,17 +282,17 @@ def test_what_is_turned_away(model: Any, args: tuple[Tensor, ...], reason: str, 
 
 def test_verification_can_fail(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A body that scales 1.5 times too much is found."""
-    right = exporting.function_body
+    right = bodies.function_body
 
-    def wrong(form: Any, opset: int) -> Any:
+    def wrong(form: Any, opset: int, domain: str) -> Any:
         import dataclasses
 
-        body = right(dataclasses.replace(form, scale=form.scale * 1.5), opset)
+        body = right(dataclasses.replace(form, scale=form.scale * 1.5), opset, domain)
         body.overload = form.overload()
         return body
 
-    monkeypatch.setattr(exporting, "function_body", wrong)
-    with pytest.raises(ExportMismatch, match=r"with ONNX Runtime alone: output .* differs from torch by"):
+    monkeypatch.setattr(bodies, "function_body", wrong)
+    with pytest.raises(ExportMismatch, match=r"with ONNX Runtime alone at .*: output .* differs from torch by"):
         attnhub.onnx.export(Attention(), torch.randn(2, 7, 32) * 5, tmp_path / "model.onnx")
 
 
