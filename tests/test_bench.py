@@ -358,14 +358,24 @@ def test_results_are_kept_case_by_case(tmp_path: pathlib.Path, monkeypatch: pyte
 # -- ONNX Runtime --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [Case(48, heads=4, head_dim=32), Case(48, batch=2, heads=4, kv_heads=2, head_dim=32, causal=True)], ids=str)
-def test_onnxruntime_computes_the_same(case: Case) -> None:
+@pytest.mark.parametrize(
+    ("name", "case", "node"),
+    [
+        ("onnxruntime", Case(48, heads=4, head_dim=32), "MultiHeadAttention"),
+        ("onnxruntime", Case(48, batch=2, heads=4, kv_heads=2, head_dim=32, causal=True), "GroupQueryAttention"),
+        ("onnxruntime-mha", Case(48, batch=2, heads=4, head_dim=32, causal=True), "MultiHeadAttention"),
+        ("onnxruntime-graph", Case(48, batch=2, heads=4, head_dim=32, causal=True), "MatMul, Softmax, MatMul"),
+        ("onnxruntime-graph", Case(48, batch=2, heads=4, head_dim=32), "MatMul, Softmax, MatMul"),
+    ],
+    ids=str,
+)
+def test_onnxruntime_computes_the_same(name: str, case: Case, node: str) -> None:
     pytest.importorskip("onnxruntime")
     tensors = peers.inputs(case, CPU)
-    (peer,) = peers.assemble(case, tensors, ("onnxruntime",), ())
+    (peer,) = peers.assemble(case, tensors, (name,), ())
     assert isinstance(peer, peers.Peer), peer
     (row,) = measure.run_case(case, tensors, [peer], measure.Settings(1, 1e-4))
-    assert row["max_error"] < 1e-5 and row["node"] == ("GroupQueryAttention" if case.causal else "MultiHeadAttention")
+    assert row["max_error"] < 1e-5 and row["node"] == node
 
 
 def test_the_model_is_what_onnx_reads() -> None:

@@ -11,7 +11,7 @@ from typing import Any, Optional
 from attnhub.bench import cases as bench_cases
 from attnhub.cli import CommandError, console, files, progress
 
-_PEERS = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "v1", "onnxruntime")
+_PEERS = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "v1", "onnxruntime", "onnxruntime-mha", "onnxruntime-graph")
 
 #: Cases up to which a picture is drawn without being asked: it grows with every one of them.
 _DRAWN = 30
