@@ -196,6 +196,36 @@ def test_what_is_left(body: str, reason: str, tmp_path: pathlib.Path) -> None:
     assert reason in str(report) and not (tmp_path / "target.onnx").exists()
 
 
+@pytest.mark.parametrize(
+    ("trilu", "fill", "now"),
+    [
+        ("t = Trilu <upper = 0> (ones)", "-inf", "causal.top_left"),
+        ("t = Trilu <upper = 1> (ones)", "-inf", "bool_mask"),
+        ("k = Constant <value = int64 {1}> () t = Trilu <upper = 0> (ones, k)", "-inf", "bool_mask"),
+        ("k = Constant <value = int64 {0}> () t = Trilu <upper = 0> (ones, k)", "-1e9", "causal.top_left"),
+        ("t = Trilu <upper = 0> (ones)", "-5.0", "float_mask"),
+    ],
+)
+def test_triangles(trilu: str, fill: str, now: str, tmp_path: pathlib.Path) -> None:
+    """Only the lower triangle with a fill that masks is causal; what looks like it stays a mask."""
+    sizes = "a = Shape <start = 2, end = 3> (q) b = Shape <start = 2, end = 3> (k) ab = Concat <axis = 0> (a, b)"
+    ones = "ones = ConstantOfShape <value = float[1] {1.0}> (ab)"
+    model = written(
+        f"{START} {sizes} {ones} {trilu.replace('k =', 'offset =').replace(', k)', ', offset)')} z = Constant <value_float = 0.0> () "
+        f"e = Equal (t, z) f = Constant <value_float = -7.0> () w = Where (e, f, z) u = Add (s, w) "
+        "p = Softmax <axis = -1> (u) y = MatMul (p, v)",
+        output="float[B, 4, S, 8] y",
+    )
+    for node in model.graph.node:
+        if node.output[0] == "f":
+            node.attribute[0].f = float(fill)
+    onnx.save(model, tmp_path / "source.onnx")
+    report = attnhub.onnx.convert(tmp_path / "source.onnx", tmp_path / "target.onnx")
+    assert [made.now for made in report.converted] == [".".join(sorted([now, "scale_1"], key=lambda word: "mask" in word))] and agrees(
+        report
+    )
+
+
 def test_one_of_two(tmp_path: pathlib.Path) -> None:
     """What is recognised is rewritten, what is beside it is reported; branches of an If are looked into; 14 is raised to 18."""
     body = f"{START} x = Add (s, m) p = Softmax <axis = -1> (x) a = MatMul (p, v) y = Softmax <axis = -1> (a)"
