@@ -22,7 +22,7 @@ from attnhub.backends.onnx.export import EXTERNAL_BYTES
 from attnhub.backends.onnx.node import Form, is_ours
 from attnhub.backends.onnx.rewrite import contrib, pattern, softmax, standard
 from attnhub.backends.onnx.rewrite.check import Checked, check
-from attnhub.backends.onnx.rewrite.graph import NotRecognised, graphs
+from attnhub.backends.onnx.rewrite.graph import NotRecognised, check_nodes, graphs
 
 #: Operators that are an attention, and of which `convert` knows nothing.
 _UNKNOWN = {
@@ -155,7 +155,7 @@ def _rewritten(node: ir.Node, names: set[str], unpadded: bool) -> Optional[tuple
 def load(source: Union[str, os.PathLike[str]]) -> ir.Model:
     """The model with shapes inferred, its functions that hold attention inlined, at an operator set that bodies can have.
 
-    Raises ValueError for a file that is no ONNX model, FileNotFoundError for none.
+    Raises ValueError for a file that is no ONNX model, or has a node without what it must have; FileNotFoundError for none.
     """
     path = pathlib.Path(source)
     if not path.is_file():
@@ -167,6 +167,7 @@ def load(source: Union[str, os.PathLike[str]]) -> ir.Model:
         raise ValueError(f"{path} is no ONNX model: {type(error).__name__}: {error}") from error
     if not model.graph or not opset:
         raise ValueError(f"{path} is no ONNX model: it has no graph, or imports no operator set of ai.onnx")
+    check_nodes(model)
     if opset < BODY_OPSETS.start:
         model = _raised(path, opset)
     if opset >= BODY_OPSETS.stop:
