@@ -1,10 +1,13 @@
-"""attnhub.onnx.convert and lower: what exporters and runtimes write becomes the node and back, or is left with the reason."""
+"""attnhub.onnx.convert: what exporters and runtimes write becomes the node, or is left with the reason."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -21,8 +24,6 @@ ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from attnhub import cli  # noqa: E402
-from attnhub.backends.onnx.model import one_node  # noqa: E402
-from attnhub.backends.onnx.node import Form  # noqa: E402
 from attnhub.backends.onnx.rewrite import convert as converting  # noqa: E402
 from attnhub.backends.onnx.rewrite.check import ConversionMismatch  # noqa: E402
 
@@ -433,68 +434,6 @@ def test_no_model(tmp_path: pathlib.Path) -> None:
         attnhub.onnx.convert(tmp_path / "text.onnx", tmp_path / "target.onnx")
 
 
-# -- lowering -------------------------------------------------------------------------------------------------------------------
-
-
-def sized(form: Form, square: bool, batch: Optional[int] = None) -> Any:
-    """A model of one node with fixed heads; its keys as many as its queries, or not."""
-    model = one_node(form, FLOAT)
-    length, total = "s" if square else "seqlen_k", "s" if square else "seqlen_k"
-    total = f"past + {total}" if form.past else total
-    shapes: dict[str, list[Any]] = {
-        "Q": ["batch", 4, "s", 8], "K": ["batch", 2, length, 8], "V": ["batch", 2, length, 8], "past_key": ["batch", 2, "past", 8],
-        "past_value": ["batch", 2, "past", 8], "attn_mask": [1, 1, "s", total], "leftpad": ["batch"], "nonpad_kv_seqlen": ["batch"], "sinks": [4],
-        "alibi_slopes": [4],
-    }  # fmt: skip
-    for value in model.graph.input:
-        shape = [batch if size == "batch" and batch else size for size in shapes[value.name]]
-        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, shape))
-    return model
-
-
-@pytest.mark.parametrize(
-    ("form", "square", "batch", "standard", "contrib"),
-    [
-        (Form(), False, None, "ai.onnx::Attention", "MultiHeadAttention"),
-        (Form(is_causal=True, alignment="top_left", softcap=5.0, scale=0.3), True, None, "ai.onnx::Attention", "GroupQueryAttention"),
-        (Form(is_causal=True), False, None, "ai.onnx::Attention with a mask", "MultiHeadAttention with a mask"),
-        (Form(is_causal=True, window_left=3), True, None, "ai.onnx::Attention with a mask", "GroupQueryAttention"),
-        (Form(window_left=1, window_right=1, chunk=4, mask="float"), False, None, "ai.onnx::Attention with a mask", "MultiHeadAttention with a mask"),
-        (Form(mask="bool", nonpad_kv_seqlen=True), True, None, "ai.onnx::Attention with a mask", "MultiHeadAttention with a mask"),
-        (Form(is_causal=True, leftpad=True, alibi=True), True, None, "ai.onnx::Attention with a mask", "MultiHeadAttention with a mask"),
-        (Form(is_causal=True, past=True, present=True), True, None, "ai.onnx::Attention", "MultiHeadAttention with a mask"),
-        (Form(is_causal=True, past=True, present=True), True, 1, "ai.onnx::Attention", "GroupQueryAttention"),
-        (Form(is_causal=True, past=True, mask="bool"), True, None, "ai.onnx::Attention with a mask", "MultiHeadAttention with a mask"),
-        (Form(present=True), False, None, "ai.onnx::Attention", "MultiHeadAttention"),
-        (Form(is_causal=True, sinks=True), True, None, None, "GroupQueryAttention"),
-        (Form(sinks=True), False, None, None, None),
-        (Form(lse=True), False, None, None, None),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_lower(
-    form: Form, square: bool, batch: Optional[int], standard: Optional[str], contrib: Optional[str], tmp_path: pathlib.Path
-) -> None:
-    """To both targets, checked; a node that cannot be expressed leaves no file."""
-    source, target = tmp_path / "source.onnx", tmp_path / "target.onnx"
-    onnx.save(sized(form, square, batch), source)
-    for to, now in (("ai.onnx", standard), ("com.microsoft", contrib)):
-        report = attnhub.onnx.lower(source, target, to=to)
-        if now is None:
-            assert report.left and not report.path and not target.exists()
-            continue
-        assert [made.now for made in report.converted] == [now if to == "ai.onnx" else f"{CONTRIB}::{now}"]
-        assert report.checked is not None and report.checked.body_difference is not None and report.checked.body_difference < 1e-5
-        model = onnx.load(str(target))
-        assert not model.functions and not nodes(target) and [v.name for v in model.graph.output] == [n for n in form.outputs() if n]
-        target.unlink()
-
-
-def test_lower_takes_two_targets(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match=r"to='trt': allowed are 'ai.onnx', 'com.microsoft'"):
-        attnhub.onnx.lower(tmp_path / "a.onnx", tmp_path / "b.onnx", to="trt")
-
-
 # -- the command line -------------------------------------------------------------------------------------------------------------
 
 
@@ -510,3 +449,18 @@ def test_the_command_line(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[
     assert report["converted"][0]["now"] == "com.microsoft::MultiHeadAttention with a mask"
     assert cli.main(["onnx", "lower", names[0], names[2]]) == 1  # nothing to lower there
     assert cli.main(["onnx", "convert", "nowhere.onnx", names[2]]) == 2
+
+
+def test_without_torch(tmp_path: pathlib.Path) -> None:
+    """Converting, lowering and checking need onnx and ONNX Runtime, not torch."""
+    onnx.save(written(f"{START} x = Add (s, m) {END}", output="float[B, 4, S, 8] y"), tmp_path / "a.onnx")
+    program = """if True:
+        import sys
+        sys.modules["torch"] = None
+        import attnhub.onnx
+        report = attnhub.onnx.convert("a.onnx", "b.onnx")
+        assert len(report.converted) == 1 and report.checked.native_calls and not attnhub.onnx.check("b.onnx")
+        assert attnhub.onnx.lower("b.onnx", "c.onnx").path
+    """
+    path = os.pathsep.join([str(pathlib.Path(attnhub.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, check=True)

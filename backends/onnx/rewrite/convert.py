@@ -18,7 +18,7 @@ from onnx_ir.passes import common
 
 from attnhub.backends.onnx.bodies import give_bodies
 from attnhub.backends.onnx.body import BODY_OPSETS
-from attnhub.backends.onnx.export import EXTERNAL_BYTES
+from attnhub.backends.onnx.model import EXTERNAL_BYTES
 from attnhub.backends.onnx.node import Form, is_ours
 from attnhub.backends.onnx.rewrite import contrib, pattern, softmax, standard
 from attnhub.backends.onnx.rewrite.check import Checked, check
