@@ -242,6 +242,20 @@ def test_one_of_two(tmp_path: pathlib.Path) -> None:
     assert len(report.converted) == 2 and report.checked is not None and report.checked.body_difference is not None
 
 
+def test_in_a_function(tmp_path: pathlib.Path) -> None:
+    """An attention in a local function is inlined with it; a node of ours beside it keeps its body."""
+    inner = f"{START} p = Softmax <axis = -1> (s) y = MatMul (p, v)"
+    text = f"""<ir_version: 10, opset_import: ["" : 18, "local" : 1]>
+    model (float[B, 4, S, 8] q, float[B, 4, T, 8] k, float[B, 4, T, 8] v) => (float[B, 4, S, 8] y) {{ {inner.replace("y =", "a =")} y = local.Att (a, k, v) }}
+    <domain: "local", opset_import: ["" : 18]> Att (q, k, v) => (y) {{ {inner.replace("p = ", "e = Exp (s) p = ").replace("(s) y", "(e) y")} }}"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "source.onnx")
+    first = attnhub.onnx.convert(tmp_path / "source.onnx", tmp_path / "first.onnx")
+    assert (len(first.converted), len(first.left)) == (1, 1) and agrees(first) and "Exp between the products" in first.left[0].reason
+    onnx.save(onnx.parser.parse_model(text.replace("e = Exp (s)", "e = Identity (s)")), tmp_path / "source.onnx")
+    both = attnhub.onnx.convert(tmp_path / "source.onnx", tmp_path / "both.onnx")
+    assert len(both.converted) == 2 and agrees(both) and len(onnx.load(str(tmp_path / "both.onnx")).functions) == 1
+
+
 # -- operators --------------------------------------------------------------------------------------------------------------
 
 

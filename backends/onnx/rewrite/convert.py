@@ -174,13 +174,14 @@ def load(source: Union[str, os.PathLike[str]]) -> ir.Model:
         raise ValueError(
             f"{path} is of operator set {opset}; function bodies were written for {BODY_OPSETS.start} to {BODY_OPSETS.stop - 1}"
         )
-    if any(
-        node.op_type in ("Softmax", "Attention")
-        for f in model.functions.values()
-        if not is_ours(f.domain, f.name)
-        for node in f.all_nodes()
-    ):
-        common.InlinePass(lambda function: not is_ours(function.domain, function.name))(model)
+    # Bodies of ours are made anew in the end, so that they can stand aside while all other functions are inlined.
+    bodies = {key: function for key, function in model.functions.items() if is_ours(function.domain, function.name)}
+    others = [function for key, function in model.functions.items() if key not in bodies]
+    if any(node.op_type in ("Softmax", "Attention") for function in others for node in function.all_nodes()):
+        for key in bodies:
+            del model.functions[key]
+        common.InlinePass()(model)
+        model.functions.update(bodies)
     infer_shapes(model)
     return model
 
