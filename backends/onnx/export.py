@@ -18,13 +18,10 @@ from attnhub import ops
 from attnhub.backends.onnx import cached
 from attnhub.backends.onnx.bodies import give_bodies, nodes_of
 from attnhub.backends.onnx.body import OPSETS
-from attnhub.backends.onnx.model import IR_VERSION
+from attnhub.backends.onnx.model import EXTERNAL_BYTES, IR_VERSION
 from attnhub.backends.onnx.node import Form
 from attnhub.backends.onnx.translate import IN_PLACE_CACHE, UnsupportedInOnnx, translate_forward
 from attnhub.backends.onnx.verify import Trial, copies, fresh, verify
-
-#: Weights beyond this many bytes go to a file beside the model: protobuf ends at 2 GiB.
-EXTERNAL_BYTES = 1_500_000_000
 
 
 @dataclass(frozen=True)

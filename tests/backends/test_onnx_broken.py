@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import random
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,69 @@ def test_mutants_under_sanitizers(tmp_path: pathlib.Path) -> None:
         str(tmp_path / "backends/onnx/libattnhub_onnx.so"), 0, 1000, LD_PRELOAD=":".join(preload),
         ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1:abort_on_error=1", UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1",
     )  # fmt: skip
+
+
+SOURCES = [
+    """<ir_version: 10, opset_import: ["" : 18]>
+    graph (float[B, 4, S, 8] q, float[B, 2, T, 8] k, float[B, 2, T, 8] v, float[B, 1, S, T] m) => (float[B, 4, S, 8] y) {
+        one = Constant <value = int64[1] {2}> () k5 = Unsqueeze (k, one) v5 = Unsqueeze (v, one)
+        to = Constant <value = int64[5] {1, 1, 2, 1, 1}> () ke = Expand (k5, to) ve = Expand (v5, to)
+        shape = Constant <value = int64[4] {0, 4, -1, 8}> () kr = Reshape (ke, shape) vr = Reshape (ve, shape)
+        kt = Transpose <perm = [0, 1, 3, 2]> (kr) f = Constant <value_float = 0.3> () qs = Mul (q, f)
+        s = MatMul (qs, kt) x = Add (s, m) p = Softmax <axis = -1> (x) y = MatMul (p, vr) }""",
+    """<ir_version: 10, opset_import: ["" : 23]>
+    graph (float[B, S, 32] q, float[B, T, 16] k, float[B, T, 16] v, bool[S, T] m) => (float[B, S, 32] y) {
+        y = Attention <q_num_heads = 4, kv_num_heads = 2, is_causal = 1> (q, k, v, m) }""",
+    """<ir_version: 10, opset_import: ["" : 18, "com.microsoft" : 1]>
+    graph (float[1, S, 64] q, float[1, S, 32] k, float[1, S, 32] v, int32[1] s, int32 t, float[9, 8] c) => (float[1, S, 64] y) {
+        y = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2, do_rotary = 1> (q, k, v, , , s, t, c, c) }""",
+    """<ir_version: 10, opset_import: ["" : 18, "com.microsoft" : 1]>
+    graph (float[B, S, 64] q, float[B, T, 64] k, float[B, T, 64] v, int32[B, T] m) => (float[B, S, 64] y) {
+        y = com.microsoft.MultiHeadAttention <num_heads = 4> (q, k, v, , m) }""",
+]
+
+
+def damage(model: Any, random_: random.Random) -> None:
+    """Take something from a model, or put something wrong in its place."""
+    graph = model.graph
+    node = random_.choice(graph.node)
+    kind = random_.randrange(7)
+    if kind == 0 and node.input:
+        node.input[random_.randrange(len(node.input))] = random_.choice(["", "nowhere", *(value.name for value in graph.input)])
+    elif kind == 1:
+        del node.input[random_.randrange(len(node.input) + 1) :]
+    elif kind == 2 and node.attribute:
+        del node.attribute[random_.randrange(len(node.attribute))]
+    elif kind == 3:
+        node.op_type = random_.choice(["Softmax", "MatMul", "Where", "Transpose", "Reshape", "Attention", "Exp"])
+    elif kind == 4 and node.attribute:
+        name = node.attribute[0].name
+        del node.attribute[0]
+        node.attribute.append(onnx.helper.make_attribute(name, random_.choice([-3, 0, 7, 0.5, "text", [1, 0], [0, 1, 2, 9]])))
+    elif kind == 5:
+        random_.choice(graph.input).type.tensor_type.ClearField("shape")
+    elif len(graph.node) > 1:
+        graph.node.remove(node)
+
+
+def test_converting_mutants(tmp_path: pathlib.Path) -> None:
+    """Files of others that are damaged: a report, or an error that says what is wrong; never one of Python's own."""
+    source = tmp_path / "source.onnx"
+    outcomes = {"converted": 0, "left": 0, "error": 0}
+    for number in range(240):
+        random_ = random.Random(number)
+        model = onnx.parser.parse_model(SOURCES[number % len(SOURCES)].replace("graph (", "attention ("))
+        for _ in range(random_.choice([0, 1, 1, 2])):
+            damage(model, random_)
+        onnx.save(model, source)
+        try:
+            report = attnhub.onnx.convert(source, tmp_path / "target.onnx", verify=False)
+        except ValueError as error:
+            assert "node" in str(error) or "ONNX model" in str(error), f"mutant {number}: {error}"
+            outcomes["error"] += 1
+        else:
+            outcomes["converted" if report.path else "left"] += 1
+    assert min(outcomes.values()) > 20, outcomes
 
 
 # -- check ---------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
-"""attnhub.onnx.convert and lower: what exporters and runtimes write becomes the node and back, or is left with the reason."""
+"""attnhub.onnx.convert: what exporters and runtimes write becomes the node, or is left with the reason."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -21,8 +24,6 @@ ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from attnhub import cli  # noqa: E402
-from attnhub.backends.onnx.model import one_node  # noqa: E402
-from attnhub.backends.onnx.node import Form  # noqa: E402
 from attnhub.backends.onnx.rewrite import convert as converting  # noqa: E402
 from attnhub.backends.onnx.rewrite.check import ConversionMismatch  # noqa: E402
 
@@ -196,6 +197,36 @@ def test_what_is_left(body: str, reason: str, tmp_path: pathlib.Path) -> None:
     assert reason in str(report) and not (tmp_path / "target.onnx").exists()
 
 
+@pytest.mark.parametrize(
+    ("trilu", "fill", "now"),
+    [
+        ("t = Trilu <upper = 0> (ones)", "-inf", "causal.top_left"),
+        ("t = Trilu <upper = 1> (ones)", "-inf", "bool_mask"),
+        ("k = Constant <value = int64 {1}> () t = Trilu <upper = 0> (ones, k)", "-inf", "bool_mask"),
+        ("k = Constant <value = int64 {0}> () t = Trilu <upper = 0> (ones, k)", "-1e9", "causal.top_left"),
+        ("t = Trilu <upper = 0> (ones)", "-5.0", "float_mask"),
+    ],
+)
+def test_triangles(trilu: str, fill: str, now: str, tmp_path: pathlib.Path) -> None:
+    """Only the lower triangle with a fill that masks is causal; what looks like it stays a mask."""
+    sizes = "a = Shape <start = 2, end = 3> (q) b = Shape <start = 2, end = 3> (k) ab = Concat <axis = 0> (a, b)"
+    ones = "ones = ConstantOfShape <value = float[1] {1.0}> (ab)"
+    model = written(
+        f"{START} {sizes} {ones} {trilu.replace('k =', 'offset =').replace(', k)', ', offset)')} z = Constant <value_float = 0.0> () "
+        f"e = Equal (t, z) f = Constant <value_float = -7.0> () w = Where (e, f, z) u = Add (s, w) "
+        "p = Softmax <axis = -1> (u) y = MatMul (p, v)",
+        output="float[B, 4, S, 8] y",
+    )
+    for node in model.graph.node:
+        if node.output[0] == "f":
+            node.attribute[0].f = float(fill)
+    onnx.save(model, tmp_path / "source.onnx")
+    report = attnhub.onnx.convert(tmp_path / "source.onnx", tmp_path / "target.onnx")
+    assert [made.now for made in report.converted] == [".".join(sorted([now, "scale_1"], key=lambda word: "mask" in word))] and agrees(
+        report
+    )
+
+
 def test_one_of_two(tmp_path: pathlib.Path) -> None:
     """What is recognised is rewritten, what is beside it is reported; branches of an If are looked into; 14 is raised to 18."""
     body = f"{START} x = Add (s, m) p = Softmax <axis = -1> (x) a = MatMul (p, v) y = Softmax <axis = -1> (a)"
@@ -209,6 +240,20 @@ def test_one_of_two(tmp_path: pathlib.Path) -> None:
     onnx.save(written(f"{condition} y = If (c) <then_branch = {branches[0]}, else_branch = {branches[1]}>"), tmp_path / "source.onnx")
     report = attnhub.onnx.convert(tmp_path / "source.onnx", tmp_path / "target.onnx")
     assert len(report.converted) == 2 and report.checked is not None and report.checked.body_difference is not None
+
+
+def test_in_a_function(tmp_path: pathlib.Path) -> None:
+    """An attention in a local function is inlined with it; a node of ours beside it keeps its body."""
+    inner = f"{START} p = Softmax <axis = -1> (s) y = MatMul (p, v)"
+    text = f"""<ir_version: 10, opset_import: ["" : 18, "local" : 1]>
+    model (float[B, 4, S, 8] q, float[B, 4, T, 8] k, float[B, 4, T, 8] v) => (float[B, 4, S, 8] y) {{ {inner.replace("y =", "a =")} y = local.Att (a, k, v) }}
+    <domain: "local", opset_import: ["" : 18]> Att (q, k, v) => (y) {{ {inner.replace("p = ", "e = Exp (s) p = ").replace("(s) y", "(e) y")} }}"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "source.onnx")
+    first = attnhub.onnx.convert(tmp_path / "source.onnx", tmp_path / "first.onnx")
+    assert (len(first.converted), len(first.left)) == (1, 1) and agrees(first) and "Exp between the products" in first.left[0].reason
+    onnx.save(onnx.parser.parse_model(text.replace("e = Exp (s)", "e = Identity (s)")), tmp_path / "source.onnx")
+    both = attnhub.onnx.convert(tmp_path / "source.onnx", tmp_path / "both.onnx")
+    assert len(both.converted) == 2 and agrees(both) and len(onnx.load(str(tmp_path / "both.onnx")).functions) == 1
 
 
 # -- operators --------------------------------------------------------------------------------------------------------------
@@ -403,68 +448,6 @@ def test_no_model(tmp_path: pathlib.Path) -> None:
         attnhub.onnx.convert(tmp_path / "text.onnx", tmp_path / "target.onnx")
 
 
-# -- lowering -------------------------------------------------------------------------------------------------------------------
-
-
-def sized(form: Form, square: bool, batch: Optional[int] = None) -> Any:
-    """A model of one node with fixed heads; its keys as many as its queries, or not."""
-    model = one_node(form, FLOAT)
-    length, total = "s" if square else "seqlen_k", "s" if square else "seqlen_k"
-    total = f"past + {total}" if form.past else total
-    shapes: dict[str, list[Any]] = {
-        "Q": ["batch", 4, "s", 8], "K": ["batch", 2, length, 8], "V": ["batch", 2, length, 8], "past_key": ["batch", 2, "past", 8],
-        "past_value": ["batch", 2, "past", 8], "attn_mask": [1, 1, "s", total], "leftpad": ["batch"], "nonpad_kv_seqlen": ["batch"], "sinks": [4],
-        "alibi_slopes": [4],
-    }  # fmt: skip
-    for value in model.graph.input:
-        shape = [batch if size == "batch" and batch else size for size in shapes[value.name]]
-        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, shape))
-    return model
-
-
-@pytest.mark.parametrize(
-    ("form", "square", "batch", "standard", "contrib"),
-    [
-        (Form(), False, None, "ai.onnx::Attention", "MultiHeadAttention"),
-        (Form(is_causal=True, alignment="top_left", softcap=5.0, scale=0.3), True, None, "ai.onnx::Attention", "GroupQueryAttention"),
-        (Form(is_causal=True), False, None, "ai.onnx::Attention with a mask", "MultiHeadAttention with a mask"),
-        (Form(is_causal=True, window_left=3), True, None, "ai.onnx::Attention with a mask", "GroupQueryAttention"),
-        (Form(window_left=1, window_right=1, chunk=4, mask="float"), False, None, "ai.onnx::Attention with a mask", "MultiHeadAttention with a mask"),
-        (Form(mask="bool", nonpad_kv_seqlen=True), True, None, "ai.onnx::Attention with a mask", "MultiHeadAttention with a mask"),
-        (Form(is_causal=True, leftpad=True, alibi=True), True, None, "ai.onnx::Attention with a mask", "MultiHeadAttention with a mask"),
-        (Form(is_causal=True, past=True, present=True), True, None, "ai.onnx::Attention", "MultiHeadAttention with a mask"),
-        (Form(is_causal=True, past=True, present=True), True, 1, "ai.onnx::Attention", "GroupQueryAttention"),
-        (Form(is_causal=True, past=True, mask="bool"), True, None, "ai.onnx::Attention with a mask", "MultiHeadAttention with a mask"),
-        (Form(present=True), False, None, "ai.onnx::Attention", "MultiHeadAttention"),
-        (Form(is_causal=True, sinks=True), True, None, None, "GroupQueryAttention"),
-        (Form(sinks=True), False, None, None, None),
-        (Form(lse=True), False, None, None, None),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_lower(
-    form: Form, square: bool, batch: Optional[int], standard: Optional[str], contrib: Optional[str], tmp_path: pathlib.Path
-) -> None:
-    """To both targets, checked; a node that cannot be expressed leaves no file."""
-    source, target = tmp_path / "source.onnx", tmp_path / "target.onnx"
-    onnx.save(sized(form, square, batch), source)
-    for to, now in (("ai.onnx", standard), ("com.microsoft", contrib)):
-        report = attnhub.onnx.lower(source, target, to=to)
-        if now is None:
-            assert report.left and not report.path and not target.exists()
-            continue
-        assert [made.now for made in report.converted] == [now if to == "ai.onnx" else f"{CONTRIB}::{now}"]
-        assert report.checked is not None and report.checked.body_difference is not None and report.checked.body_difference < 1e-5
-        model = onnx.load(str(target))
-        assert not model.functions and not nodes(target) and [v.name for v in model.graph.output] == [n for n in form.outputs() if n]
-        target.unlink()
-
-
-def test_lower_takes_two_targets(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match=r"to='trt': allowed are 'ai.onnx', 'com.microsoft'"):
-        attnhub.onnx.lower(tmp_path / "a.onnx", tmp_path / "b.onnx", to="trt")
-
-
 # -- the command line -------------------------------------------------------------------------------------------------------------
 
 
@@ -480,3 +463,18 @@ def test_the_command_line(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[
     assert report["converted"][0]["now"] == "com.microsoft::MultiHeadAttention with a mask"
     assert cli.main(["onnx", "lower", names[0], names[2]]) == 1  # nothing to lower there
     assert cli.main(["onnx", "convert", "nowhere.onnx", names[2]]) == 2
+
+
+def test_without_torch(tmp_path: pathlib.Path) -> None:
+    """Converting, lowering and checking need onnx and ONNX Runtime, not torch."""
+    onnx.save(written(f"{START} x = Add (s, m) {END}", output="float[B, 4, S, 8] y"), tmp_path / "a.onnx")
+    program = """if True:
+        import sys
+        sys.modules["torch"] = None
+        import attnhub.onnx
+        report = attnhub.onnx.convert("a.onnx", "b.onnx")
+        assert len(report.converted) == 1 and report.checked.native_calls and not attnhub.onnx.check("b.onnx")
+        assert attnhub.onnx.lower("b.onnx", "c.onnx").path
+    """
+    path = os.pathsep.join([str(pathlib.Path(attnhub.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, check=True)

@@ -17,8 +17,10 @@ ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 transformers = pytest.importorskip("transformers")
 
+from attnhub.backends.onnx import cached  # noqa: E402
 from attnhub.backends.onnx import export as exporting  # noqa: E402
 from attnhub.backends.onnx.session import run_all  # noqa: E402
+from attnhub.backends.onnx.verify import Trial, feeds_of  # noqa: E402
 
 NATIVE, BODY = "native", "body"
 
@@ -204,6 +206,49 @@ def test_weights_beside_the_model(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
     for way in (NATIVE, BODY):
         with pytest.raises(Exception, match=r"External initializer: .* out of bounds"):
             open_session(tmp_path / "vit.onnx", way)
+
+
+def parts_of(name: str) -> tuple[Any, ...]:
+    """Models as torch's own exporter takes them."""
+    if name == "vit":
+        return (cached.Part(Logits(vit()), (torch.randn(2, 3, 32, 32),), (({0: torch.export.Dim("batch")},),), ["pixels"], ["out"], {}),)
+    if name == "llama":
+        ids = torch.randint(0, 97, (2, 5))
+        return (cached.parts(llama(), (ids, torch.ones_like(ids)), {})[1],)
+    tokens = torch.randint(3, 99, (2, 4))
+    return cached.parts(whisper(), {"input_features": torch.randn(2, 8, 100), "decoder_input_ids": tokens}, {})
+
+
+@pytest.mark.parametrize("name", ["vit", pytest.param("llama", marks=pytest.mark.long), pytest.param("whisper", marks=pytest.mark.long)])
+def test_converted(name: str, tmp_path: pathlib.Path) -> None:
+    """Files of torch's exporter, without attnhub: every attention becomes a node, all trials as before (a K/V cache's among them) and as in torch."""
+    nodes = 0
+    for part in parts_of(name):
+        source, target = tmp_path / "source.onnx", tmp_path / "target.onnx"
+        with torch.no_grad():
+            program = torch.onnx.export(
+                part.module, part.args, source, dynamo=True, dynamic_shapes=part.dynamic_shapes, input_names=part.input_names,
+                output_names=part.output_names, opset_version=18, verbose=False,
+            )  # fmt: skip
+        assert program is not None
+        report = attnhub.onnx.convert(source, target)
+        assert not report.left and {node.op_type for node in onnx.load(str(target)).graph.node}.isdisjoint({"Softmax"}), str(report)
+        nodes += len(report.converted)
+        for trial in (Trial(part.args, {}), *part.trials):
+            feeds = feeds_of(program, trial.args, {})
+            with torch.no_grad():
+                want = part.module(*trial.args)
+            exact = want if isinstance(want, Tensor) else want[0] if isinstance(want[0], Tensor) else want[0][0]
+            kept = torch.ones(exact.shape[:2], dtype=torch.bool)
+            if name == "llama":  # queries that are padding have no key, where the source and torch differ
+                kept = feeds["attention_mask"][:, -exact.shape[1] :].bool()
+            before = run_all(ort.InferenceSession(str(source)), feeds)
+            for way in (NATIVE, BODY):
+                after = run_all(open_session(target, way), feeds)
+                for got, was in zip(after, before):
+                    torch.testing.assert_close(got, was, atol=1e-5, rtol=0)
+                torch.testing.assert_close(after[0][kept], exact[kept], atol=1e-5, rtol=0)
+    assert nodes == (6 if name == "whisper" else 2)
 
 
 @pytest.mark.long

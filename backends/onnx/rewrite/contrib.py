@@ -26,6 +26,12 @@ _GROUPED = (
 )  # fmt: skip
 
 
+def _all_of(have: dict[str, ir.Value], *names: str) -> None:
+    missing = [name for name in names if name not in have]
+    if missing:
+        raise NotRecognised(f"it lacks its input {', '.join(missing)}")
+
+
 def _float(value: ir.Value, what: str) -> None:
     if value.dtype not in FLOATS:
         raise NotRecognised(f"{what} is of type {value.dtype}; float, float16 or bfloat16 is needed")
@@ -37,6 +43,9 @@ def _float(value: ir.Value, what: str) -> None:
 def plan_multi_head(node: ir.Node) -> Form:
     """The form of the node. Raises `NotRecognised`."""
     have = given(node, _MULTI_HEAD)
+    _all_of(have, "query", *(("past_key", "past_value") if have.keys() & {"past_key", "past_value"} else ()))
+    if int(number(node, "num_heads", 0)) < 1:
+        raise NotRecognised("it lacks its attribute num_heads")
     for name in ("past_sequence_length", "cache_indirection"):
         if name in have:
             raise NotRecognised(f"input {name}: beam search over a shared buffer")
@@ -135,6 +144,8 @@ def _biased(b: Builder, query: ir.Value, key: ir.Value, value: ir.Value, bias: i
 def plan_grouped(node: ir.Node, unpadded: bool) -> Form:
     """The form of the node. unpadded: what the caller of `convert` says. Raises `NotRecognised`."""
     have = given(node, _GROUPED)
+    pairs = (("key", "value"), ("past_key", "past_value"))
+    _all_of(have, "query", "seqlens_k", "total_sequence_length", *(name for pair in pairs if have.keys() & set(pair) for name in pair))
     query = have["query"]
     _float(query, "query")
     if rank(query) != 3 or query.shape is None:
@@ -145,7 +156,9 @@ def plan_grouped(node: ir.Node, unpadded: bool) -> Form:
     width = query.shape[-1]
     packed = "key" not in have
     parts = heads + 2 * kv_heads if packed else heads
-    if not isinstance(width, int) or not parts or width % parts:
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise NotRecognised(f"num_heads={heads} is no multiple of kv_num_heads={kv_heads}")
+    if not isinstance(width, int) or width % parts:
         raise NotRecognised(f"the width of query, {width}, is not known to be {parts} heads")
     for name in ("k_quant_type", "v_quant_type"):
         if number(node, name, "NONE") not in ("NONE", b"NONE"):

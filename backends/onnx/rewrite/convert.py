@@ -18,11 +18,11 @@ from onnx_ir.passes import common
 
 from attnhub.backends.onnx.bodies import give_bodies
 from attnhub.backends.onnx.body import BODY_OPSETS
-from attnhub.backends.onnx.export import EXTERNAL_BYTES
+from attnhub.backends.onnx.model import EXTERNAL_BYTES
 from attnhub.backends.onnx.node import Form, is_ours
 from attnhub.backends.onnx.rewrite import contrib, pattern, softmax, standard
 from attnhub.backends.onnx.rewrite.check import Checked, check
-from attnhub.backends.onnx.rewrite.graph import NotRecognised, graphs
+from attnhub.backends.onnx.rewrite.graph import NotRecognised, check_nodes, graphs
 
 #: Operators that are an attention, and of which `convert` knows nothing.
 _UNKNOWN = {
@@ -155,7 +155,7 @@ def _rewritten(node: ir.Node, names: set[str], unpadded: bool) -> Optional[tuple
 def load(source: Union[str, os.PathLike[str]]) -> ir.Model:
     """The model with shapes inferred, its functions that hold attention inlined, at an operator set that bodies can have.
 
-    Raises ValueError for a file that is no ONNX model, FileNotFoundError for none.
+    Raises ValueError for a file that is no ONNX model, or has a node without what it must have; FileNotFoundError for none.
     """
     path = pathlib.Path(source)
     if not path.is_file():
@@ -167,19 +167,21 @@ def load(source: Union[str, os.PathLike[str]]) -> ir.Model:
         raise ValueError(f"{path} is no ONNX model: {type(error).__name__}: {error}") from error
     if not model.graph or not opset:
         raise ValueError(f"{path} is no ONNX model: it has no graph, or imports no operator set of ai.onnx")
+    check_nodes(model)
     if opset < BODY_OPSETS.start:
         model = _raised(path, opset)
     if opset >= BODY_OPSETS.stop:
         raise ValueError(
             f"{path} is of operator set {opset}; function bodies were written for {BODY_OPSETS.start} to {BODY_OPSETS.stop - 1}"
         )
-    if any(
-        node.op_type in ("Softmax", "Attention")
-        for f in model.functions.values()
-        if not is_ours(f.domain, f.name)
-        for node in f.all_nodes()
-    ):
-        common.InlinePass(lambda function: not is_ours(function.domain, function.name))(model)
+    # Bodies of ours are made anew in the end, so that they can stand aside while all other functions are inlined.
+    bodies = {key: function for key, function in model.functions.items() if is_ours(function.domain, function.name)}
+    others = [function for key, function in model.functions.items() if key not in bodies]
+    if any(node.op_type in ("Softmax", "Attention") for function in others for node in function.all_nodes()):
+        for key in bodies:
+            del model.functions[key]
+        common.InlinePass()(model)
+        model.functions.update(bodies)
     infer_shapes(model)
     return model
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Optional, Union
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from attnhub.backends.onnx.node import DOMAIN, INPUTS, OP, Form
@@ -123,6 +124,31 @@ def is_op(value: Optional[ir.Value], *names: str) -> bool:
 def graphs(model: ir.Model) -> Iterator[ir.Node]:
     """Every node of the model's graph and of the branches and loops in it."""
     yield from list(model.graph.all_nodes())
+
+
+def check_nodes(model: ir.Model) -> None:
+    """ValueError, naming the node, for one of ai.onnx that lacks an input or an attribute which its operator must have, or has one of a wrong type."""
+    opset = model.opset_imports[""]
+    for node in graphs(model):
+        if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type):
+            continue
+        try:
+            schema = onnx.defs.get_schema(node.op_type, opset, "")
+        except Exception:  # not in this operator set: the runtime will say so, and no rule here knows it either
+            continue
+        single = onnx.defs.OpSchema.FormalParameterOption.Single
+        for index, formal in enumerate(schema.inputs):
+            if formal.option == single and (index >= len(node.inputs) or node.inputs[index] is None):
+                raise ValueError(f"node {node.name or node.op_type}: {node.op_type} lacks its input {formal.name}")
+        missing = [name for name, attribute in schema.attributes.items() if attribute.required and name not in node.attributes]
+        if missing:
+            raise ValueError(f"node {node.name or node.op_type}: {node.op_type} lacks its attribute {', '.join(missing)}")
+        for name, attribute in node.attributes.items():
+            kind: Any = schema.attributes[name].type if name in schema.attributes else attribute.type
+            if attribute.type.value != kind.value:
+                raise ValueError(f"node {node.name or node.op_type}: attribute {name} of {node.op_type} is of type {attribute.type.name}")
+        if not node.outputs:
+            raise ValueError(f"node {node.name or node.op_type}: {node.op_type} has no output")
 
 
 class Builder:

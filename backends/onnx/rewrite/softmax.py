@@ -64,12 +64,18 @@ def _k(b: Builder, transposed: ir.Value) -> ir.Value:
     return made
 
 
+def _perm(value: ir.Value) -> list[int]:
+    """The order of axes of the Transpose that makes a value, [] for the reversed one that is the default."""
+    attribute = value.producer().attributes.get("perm")  # type: ignore[union-attr]
+    return [] if attribute is None else list(attribute.as_ints())
+
+
 def _through_three_dimensions(value: ir.Value) -> Optional[ir.Value]:
     """torch's way of swapping two axes: Reshape to 3-D, Transpose, Reshape. The value before it, if the sizes prove that."""
     if not is_op(value, "Reshape"):
         return None
     transpose = value.producer().inputs[0]  # type: ignore[union-attr]
-    if not is_op(transpose, "Transpose") or list(transpose.producer().attributes["perm"].as_ints()) != [0, 2, 1]:  # type: ignore[union-attr]
+    if transpose is None or not is_op(transpose, "Transpose") or _perm(transpose) != [0, 2, 1]:
         return None
     flat = transpose.producer().inputs[0]  # type: ignore[union-attr]
     if not is_op(flat, "Reshape"):

@@ -22,8 +22,12 @@ def given(node: ir.Node, names: tuple[str, ...]) -> dict[str, ir.Value]:
 
 
 def number(node: ir.Node, name: str, default: Any) -> Any:
-    """An attribute's value, or the default."""
-    return node.attributes[name].value if name in node.attributes else default
+    """An attribute's value, or the default. Raises `NotRecognised` for one that is neither a number nor a text."""
+    value = node.attributes[name].value if name in node.attributes else default
+    numeric = not isinstance(default, (str, bytes))
+    if (value is not default and isinstance(value, (str, bytes)) == numeric) or isinstance(value, (tuple, list)):
+        raise NotRecognised(f"attribute {name} is {value!r}, of the wrong type")
+    return value
 
 
 def used(node: ir.Node, index: int) -> bool:
@@ -37,6 +41,9 @@ def used(node: ir.Node, index: int) -> bool:
 def plan(node: ir.Node) -> tuple[Form, int, int]:
     """(form, q_heads, kv_heads) with 0 heads for 4-D inputs. Raises `NotRecognised`."""
     have = given(node, _INPUTS)
+    missing = [name for name in ("Q", "K", "V") if name not in have]
+    if missing:
+        raise NotRecognised(f"it lacks its input {', '.join(missing)}")
     q, k = have["Q"], have["K"]
     if any(used(node, i) for i in (3,)):
         raise NotRecognised("its fourth output, the product of Q and K, is used; the node does not have one")
@@ -48,9 +55,11 @@ def plan(node: ir.Node) -> tuple[Form, int, int]:
     if len(ranks) != 1 or next(iter(ranks)) not in (3, 4):
         raise NotRecognised("the numbers of dimensions of Q, K and V are not known to be 3 or 4 each")
     flat = ranks == {3}
+    if ("past_key" in have) != ("past_value" in have):
+        raise NotRecognised("one of past_key and past_value without the other")
     heads = (int(number(node, "q_num_heads", 0)), int(number(node, "kv_num_heads", 0))) if flat else (0, 0)
-    if flat and not all(heads):
-        raise NotRecognised("3-D inputs without q_num_heads and kv_num_heads")
+    if flat and (min(heads) < 1 or heads[0] % heads[1]):
+        raise NotRecognised(f"3-D inputs, and q_num_heads={heads[0]} is no multiple of kv_num_heads={heads[1]}")
     causal, past = bool(number(node, "is_causal", 0)), "past_key" in have
     alignment = "bottom_right"
     if causal and past:
