@@ -1,0 +1,104 @@
+// Scores to weights: softcap, ALiBi and the online softmax (arXiv 2205.14135, 2307.08691) in base 2.
+#pragma once
+
+#include "hopper/mask.cuh"
+
+namespace attnhub {
+
+// What a lane knows of its 2 rows. The maximum is of scores and the same in the 4 lanes of a row; the sum is this lane's part.
+struct RowState {
+    float maximum[2], sum[2], shrink[2];
+};
+
+// c * tanh(score / c) in units of log2, as c * (1 - 2 / (exp(2 x) + 1)): tanh.approx has 11 bits, too few for c = 50.
+template <int N>
+static __device__ __forceinline__ void cap_scores(float (&scores)[N], float inner, float outer) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) scores[i] = fmaf(-2.f * outer, reciprocal_fast(exp2_fast(scores[i] * inner) + 1.f), outer);
+}
+
+// score * scale - slope * |p - j|; slope is in units of log2. distance: p - j of this lane's first row and column.
+template <int N>
+static __device__ __forceinline__ void add_alibi(float (&scores)[N], float scale, float slope, int distance) {
+    const float first = static_cast<float>(distance);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const float away = first + static_cast<float>((i >> 1 & 1) * 8 - (i / 4 * 8 + (i & 1)));
+        scores[i] = fmaf(-slope, fabsf(away), scores[i] * scale);
+    }
+}
+
+// Replaces the scores by 2^(scale * (score - maximum)); `shrink` is what everything summed under the old maximum must be multiplied by.
+// Masked: scores may be -inf, and all of a row's may have been so far. Lazy: the maximum stays while no row of the warp grows by more than
+// 2^8; returns whether it changed.
+template <bool Masked, bool First, bool Lazy, int N>
+static __device__ __forceinline__ bool softmax_step(float (&scores)[N], RowState& rows, float scale) {
+    float top[2][2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        top[half][0] = scores[2 * half];
+        top[half][1] = scores[2 * half + 1];
+    }
+#pragma unroll
+    for (int i = 4; i < N; i += 4) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            top[half][0] = fmaxf(top[half][0], scores[i + 2 * half]);
+            top[half][1] = fmaxf(top[half][1], scores[i + 2 * half + 1]);
+        }
+    }
+    float highest[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        highest[half] = across_row(fmaxf(top[half][0], top[half][1]), [](float a, float b) { return fmaxf(a, b); });
+    }
+    bool changed = true;
+    if constexpr (First) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) rows.maximum[half] = highest[half];
+    } else {
+        if constexpr (Lazy) {
+            const bool grows = (highest[0] - rows.maximum[0]) * scale > 8.f || (highest[1] - rows.maximum[1]) * scale > 8.f;
+            changed = __any_sync(0xffffffffu, grows);
+        }
+        if (changed) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float maximum = fmaxf(rows.maximum[half], highest[half]);
+                // A row without a key so far: -inf - -inf must not be computed.
+                const float scaled = Masked && maximum == -kInfinity ? 0.f : maximum * scale;
+                rows.shrink[half] = exp2_fast(rows.maximum[half] * scale - scaled);
+                rows.maximum[half] = maximum;
+                rows.sum[half] *= rows.shrink[half];
+            }
+        }
+    }
+    float scaled[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) scaled[half] = Masked && rows.maximum[half] == -kInfinity ? 0.f : rows.maximum[half] * scale;
+    float sums[2][2] = {{0.f, 0.f}, {0.f, 0.f}};
+#pragma unroll
+    for (int i = 0; i < N; ++i) scores[i] = exp2_fast(fmaf(scores[i], scale, -scaled[i >> 1 & 1]));
+#pragma unroll
+    for (int i = 0; i < N; ++i) sums[i >> 1 & 1][i & 1] += scores[i];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float sum = sums[half][0] + sums[half][1];
+        rows.sum[half] = First ? sum : rows.sum[half] + sum;
+    }
+    return changed;
+}
+
+template <class Type, int N>
+static __device__ __forceinline__ void to_weights(uint32 (&weights)[N / 2], const float (&scores)[N]) {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) weights[i] = Type::pack(scores[2 * i], scores[2 * i + 1]);
+}
+
+template <int N>
+static __device__ __forceinline__ void shrink_rows(float (&out)[N], const RowState& rows) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) out[i] *= rows.shrink[i >> 1 & 1];
+}
+
+}  // namespace attnhub
