@@ -2,8 +2,8 @@
 // and 0 * NaN is NaN. Here pairs are selected. Slow, and rare: whoever pads with NaN, or whose rows see one.
 #pragma once
 
-#include "hopper/softmax.cuh"
 #include "hopper/schedule.cuh"
+#include "hopper/softmax.cuh"
 
 namespace attnhub {
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "hopper/careful.cuh"
+#include "hopper/handout.cuh"
 #include "hopper/products.cuh"
 
 namespace attnhub {

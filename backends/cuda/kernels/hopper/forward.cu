@@ -1,7 +1,7 @@
 // Attention forward for compute capability 9.0 (sm_90a): FlashAttention-3's division of labour (arXiv 2407.08608), in plain CUDA.
 //
-// One block per multiprocessor walks over tiles of 64 query rows per computing warpgroup. Its first warpgroup gives its registers away: one
-// thread schedules, one copies Q, K and V through rings of stages (TMA). In a computing warpgroup the scores of the next tile of keys and the
+// One block per multiprocessor works through tiles of 64 query rows per computing warpgroup. Its first warpgroup gives its registers away:
+// one thread hands out tiles, one copies Q, K and V through rings of stages (TMA). In a computing warpgroup the scores of the next tile of keys and the
 // product of the last weights with V run together, and the softmax runs under the latter; scores, weights and out never leave the
 // registers. Keys are walked from the last tile to the first, so that a causal tile meets its masked tiles at the start.
 //
@@ -40,46 +40,52 @@ struct Layout {
     static constexpr uint32 kV = kK + C::kStages * KTile::kBytes;
     static constexpr uint32 kBarriers = kV + C::kStages * VTile::kBytes;
 
-    uint32 q, out, k, v, slots;
+    uint32 q, out, k, v;
     Ring<C::kConsumers> q_ring;  // a "stage" for each warpgroup's rows
     Ring<C::kStages> k_ring, v_ring;
-    Ring<2> slot_ring;
+    Slot slot;
 
     explicit __device__ __forceinline__ Layout(uint32 base)
-        : q(base + kQ), out(base + kOut), k(base + kK), v(base + kV), slots(base + kBarriers),
-          q_ring{slots + 2 * Work::kBytes}, k_ring{q_ring.address + q_ring.kBytes}, v_ring{k_ring.address + k_ring.kBytes},
-          slot_ring{v_ring.address + v_ring.kBytes} {}
+        : q(base + kQ), out(base + kOut), k(base + kK), v(base + kV), q_ring{base + kBarriers + Slot::kBytes},
+          k_ring{q_ring.address + q_ring.kBytes}, v_ring{k_ring.address + k_ring.kBytes},
+          slot{base + kBarriers, {v_ring.address + v_ring.kBytes}} {}
 
-    static constexpr uint32 kBytes = kBarriers + 2 * Work::kBytes + Ring<C::kConsumers>::kBytes + 2 * Ring<C::kStages>::kBytes + Ring<2>::kBytes;
+    static constexpr uint32 kBytes = kBarriers + Slot::kBytes + Ring<C::kConsumers>::kBytes + 2 * Ring<C::kStages>::kBytes + Ring<1>::kBytes;
 };
 static_assert(Layout::kBytes <= ATTNHUB_SHARED_BYTES, "the launch asks for ATTNHUB_SHARED_BYTES");
 static_assert(!Config::kOutOverQuery || Layout::OutTile::kBytes <= Layout::QTile::kBytes, "out does not fit over Q");
 
 template <bool V> struct Bool { static constexpr bool value = V; };
 
-// One thread: the block's tiles, in order, into the slots.
-static __device__ __forceinline__ void schedule(const Params& params, const Layout& shared) {
-    auto slot = Cursor<2>::producer();
-    const auto publish = [&](const Work& work) {
-        shared.slot_ring.empty(slot.stage).wait(slot.parity);
-        work.write(shared.slots + slot.stage * Work::kBytes);
-        shared.slot_ring.full(slot.stage).arrive();
-        slot.advance();
-    };
-    const int blocks = gridDim.x;
-    for (int turn = 0; turn * blocks < params.tile_total; ++turn) {
-        const int index = tile_of_turn(turn, blockIdx.x, blocks);
-        if (index >= params.tile_total) continue;
+// One thread: hands out the block's tiles.
+static __device__ __forceinline__ void schedule(const Params& params, const Slot& slot) {
+    auto at = Cursor<1>::producer();
+    int index = blockIdx.x;
+    while (index < params.tile_total) {
         const Work work = place_tile<Config>(params, index);
-        if (work.row < work.len_q) publish(work);
+        if (work.row < work.len_q) slot.publish(at, work);
+        if (params.counters == nullptr) {
+            index += gridDim.x;
+        } else {
+            // Asked only when the slot is free again.
+            slot.ring.empty(0).wait(at.parity);
+            index = atomicAdd(params.counters, 1) + gridDim.x;
+        }
     }
-    publish({-1});
+    slot.publish(at, {-1});
+    if (params.counters != nullptr) {
+        __threadfence();
+        if (atomicAdd(params.counters + 1, 1) == gridDim.x - 1) {  // the last block leaves zeros for the next launch
+            params.counters[0] = 0;
+            params.counters[1] = 0;
+        }
+    }
 }
 
 // One warp, of which a lane does it: tiles of Q, K and V into shared memory, as far ahead as there is room.
 static __device__ __forceinline__ void copy(const Params& params, const Layout& shared, int lane) {
     using C = Config;
-    auto slot = Cursor<2>::consumer();
+    auto slot_at = Cursor<1>::consumer();
     auto k_at = Cursor<C::kStages>::producer(), v_at = k_at;
     uint32 q_parity = 1;
     const auto start = [&](auto tile_type, uint32 tile, const TensorMap* map, Barrier full, Barrier empty, uint32 parity, int token, int head, int batch) {
@@ -92,9 +98,12 @@ static __device__ __forceinline__ void copy(const Params& params, const Layout& 
         __syncwarp();
     };
     while (true) {
-        const Work work = Work::take(shared.slot_ring, slot, shared.slots, lane);
+        const Work work = shared.slot.read(slot_at);
         if (work.row < 0) break;
-        if (!work.has_keys()) continue;
+        if (!work.has_keys()) {
+            shared.slot.release(lane);
+            continue;
+        }
 
         const int q_head = params.q_steps & 1 ? work.head : 0, q_batch = params.q_steps & 2 ? work.batch : 0;
         const int k_head = params.k_steps & 1 ? work.kv_head : 0, k_batch = params.k_steps & 2 ? work.batch : 0;
@@ -107,6 +116,8 @@ static __device__ __forceinline__ void copy(const Params& params, const Layout& 
         q_parity ^= 1;
         // The keys of a step are needed before the values of the one before.
         for (int tile = work.last_tile - 1; tile >= work.first_tile - 1; --tile) {
+            // The next tile is asked for when little of this one is left to copy.
+            if (tile == work.first_tile) shared.slot.release(lane);
             if (tile >= work.first_tile) {
                 start(Layout::KTile{}, shared.k + k_at.stage * Layout::KTile::kBytes, &params.k_map, shared.k_ring.full(k_at.stage),
                       shared.k_ring.empty(k_at.stage), k_at.parity, work.k_token + tile * C::kKeys, k_head, k_batch);
@@ -133,13 +144,14 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
     const uint64 q_desc = describe_tile(q_tile, 16), k_desc = describe_tile(shared.k, 16), v_desc = describe_tile(shared.v, L::VTile::kChunkBytes);
     const float scale = C::kRawScores ? params.scale_log2 : 1.f;
 
-    auto slot = Cursor<2>::consumer();
+    auto slot_at = Cursor<1>::consumer();
     auto k_at = Cursor<C::kStages>::consumer(), v_at = k_at;
     uint32 q_parity = 0;
     if (C::kTakeTurns && group == C::kConsumers - 1) barrier_arrive(kTurnBarrier, 256);
 
     while (true) {
-        const Work work = Work::take(shared.slot_ring, slot, shared.slots, lane);
+        const Work work = shared.slot.read(slot_at);
+        shared.slot.release(lane);
         if (work.row < 0) break;
         const int row = work.row + own_row, group_row = work.row + group * 64;
         if (!work.has_keys()) {
@@ -164,7 +176,7 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
             load_rows<L::QTile, C::kDepth>(q, q_tile, warp, lane);
             if constexpr (!C::kOutOverQuery) {
                 __syncwarp();
-                if (lane == 0) shared.q_ring.empty(group).arrive();
+                shared.q_ring.empty(group).arrive_once(lane);
             }
         }
         const auto start_scores = [&] {
@@ -183,11 +195,11 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
             commit_products();
         };
         const auto release_keys = [&] {
-            if (lane == 0) shared.k_ring.empty(k_at.stage).arrive();
+            shared.k_ring.empty(k_at.stage).arrive_once(lane);
             k_at.advance();
         };
         const auto release_values = [&] {
-            if (lane == 0) shared.v_ring.empty(v_at.stage).arrive();
+            shared.v_ring.empty(v_at.stage).arrive_once(lane);
             v_at.advance();
         };
         int tile = work.last_tile - 1;
@@ -247,7 +259,7 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
             for (; tile >= work.first_tile; --tile) step(Bool<true>{});
         }
         if constexpr (!C::kKeepQuery && !C::kOutOverQuery) {
-            if (lane == 0) shared.q_ring.empty(group).arrive();
+            shared.q_ring.empty(group).arrive_once(lane);
         }
         shared.v_ring.full(v_at.stage).wait(v_at.parity);
         hold(weights);
@@ -263,6 +275,7 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
         normalise<C>(out, rows, params, work, row, scale, lane);
 
         if (thread == 0) wait_stores_read();
+        __syncwarp();
         barrier_sync(kWarpgroupBarrier + group, 128);
         write_tile<C::Type, L::OutTile>(out_tile, out, warp, lane);
         publish_to_engine();
@@ -274,6 +287,7 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
             if (thread == 0) {
                 L::OutTile::store(&params.out_map, out_tile, work.q_token + group_row, work.head, work.batch);
             }
+            __syncwarp();
         } else if (count > 0) {
             write_rows<L::OutTile, false>(params, work, group_row, count, out_tile, thread);
         }
@@ -301,7 +315,7 @@ attnhub_forward(const __grid_constant__ attnhub::Params params) {
         shared.q_ring.init(1, C::kOutOverQuery ? 1 : 4);
         shared.k_ring.init(1, 4 * C::kConsumers);
         shared.v_ring.init(1, 4 * C::kConsumers);
-        shared.slot_ring.init(1, 4 * C::kConsumers + 1);
+        shared.slot.ring.init(1, 4 * C::kConsumers + 1);
         publish_barriers();
     }
     __syncthreads();
@@ -313,7 +327,7 @@ attnhub_forward(const __grid_constant__ attnhub::Params params) {
         if (warp == 0) {
             copy(params, shared, threadIdx.x);
         } else if (threadIdx.x == 32) {
-            schedule(params, shared);
+            schedule(params, shared.slot);
         }
     } else {
         more_registers<ATTNHUB_CONSUMER_REGISTERS>();

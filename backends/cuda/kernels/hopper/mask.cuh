@@ -3,7 +3,7 @@
 // skipped) and what all of them see (tiles inside need no mask).
 #pragma once
 
-#include "hopper/element.cuh"
+#include "hopper/params.cuh"
 
 namespace attnhub {
 
@@ -55,18 +55,5 @@ struct Mask {
         return {(first + Keys - 1) / Keys, last / Keys};
     }
 };
-
-// Scores of keys outside of the rows' spans become -inf. spans: of this lane's rows, 8 apart; key: of its first column.
-template <bool Left, int N>
-static __device__ __forceinline__ void hide_scores(float (&scores)[N], const Span (&spans)[2], int key) {
-    const int last[2] = {spans[0].last - key, spans[1].last - key}, first[2] = {spans[0].first - key, spans[1].first - key};
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-        const int column = i / 4 * 8 + (i & 1), half = i >> 1 & 1;
-        bool hidden = column >= last[half];
-        if constexpr (Left) hidden = hidden || column < first[half];
-        if (hidden) scores[i] = -kInfinity;
-    }
-}
 
 }  // namespace attnhub

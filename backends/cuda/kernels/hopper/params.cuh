@@ -29,6 +29,7 @@ struct Params {
     const int* prefix;        // [sequences], or null
     const float* sinks;       // [Hq], or null
     const float* alibi;       // slopes, read at [b * alibi_batch_stride + h]
+    int* counters;            // two zeros of this launch's own: tiles handed out, blocks done; null: tiles are dealt out in turn
     Strides q_strides, k_strides, v_strides, out_strides;
     int sequences;
     int q_heads;
@@ -37,7 +38,7 @@ struct Params {
     int seqlen_k;
     int head_dim;
     int v_head_dim;
-    int q_tiles;              // tiles of query rows per sequence (packed: slots, see schedule.cuh)
+    int q_tiles;              // tiles of query rows per sequence (not if packed)
     int tile_total;
     int heads_per_section;    // query heads that walk through their tiles together, see schedule.cuh
     int longest_first;

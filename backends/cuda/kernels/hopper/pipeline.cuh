@@ -20,6 +20,12 @@ struct Barrier {
     __device__ __forceinline__ void arrive() const {
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(address) : "memory");
     }
+    // Once for a whole warp. Without a branch: after one the compiler takes what follows for divergent, and descriptors leave the uniform
+    // registers.
+    __device__ __forceinline__ void arrive_once(int lane) const {
+        asm volatile("{\n.reg .pred first;\nsetp.eq.s32 first, %1, 0;\n@first mbarrier.arrive.shared::cta.b64 _, [%0];\n}"
+                     :: "r"(address), "r"(lane) : "memory");
+    }
     // Arrives, and makes the phase wait for the bytes of copies.
     __device__ __forceinline__ void expect(uint32 bytes) const {
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(address), "r"(bytes) : "memory");

@@ -1,6 +1,7 @@
-// Scores to weights: softcap, ALiBi and the online softmax (arXiv 2205.14135, 2307.08691) in base 2.
+// Scores to weights: softcap, ALiBi, mask and the online softmax (arXiv 2205.14135, 2307.08691) in base 2.
 #pragma once
 
+#include "hopper/element.cuh"
 #include "hopper/mask.cuh"
 
 namespace attnhub {
@@ -25,6 +26,19 @@ static __device__ __forceinline__ void add_alibi(float (&scores)[N], float scale
     for (int i = 0; i < N; ++i) {
         const float away = first + static_cast<float>((i >> 1 & 1) * 8 - (i / 4 * 8 + (i & 1)));
         scores[i] = fmaf(-slope, fabsf(away), scores[i] * scale);
+    }
+}
+
+// Scores of keys outside of the rows' spans become -inf. spans: of this lane's rows, 8 apart; key: of its first column.
+template <bool Left, int N>
+static __device__ __forceinline__ void hide_scores(float (&scores)[N], const Span (&spans)[2], int key) {
+    const int last[2] = {spans[0].last - key, spans[1].last - key}, first[2] = {spans[0].first - key, spans[1].first - key};
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const int column = i / 4 * 8 + (i & 1), half = i >> 1 & 1;
+        bool hidden = column >= last[half];
+        if constexpr (Left) hidden = hidden || column < first[half];
+        if (hidden) scores[i] = -kInfinity;
     }
 }
 
