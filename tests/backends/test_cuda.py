@@ -218,7 +218,7 @@ def test_a_cubin_is_compiled_once_and_kept(tmp_path: Path) -> None:
     assert fake.compiled == 2
     fake.version = (13, 1)
     compile.cubin(SMALL, fake, tmp_path)
-    assert fake.compiled == 3 and len(list(tmp_path.iterdir())) == 3
+    assert fake.compiled == 3 and len(list(tmp_path.glob("*.cubin"))) == 3
 
 
 def test_a_changed_source_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

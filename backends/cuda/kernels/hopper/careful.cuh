@@ -78,6 +78,7 @@ static __device__ __forceinline__ void attend_carefully(
             const Element* values = v + (key + i) * params.v_strides.token;
 #pragma unroll
             for (int j = 0; j < C::kColumns / 8; ++j) {
+                if (j % 4 == 0) asm volatile("" ::: "memory");  // few loads at a time: registers
                 const uint32 pair = load_pair(values, 8 * j + column, params.v_head_dim);
                 const float low = Type::widen(static_cast<Element>(pair)), high = Type::widen(static_cast<Element>(pair >> 16));
 #pragma unroll
