@@ -135,6 +135,8 @@ def _loaded(plan: CubinPlan, problem: Problem) -> CubinPlan:
     try:
         if torch.cuda.get_device_capability() == tuple(problem.device.arch):
             plan.load(torch.cuda.current_device())
+    except PrepareError:
+        raise
     except Exception as error:  # CuPy raises CUDADriverError; its type cannot be named without importing CuPy
         raise PrepareError(Reason(Code.COMPILE_FAILED, f"the compiled kernel does not load: {type(error).__name__}: {error}")) from error
     return plan

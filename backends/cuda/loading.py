@@ -9,8 +9,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from attnhub.backend import Call, Plan
+from attnhub.backend import Call, Plan, PrepareError
 from attnhub.backends.cuda import compile
+from attnhub.reasons import Code, Reason
 
 
 class Stream:
@@ -62,7 +63,12 @@ class CubinPlan(Plan):
                 with torch.cuda.device(index):
                     _bind_thread(index)
                     kernel = cupy.RawModule(path=self._cubin).get_function(compile.ENTRY)
-                    kernel.max_dynamic_shared_size_bytes = self._shared_bytes
+                    try:
+                        kernel.max_dynamic_shared_size_bytes = self._shared_bytes
+                    except Exception as error:  # CuPy's CUDADriverError; its type cannot be named without importing CuPy
+                        raise PrepareError(
+                            Reason(Code.OUT_OF_RESOURCES, f"the kernel needs {self._shared_bytes} bytes of shared memory: {error}")
+                        ) from error
                     function = self._functions[index] = kernel.kernel
             return function
 

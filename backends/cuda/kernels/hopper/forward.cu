@@ -284,7 +284,7 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
         // The engine stops at the tensor's end, but not at a packed sequence's.
         const bool by_map = params.out_by_map && (params.cu_seqlens_q == nullptr || count == 64);
         if (by_map) {
-            if (thread == 0) {
+            if (thread == 0 && count > 0) {
                 L::OutTile::store(&params.out_map, out_tile, work.q_token + group_row, work.head, work.batch);
             }
             __syncwarp();
