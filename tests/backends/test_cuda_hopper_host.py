@@ -112,8 +112,8 @@ def _check(v: HopperVariant, folder: Path) -> None:
     assert not re.search(r"C75\d\d|warning", compiled.log), compiled.log
     assert v.shared_bytes <= hopper.MOST_SHARED
     ((stack, stores, loads),) = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.log)
-    # A few registers of what is computed once for a tile.
-    assert int(stack) <= 24 and int(stores) <= 24 and int(loads) <= 48, compiled.log
+    # A few registers of what is computed once for a tile; never in a loop over keys.
+    assert max(int(stack), int(stores), int(loads)) <= 64, compiled.log
     if int(stack):
         loops = _loops(compiled.cubin, folder)
         assert loops and not [line for loop in loops for line in loop if re.search(r"\b(LDL|STL)\b", line)]
@@ -136,12 +136,13 @@ def test_every_variant_compiles_without_spills(v: HopperVariant, tmp_path: Path)
 
 
 @needs_nvrtc
-def test_descriptors_stay_in_uniform_registers(tmp_path: Path) -> None:
-    """In the hot loops of the usual kernel nothing is moved to where the matrix unit reads its descriptors."""
-    loops = _loops(_compile(_QUICK[1]).cubin, tmp_path)
+@pytest.mark.parametrize(("v", "products", "moves"), zip(_QUICK, (10, 16, 20), (0, 0, 12)), ids=("D64", "D128", "D256"))
+def test_descriptors_stay_in_uniform_registers(v: HopperVariant, products: int, moves: int, tmp_path: Path) -> None:
+    """In the hot loops nothing, or little, is moved to where the matrix unit reads its descriptors; a branch too many moves all of them."""
+    loops = _loops(_compile(v).cubin, tmp_path)
     assert len(loops) == 2  # masked tiles and full ones
     for loop in loops:
-        assert sum("HGMMA" in line for line in loop) == 16 and not any("R2UR" in line for line in loop)
+        assert sum("HGMMA" in line for line in loop) == products and sum("R2UR" in line for line in loop) <= moves
 
 
 @needs_nvrtc
