@@ -215,9 +215,9 @@ class _Driver:
         self.encoded: list[dict[str, Any]] = []
         self.moved: list[tuple[int, int]] = []
 
-    def cuTensorMapEncodeTiled(
+    def cuTensorMapEncodeTiled(  # noqa: N802
         self, target: int, dtype: int, rank: int, address: int, dims: Any, strides: Any, box: Any, steps: Any, *rest: int
-    ) -> int:  # noqa: N802
+    ) -> int:
         assert not target % 64
         ctypes.memmove(target, address.to_bytes(8, "little"), 8)
         self.encoded.append(
