@@ -51,7 +51,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     out = torch.empty_like(q)
     running_out = out if q.dtype == torch.float32 else torch.empty(q.shape, dtype=torch.float32, device=q.device)
     running: Any = torch.empty(2, batch * heads, seqlen_q, dtype=torch.float32, device=q.device)
-    tf32 = arguments.precision(q, head_dim) == "tf32"
+    tf32 = arguments.precision(q, head_dim, (seqlen_q, k.shape[2])) == "tf32"
     keys_outer_kernel[(batch * heads,)](
         q, k, v, out, running_out, running[0], running[1], head_dim**-0.5, seqlen_q, k.shape[2],
         HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal,

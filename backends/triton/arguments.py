@@ -62,7 +62,7 @@ def call_key(call: Call, inputs: dict[str, Tensor]) -> tuple[tuple[Any, ...], li
     """(all that the launches of a call depend on, but for the addresses of its tensors; those addresses)."""
     q, mask, varlen = call.q, call.mask, call.varlen
     key: list[Any] = [
-        q.get_device(), precision(q, call.v.shape[3]), call.need_lse, call.softmax_scale, call.softcap, call.dropout_p,
+        q.get_device(), precision(q, call.v.shape[3], max_lengths(call)), call.need_lse, call.softmax_scale, call.softcap, call.dropout_p,
         None if mask is FULL else mask.structure,
         None if varlen is None else (varlen.max_seqlen_q, varlen.max_seqlen_k),
     ]  # fmt: skip
@@ -83,13 +83,8 @@ def kernel_arguments(call: Call, interpreted: bool) -> Arguments:
     heads, head_dim = q.shape[1], q.shape[3]
     scale = float(call.softmax_scale)
     fp8 = q.dtype == torch.float8_e4m3fn
-    if varlen is None:
-        sequences, max_q, max_k = q.shape[0], q.shape[2], k.shape[2]
-    else:
-        sequences, max_q, max_k = varlen.cu_seqlens_q.shape[0] - 1, varlen.max_seqlen_q, varlen.max_seqlen_k
-    if call.block_table is not None:
-        max_k = call.block_table.shape[1] * k.shape[2]
-
+    sequences = q.shape[0] if varlen is None else varlen.cu_seqlens_q.shape[0] - 1
+    max_q, max_k = max_lengths(call)
     left, right = mask.window
     prefix = mask.prefix if mask.causal else None
     blocks = mask.blocks if mask.causal else None
@@ -103,7 +98,7 @@ def kernel_arguments(call: Call, interpreted: bool) -> Arguments:
     limited = left >= 0 or right >= 0 or mask.chunk > 0 or widened
     strides = {**strides_of("q", q), **strides_of("k", k), **strides_of("v", v)}
     # The smallest product of fp8 operands takes 32 dimensions.
-    product = precision(q, v.shape[3])
+    product = precision(q, v.shape[3], (max_q, max_k))
     parts = {"most": tiling.TF32X3_PART} if product == "tf32x3" else {}
     width = tiling.widths(head_dim, v.shape[3], 32 if fp8 else 16, 16 if interpreted else tiling.LEAST_REST, **parts)
     return {
@@ -170,7 +165,14 @@ def last_dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def precision(q: Tensor, v_head_dim: int) -> str:
+def max_lengths(call: Call) -> tuple[int, int]:
+    """(queries, keys) of the longest sequence."""
+    varlen = call.varlen
+    max_q, max_k = (call.q.shape[2], call.k.shape[2]) if varlen is None else (varlen.max_seqlen_q, varlen.max_seqlen_k)
+    return max_q, max_k if call.block_table is None else call.block_table.shape[1] * call.k.shape[2]
+
+
+def precision(q: Tensor, v_head_dim: int, lengths: tuple[int, int]) -> str:
     """How fp32 operands are multiplied: in tf32 if torch's own products may, else as a sum of three such products, or exactly."""
     if q.dtype != torch.float32 or q.device.type != "cuda" or torch.version.hip:
         return "ieee"
@@ -179,7 +181,7 @@ def precision(q: Tensor, v_head_dim: int) -> str:
     setting = getattr(matmul, "fp32_precision", None)
     if setting == "tf32" or (setting is None and matmul.allow_tf32):
         return "tf32"
-    return "tf32x3" if tiling.tf32x3("nvidia", arch(q.get_device()), q.shape[3], v_head_dim) else "ieee"
+    return "tf32x3" if tiling.tf32x3("nvidia", arch(q.get_device()), q.shape[3], v_head_dim, lengths) else "ieee"
 
 
 @functools.lru_cache(maxsize=64)

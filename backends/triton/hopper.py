@@ -6,6 +6,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
@@ -38,42 +39,46 @@ def serves_problem(problem: Problem) -> bool:
     return version >= _OLDEST and max(problem.head_dim, problem.v_head_dim) <= _MOST_DIM and _importable()
 
 
+#: Each tile has a program; a program for each multiprocessor walks over the tiles in a fixed order; or it draws the next that nobody has, at the
+#: price of a counter that is zeroed first.
+EACH, WALK, DRAW = 0, 1, 2
+
+
 class Row(NamedTuple):
-    """Tiles for lengths up to ``longest``, and whether a program for each multiprocessor walks over the tiles; else each tile has a program."""
+    """Tiles for lengths up to ``longest``, and how programs come to them: EACH, WALK or DRAW."""
 
     longest: float
     tiles: Tiles
-    walk: bool
+    walk: int
 
 
 _ANY = math.inf
-#: (role, width, whether a mask makes blocks of rows differ in work) -> rows by rising length: the fastest of two to eight tried on an H100 at 512
-#: to 8192 tokens (those of uneven work before programs walked forth and back and copied ahead); the trials are in no result file. block_m,
-#: block_n: 64 query rows (keys in dK/dV) for each computing warpgroup. Walking saves the start and end of a tile, and costs where the work of
-#: tiles differs.
+#: (role, width, whether a mask makes blocks of rows differ in work) -> rows by rising length: the fastest of two to nine tried on an H100 at 512
+#: to 16384 tokens (width 256 of uneven work: the forward alone, to 16384; its backward as the narrower ones); the trials are in no result file.
+#: block_m, block_n: 64 query rows (keys in dK/dV) for each computing warpgroup. Walking and drawing save the start and end of a tile.
 _TABLE: dict[tuple[str, int, bool], tuple[Row, ...]] = {
-    ("hopper_forward", 64, False): (Row(8192, Tiles(128, 128, 4, 2), True), Row(_ANY, Tiles(192, 128, 4, 2), True)),
-    ("hopper_forward", 64, True): (Row(4096, Tiles(128, 128, 4, 2), True), Row(_ANY, Tiles(192, 128, 4, 2), False)),
-    ("hopper_forward", 128, False): (Row(_ANY, Tiles(128, 128, 4, 2), True),),
+    ("hopper_forward", 64, False): (Row(8192, Tiles(128, 128, 4, 2), WALK), Row(_ANY, Tiles(192, 128, 4, 2), WALK)),
+    ("hopper_forward", 64, True): (
+        Row(512, Tiles(128, 128, 4, 2), WALK), Row(8192, Tiles(128, 128, 4, 2), DRAW), Row(_ANY, Tiles(192, 128, 4, 2), DRAW),
+    ),
+    ("hopper_forward", 128, False): (Row(_ANY, Tiles(128, 128, 4, 2), WALK),),
     ("hopper_forward", 128, True): (
-        Row(512, Tiles(128, 64, 4, 3), True), Row(2048, Tiles(128, 128, 4, 2), True), Row(_ANY, Tiles(128, 128, 4, 2), False),
+        Row(512, Tiles(128, 64, 4, 3), DRAW), Row(8192, Tiles(128, 128, 4, 2), DRAW), Row(_ANY, Tiles(128, 128, 4, 2), EACH),
     ),
-    ("hopper_forward", 256, False): (Row(_ANY, Tiles(128, 64, 4, 2), True),),
-    ("hopper_forward", 256, True): (Row(_ANY, Tiles(128, 64, 4, 2), False),),
-    ("hopper_grad_q", 64, False): (Row(2048, Tiles(128, 128, 4, 3), True), Row(_ANY, Tiles(128, 128, 4, 3), False)),
-    ("hopper_grad_q", 64, True): (Row(8192, Tiles(128, 128, 4, 3), True), Row(_ANY, Tiles(128, 128, 4, 3), False)),
-    ("hopper_grad_q", 128, False): (Row(_ANY, Tiles(128, 64, 4, 3), True),),
-    ("hopper_grad_q", 128, True): (Row(1024, Tiles(128, 64, 4, 3), True), Row(_ANY, Tiles(128, 64, 4, 3), False)),
-    ("hopper_grad_q", 256, False): (Row(_ANY, Tiles(128, 32, 4, 2), True),),
-    ("hopper_grad_q", 256, True): (Row(_ANY, Tiles(128, 32, 4, 2), False),),
-    ("hopper_grad_kv", 64, False): (Row(_ANY, Tiles(128, 128, 4, 2), True),),
-    ("hopper_grad_kv", 64, True): (
-        Row(1024, Tiles(64, 128, 4, 3), True), Row(8192, Tiles(128, 128, 4, 2), True), Row(_ANY, Tiles(128, 128, 4, 2), False),
-    ),
-    ("hopper_grad_kv", 128, False): (Row(_ANY, Tiles(64, 128, 4, 2), True),),
-    ("hopper_grad_kv", 128, True): (Row(_ANY, Tiles(64, 128, 4, 2), False),),
-    ("hopper_grad_kv", 256, False): (Row(_ANY, Tiles(32, 128, 4, 2), True),),
-    ("hopper_grad_kv", 256, True): (Row(_ANY, Tiles(32, 128, 4, 2), False),),
+    ("hopper_forward", 256, False): (Row(_ANY, Tiles(128, 64, 4, 2), WALK),),
+    ("hopper_forward", 256, True): (Row(_ANY, Tiles(128, 64, 4, 2), DRAW),),
+    ("hopper_grad_q", 64, False): (Row(2048, Tiles(128, 128, 4, 3), WALK), Row(_ANY, Tiles(128, 128, 4, 3), EACH)),
+    ("hopper_grad_q", 64, True): (Row(_ANY, Tiles(128, 128, 4, 3), DRAW),),
+    ("hopper_grad_q", 128, False): (Row(_ANY, Tiles(128, 64, 4, 3), WALK),),
+    ("hopper_grad_q", 128, True): (Row(_ANY, Tiles(128, 64, 4, 3), DRAW),),
+    ("hopper_grad_q", 256, False): (Row(_ANY, Tiles(128, 32, 4, 2), WALK),),
+    ("hopper_grad_q", 256, True): (Row(_ANY, Tiles(128, 32, 4, 2), DRAW),),
+    ("hopper_grad_kv", 64, False): (Row(_ANY, Tiles(128, 128, 4, 2), WALK),),
+    ("hopper_grad_kv", 64, True): (Row(1024, Tiles(64, 128, 4, 3), DRAW), Row(_ANY, Tiles(128, 128, 4, 2), DRAW)),
+    ("hopper_grad_kv", 128, False): (Row(_ANY, Tiles(64, 128, 4, 2), WALK),),
+    ("hopper_grad_kv", 128, True): (Row(_ANY, Tiles(64, 128, 4, 2), DRAW),),
+    ("hopper_grad_kv", 256, False): (Row(_ANY, Tiles(32, 128, 4, 2), WALK),),
+    ("hopper_grad_kv", 256, True): (Row(_ANY, Tiles(32, 128, 4, 2), DRAW),),
 }  # fmt: skip
 ROLES = ("hopper_forward", "hopper_grad_kv", "hopper_grad_q")
 _UNEVEN = frozenset({Feature.CAUSAL_BOTTOM_RIGHT, Feature.CAUSAL_TOP_LEFT, Feature.WINDOW})
@@ -160,8 +165,8 @@ def _in_pairs(arguments: dict[str, Any]) -> bool:
 
 
 def _programs(
-    role: str, arguments: dict[str, Any], width: int, row_bytes: int, block: int, resident: int, staged: int
-) -> tuple[int, dict[str, int]]:
+    recorder: Recorder, role: str, arguments: dict[str, Any], width: int, row_bytes: int, block: int, resident: int, staged: int, name: str = ""
+) -> tuple[int, dict[str, Any]]:
     """(programs of the grid, the kernel's arguments about it). row_bytes: of one token in what programs of a head share. block: tokens of a
     program's tile. resident, staged: bytes of the tiles that stay for a whole block and of those that pass by.
     """
@@ -175,11 +180,14 @@ def _programs(
     uneven = bool(arguments["LEFT"] or arguments["RIGHT"] or arguments["CAUSAL"])
     # Without such a mask the blocks of a head follow one another.
     section = max(1, _SECTION // max(1, row_bytes * walked)) if uneven else 1
-    walk = not packed and _row(role, width, uneven, length).walk
-    programs = min(tiles, launching.processors(arguments["q"].device)) if walk else tiles
+    way = DRAW if packed else _row(role, width, uneven, length).walk
+    programs = tiles if way == EACH else min(tiles, launching.processors(arguments["q"].device))
+    counter = None
+    if way == DRAW and programs < tiles:
+        counter = recorder.zeros(f"{role}{name}_counter", arguments["q"].new_empty(1, dtype=torch.int32))
     # Who walks on copies the next block's resident tiles meanwhile, where there is room.
     buffers = 2 if programs < tiles and 2 * resident + staged <= _SHARED else 1
-    return programs, {"pairs": pairs, "section": section, "tile_total": tiles, "BUFFERS": buffers}
+    return programs, {"pairs": pairs, "section": section, "tile_total": tiles, "BUFFERS": buffers, "counter": counter}
 
 
 def forward(recorder: Recorder, arguments: dict[str, Any], tiles: Tiles) -> None:
@@ -193,8 +201,9 @@ def forward(recorder: Recorder, arguments: dict[str, Any], tiles: Tiles) -> None
         width = 64
     groups = tiles.block_m // 64
     chunks = -(-dim // width)
-    resident, staged = 2 * tiles.block_m * chunks * width, 2 * tiles.num_stages * tiles.block_n * (chunks * width + v_width)
-    programs, place = _programs("hopper_forward", arguments, max(_width(dim), v_width), 2 * (dim + v_width), tiles.block_m, resident, staged)
+    # The output passes through another half of its tile.
+    resident, staged = 2 * tiles.block_m * chunks * width, 2 * tiles.num_stages * tiles.block_n * (chunks * width + v_width) + tiles.block_m * v_width
+    programs, place = _programs(recorder, "hopper_forward", arguments, max(_width(dim), v_width), 2 * (dim + v_width), tiles.block_m, resident, staged)
     recorder.launch(
         hopper_forward_kernel, programs, tiles,
         **{
@@ -212,7 +221,7 @@ def grad_q(recorder: Recorder, arguments: dict[str, Any], tiles: Tiles) -> None:
     width, v_width = _width(arguments["HEAD_DIM"]), _width(arguments["V_HEAD_DIM"])
     groups = tiles.block_m // 64
     resident, staged = 2 * tiles.block_m * (width + v_width), 2 * tiles.block_n * (tiles.num_stages * width + _V_STAGES * v_width)
-    programs, place = _programs("hopper_grad_q", arguments, max(width, v_width), 2 * (width + v_width), tiles.block_m, resident, staged)
+    programs, place = _programs(recorder, "hopper_grad_q", arguments, max(width, v_width), 2 * (width + v_width), tiles.block_m, resident, staged)
     recorder.launch(
         hopper_grad_q_kernel, programs, tiles,
         **{
@@ -236,7 +245,9 @@ def grad_kv(recorder: Recorder, arguments: dict[str, Any], tiles: Tiles) -> None
     for want_k, want_v in parts:
         # Without dK a tile of V is only there to be written, if that of K has another width.
         resident = 2 * tiles.block_n * (width + (v_width if want_k or width != v_width else 0))
-        programs, place = _programs("hopper_grad_kv", arguments, max(width, v_width), row_bytes, tiles.block_n, resident, staged)
+        programs, place = _programs(
+            recorder, "hopper_grad_kv", arguments, max(width, v_width), row_bytes, tiles.block_n, resident, staged, f"{int(want_k)}{int(want_v)}"
+        )
         recorder.launch(
             hopper_grad_kv_kernel, programs, tiles,
             **{

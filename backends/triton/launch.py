@@ -164,7 +164,7 @@ class _Step(NamedTuple):
 class Recording:
     """The launches of one call, without its tensors. It is never changed, so that threads may share it."""
 
-    def __init__(self, device_type: str, buffers: list[tuple[str, tuple[int, ...], tuple[int, ...], torch.dtype]], steps: list[_Step]) -> None:
+    def __init__(self, device_type: str, buffers: list[tuple[str, tuple[int, ...], tuple[int, ...], torch.dtype, bool]], steps: list[_Step]) -> None:
         self._buffers = buffers
         self._steps = steps
         self._empty = _allocator(device_type)
@@ -174,9 +174,11 @@ class Recording:
         """Allocate the call's buffers on the device of ``like``, which must be current, and launch. addresses: of the inputs, as recorded."""
         buffers = {}
         empty = self._empty
-        for name, shape, strides, dtype in self._buffers:
+        for name, shape, strides, dtype, zeroed in self._buffers:
             # Allocators of device memory align to more than Triton specialises on.
             buffers[name] = x = empty(shape, strides, dtype)
+            if zeroed:
+                x.zero_()
             addresses.append(x.data_ptr())
         stream = self._current_stream(like.get_device())
         for run, fixed, programs, template, pointers, descriptors, _ in self._steps:
@@ -207,12 +209,18 @@ class Recorder:
         # Each an object of its own: if one tensor is both k and v, only the object tells which of them an argument is.
         self.inputs = {name: x.detach() for name, x in inputs.items()}
         self.buffers: dict[str, Tensor] = {}
+        self.zeroed: set[str] = set()
         self.launched: list[Launched] = []
 
     def buffer(self, name: str, x: Tensor) -> Tensor:
         """An uninitialised tensor that kernels write, to be allocated anew when the call is replayed."""
         self.buffers[name] = x
         return x
+
+    def zeros(self, name: str, x: Tensor) -> Tensor:
+        """As `buffer`, of a tensor that kernels find full of zeros."""
+        self.zeroed.add(name)
+        return self.buffer(name, x.zero_())
 
     def launch(self, kernel: Any, programs: int, tiles: Tiles, **arguments: Any) -> None:
         self.launched.append(launch(kernel, programs, tiles, **arguments))
@@ -243,7 +251,7 @@ class Recorder:
                     pointers.append((position, number))
             steps.append(_Step(*_entry(compiled), programs, arguments, tuple(pointers), tuple(descriptors), compiled))
         device_type = next(iter(self.inputs.values())).device.type
-        return Recording(device_type, [(name, tuple(x.shape), x.stride(), x.dtype) for name, x in self.buffers.items()], steps)
+        return Recording(device_type, [(name, tuple(x.shape), x.stride(), x.dtype, name in self.zeroed) for name, x in self.buffers.items()], steps)
 
 
 class _Address:

@@ -85,7 +85,7 @@ class TritonPlan(Plan):
             item = _ITEM_BYTES.get(problem.q_dtype, 2)
             limit = tiling.shared_memory(problem.device.vendor, problem.device.arch)
             device, dims = problem.device, (problem.head_dim, problem.v_head_dim)
-            exact = item == 4 and not tiling.tf32x3(device.vendor, device.arch, *dims)
+            exact = item == 4 and not tiling.tf32x3(device.vendor, device.arch, *dims, (problem.seqlen_q, problem.seqlen_k))
             blocks = problem.batch * problem.q_heads * _cdiv(problem.seqlen_q, 128)
             self._tiles = {role: tiling.choices(role, *dims, item, limit, exact, blocks) for role in tiling.roles(item)}
             self._tiles = {**table.preferred(self._tiles, problem, item), **hopper.choices(problem)}

@@ -155,13 +155,18 @@ def estimate(role: str, tiles: Tiles, dims: int, item: int) -> int:
 #: part passed what conformance allows, and in two did not. Shorter operands also spill less.
 TF32X3_WIDEST = 256
 TF32X3_PART = 64
+#: So few pairs of a query and a key take no time, and leave the error of a single score to be seen: on an H200 up to 3.3 times what conformance
+#: allows a score that is the only one of its row, or the largest.
+_EXACT_PAIRS = 4096
 
 
-def tf32x3(vendor: str, arch: tuple[int, ...], head_dim: int, v_head_dim: int) -> bool:
+def tf32x3(vendor: str, arch: tuple[int, ...], head_dim: int, v_head_dim: int, lengths: tuple[int, int] | None = None) -> bool:
     """Whether fp32 products are sums of three products in tf32 (of the operands' upper and lower halves). On Hopper alone: 8.x cuts off sums of four
-    where Hopper cuts off sums of eight (emulated, head_dim 64: more than conformance allows), and of 10.x nothing is known here.
+    where Hopper cuts off sums of eight (emulated, head_dim 64: more than conformance allows), and of 10.x nothing is known here. lengths: queries and
+    keys of the longest sequence; None: many.
     """
-    return vendor == "nvidia" and arch[:1] == (9,) and max(head_dim, v_head_dim) <= TF32X3_WIDEST
+    many = lengths is None or lengths[0] * lengths[1] > _EXACT_PAIRS
+    return vendor == "nvidia" and arch[:1] == (9,) and max(head_dim, v_head_dim) <= TF32X3_WIDEST and many
 
 
 #: (role, element size, largest mean of the padded head dims) -> tiles for so few rows that blocks of 128 would be for _FEW_BLOCKS programs at most:

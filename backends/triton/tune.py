@@ -309,7 +309,7 @@ def kept(problem: Problem, missing: list[str]) -> dict[str, Any]:
             return found
         log.warning("ATTNHUB_TUNE=now: measuring tile sizes of the triton backend (%s); kept in %s", ", ".join(map(str, todo)), path)
         limit = tiles.shared_memory(problem.device.vendor, problem.device.arch)
-        exact = item == 4 and not tiles.tf32x3(problem.device.vendor, problem.device.arch, width, width)
+        exact = item == 4 and not tiles.tf32x3(problem.device.vendor, problem.device.arch, width, width, (problem.seqlen_q, problem.seqlen_k))
         for group, good in compile_ahead({group: group.candidates(limit, exact=exact) for group in todo}, workers.jobs()).items():
             outcome = run(group, good, device, Settings()) if good else None
             # What cannot be measured is not tried again and again.

@@ -77,8 +77,11 @@ def _compile(kernel: Any, values: list[Any], choice: tiles.Tiles, arch: tuple[in
     return triton.compile(source(kernel, signature, constants, attributes), target=GPUTarget("cuda", arch[0] * 10 + arch[1], 32), options=options)
 
 
-def launches(call: Call, arch: tuple[int, int], monkeypatch: pytest.MonkeyPatch, needs: Optional[Needs] = None) -> list[Compiled]:
-    """What a plan for an NVIDIA device launches for a call on tensors of the CPU: compiled, not run. needs: of a backward instead."""
+def launches(
+    call: Call, arch: tuple[int, int], monkeypatch: pytest.MonkeyPatch, needs: Optional[Needs] = None, processors: int = 132
+) -> list[Compiled]:
+    """What a plan for an NVIDIA device of so many multiprocessors launches for a call on tensors of the CPU: compiled, not run. needs: of a
+    backward instead."""
     found = []
 
     def compiling(kernel: Any, programs: int, choice: tiles.Tiles, **arguments: Any) -> launch.Launched:
@@ -87,7 +90,7 @@ def launches(call: Call, arch: tuple[int, int], monkeypatch: pytest.MonkeyPatch,
         return launch.Launched(None, programs, values, 0.0, None)
 
     monkeypatch.setattr(launch, "launch", compiling)
-    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    monkeypatch.setattr(launch, "processors", lambda device: processors)
     monkeypatch.setattr(launcher, "_on_device", lambda x: contextlib.nullcontext())
     # The problems are small; the kernels for Hopper are compiled all the same.
     first, *rest = launcher._FORWARD
@@ -180,6 +183,7 @@ HOPPER: dict[str, tuple[int, int, Mask, dict[str, Any]]] = {
     "causal 64": (64, 64, Causal(), {}),
     "causal 256": (256, 256, Causal(), {}),
     "causal 192:128": (192, 128, Causal(), {}),
+    "full 192": (192, 192, FULL, {}),
     "full 64:256": (64, 256, FULL, {}),
     "window 128": (128, 128, Causal() & Window(100), {"softcap": 30.0}),
     "everything 64": (
@@ -199,7 +203,8 @@ def test_hopper_kernels(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pa
     dim, v_dim, mask, extra = HOPPER[name]
     packed = "varlen" in extra
     call = Call(*qkv(256, dim, torch.bfloat16, v_dim, batch=1 if packed else 2), mask, 0.1, need_lse=True, **extra)
-    made = [*launches(call, (9, 0), monkeypatch), *launches(call, (9, 0), monkeypatch, Needs(True, True, True, False, False))]
+    # A program has several tiles: the next one's are copied ahead where there is room.
+    made = [*launches(call, (9, 0), monkeypatch, None, 3), *launches(call, (9, 0), monkeypatch, Needs(True, True, True, False, False), 3)]
     names = [c.name for c in made]
     assert {"hopper_forward_kernel", "hopper_grad_kv_kernel", "hopper_grad_q_kernel"} <= set(names)
     assert "delta_kernel" not in names

@@ -477,26 +477,32 @@ def test_both_switches_of_tf32_are_read(monkeypatch: pytest.MonkeyPatch) -> None
     try:
         for setting, wanted in (("tf32", "tf32"), ("ieee", "tf32x3")):
             matmul.fp32_precision = setting
-            assert arguments.precision(q, 64) == wanted  # type: ignore[arg-type]
+            assert arguments.precision(q, 64, (100, 100)) == wanted  # type: ignore[arg-type]
     finally:
         matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize(
-    ("arch", "dim", "v_dim", "wanted"),
-    [((9, 0), 64, 256, "tf32x3"), ((9, 0), 257, 64, "ieee"), ((9, 0), 64, 512, "ieee"), ((8, 0), 64, 64, "ieee"), ((10, 0), 64, 64, "ieee")],
-)
-def test_precision_of_fp32(arch: tuple[int, int], dim: int, v_dim: int, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ("arch", "dim", "v_dim", "lengths", "wanted"),
+    [
+        ((9, 0), 64, 256, (64, 65), "tf32x3"), ((9, 0), 64, 64, (64, 64), "ieee"), ((9, 0), 64, 64, (3000, 2), "tf32x3"),
+        ((9, 0), 257, 64, (100, 100), "ieee"), ((9, 0), 64, 512, (100, 100), "ieee"), ((8, 0), 64, 64, (100, 100), "ieee"),
+        ((10, 0), 64, 64, (100, 100), "ieee"),
+    ],
+)  # fmt: skip
+def test_precision_of_fp32(
+    arch: tuple[int, int], dim: int, v_dim: int, lengths: tuple[int, int], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three tf32 products where their error was found small enough; the plan's tiles are those of the same products."""
     q = types.SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"), shape=(1, 1, 1, dim), get_device=lambda: 0)
     monkeypatch.setattr(arguments, "arch", lambda device: arch)
-    assert arguments.precision(q, v_dim) == wanted  # type: ignore[arg-type]
-    made = launcher.TritonPlan(Problem(DeviceInfo("cuda", "nvidia", arch, ""), "float32", "float32", dim, v_dim, 4, 2, 2, 64, 64))
+    assert arguments.precision(q, v_dim, lengths) == wanted  # type: ignore[arg-type]
+    made = launcher.TritonPlan(Problem(DeviceInfo("cuda", "nvidia", arch, ""), "float32", "float32", dim, v_dim, 4, 2, 2, *lengths))
     limit = tiles.shared_memory("nvidia", arch)
     for role in tiles.roles(4):
         assert made._tiles[role] == tiles.choices(role, dim, v_dim, 4, limit, exact=wanted == "ieee")
     q.dtype = torch.float16
-    assert arguments.precision(q, v_dim) == "ieee"  # type: ignore[arg-type]
+    assert arguments.precision(q, v_dim, lengths) == "ieee"  # type: ignore[arg-type]
 
 
 def test_few_rows_of_fp32_have_smaller_blocks() -> None:

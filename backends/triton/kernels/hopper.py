@@ -5,6 +5,7 @@ Ranges of tiles are the functions of `kernels.mask`, compiled for Gluon; `kernel
 `kept` and `biased` do in fewer instructions. Arguments that only pass through a function travel as tuples:
 
 place    (pairs of sequence and head, pairs in a section, tiles in all): see `tile_place`
+queue    (counter of the tiles drawn, or None; their numbers and barriers in shared memory): see `draw_tile`
 lengths  (cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k)
 limits   (left, right, chunk); LIMITS their constants (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, whether ranges are causal,
          PAIRS: whether two neighbours in a row of the bias are one aligned word, BY_KEYS: whether `kept` asks from the side of keys)
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mma_v2, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, mma_v2, tma, warpgroup_mma
 
 from attnhub.backends.triton.kernels import forward, mask, tile
 from attnhub.backends.triton.kernels.tile import INF, LOG2_E
@@ -40,26 +41,57 @@ RUNTIME = [
 
 
 @gluon.jit
-def turns(place):
-    """How many tiles a program has at most: its grid may be smaller than their number."""
-    return gl.cdiv(place[2], gl.num_programs(0))
+def regular_tile(turn):
+    """The tile of a program's turn in a fixed order. In every other turn the programs take their tiles in reverse order: whose last tile was
+    among the longer ones then gets one of the shorter."""
+    programs = gl.num_programs(0)
+    p = gl.program_id(0)
+    return turn * programs + gl.where(turn % 2 == 0, p, programs - 1 - p)
 
 
 @gluon.jit
-def tile_place(turn, place, cu, sequences, longest, HEADS: gl.constexpr, BLOCK: gl.constexpr, LAST_FIRST: gl.constexpr):
-    """(sequence, head, block, whether there is one) of a program's tile; the block may lie behind the sequence's end.
+def draw_tile(turn, queue):
+    """The copying warp's tile after ``turn`` others: the first that no program has, told to the computing warpgroups; without a queue, the regular one."""
+    counter, numbers, told, heard = queue
+    if counter is None:
+        index = regular_tile(turn + 1)
+    else:
+        LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        slot = turn % 2
+        index = gl.num_programs(0) + gl.atomic_add(counter, 1)
+        mbarrier.wait(heard.index(slot), (turn // 2 & 1) ^ 1)
+        numbers.index(slot).store(gl.full((1,), index, gl.int32, LANES))
+        # One lane arrives for all that have stored.
+        barrier()
+        mbarrier.arrive(told.index(slot), count=1)
+    return index
+
+
+@gluon.jit
+def hear_tile(turn, queue):
+    """A computing warpgroup's tile after ``turn`` others: what the copying warp drew."""
+    counter, numbers, told, heard = queue
+    if counter is None:
+        index = regular_tile(turn + 1)
+    else:
+        slot = turn % 2
+        mbarrier.wait(told.index(slot), turn // 2 & 1)
+        index = gl.max(numbers.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+        # One lane arrives for all that have read.
+        barrier()
+        mbarrier.arrive(heard.index(slot), count=1)
+    return index
+
+
+@gluon.jit
+def tile_place(index, place, cu, sequences, longest, HEADS: gl.constexpr, BLOCK: gl.constexpr, LAST_FIRST: gl.constexpr):
+    """(sequence, head, block) of a tile; the block may lie behind the sequence's end.
 
     cu: first tokens of packed sequences; longest: the length of the others. Of these, heads whose tensors share the cache form sections,
     in which blocks come in the order of their numbers or, with LAST_FIRST, in the reverse: what a causal mask makes longest starts first.
-    In every other turn the programs take their tiles in reverse order: whose last tile was among the longer ones then gets one of the
-    shorter. Packed sequence b has the slots from cu[b] // BLOCK + b on, enough for its blocks wherever it begins.
+    Packed sequence b has the slots from cu[b] // BLOCK + b on, enough for its blocks wherever it begins.
     """
     pairs, section, total = place
-    programs = gl.num_programs(0)
-    p = gl.program_id(0)
-    index = turn * programs + gl.where(turn % 2 == 0, p, programs - 1 - p)
-    exists = index < total
-    index = gl.minimum(index, total - 1)
     if cu is None:
         blocks = gl.cdiv(longest, BLOCK)
         part = index // (section * blocks)
@@ -82,7 +114,7 @@ def tile_place(turn, place, cu, sequences, longest, HEADS: gl.constexpr, BLOCK: 
             above = gl.where(behind, middle, above)
             b = gl.where(behind, b, middle)
         block = slot - (gl.load(cu + b) // BLOCK + b)
-    return b, h, block, exists
+    return b, h, block
 
 
 @gluon.jit

@@ -22,8 +22,10 @@ from attnhub.backends.triton.kernels.hopper import (
     any_nonfinite,
     biased,
     copy_box,
+    draw_tile,
     existing,
     head_of,
+    hear_tile,
     kept,
     keys,
     load_bias,
@@ -34,7 +36,6 @@ from attnhub.backends.triton.kernels.hopper import (
     rows_to_keys,
     tanh,
     tile_place,
-    turns,
 )
 from attnhub.backends.triton.kernels.tile import INF, LN_2, LOG2_E
 
@@ -124,7 +125,7 @@ def compute(
     LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WHICH: out and lse of 64 of a tile's 64 * GROUPS query rows."""
-    tensors, barriers, k, v, out, lse, sinks, strides, scale, softcap, place, lengths, limits, added, data = common
+    tensors, barriers, k, v, out, lse, sinks, strides, scale, softcap, place, queue, lengths, limits, added, data = common
     out_strides, k_strides, v_strides = strides
     q_tiles, k_tiles, v_tiles = tensors
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
@@ -145,10 +146,12 @@ def compute(
     WRITE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
     it = 0
     served = 0
-    for turn in range(0, turns(place)):
-        b, h, block, exists = tile_place(turn, place, lengths[0], lengths[5], lengths[6], Q_HEADS, BLOCK_M, True)
+    turn = 0
+    index = gl.program_id(0)
+    while index < place[2]:
+        b, h, block = tile_place(index, place, lengths[0], lengths[5], lengths[6], Q_HEADS, BLOCK_M, True)
         first_q, len_q, memory_b = queries(lengths, b)
-        if exists & (block * BLOCK_M < len_q):
+        if block * BLOCK_M < len_q:
             first_k, len_k, _, lowest, memory_bk, prefix_len = keys(lengths, b)
             lo, _, _, hi = rows_to_keys(block * BLOCK_M, BLOCK_M, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
             first = block * BLOCK_M + WHICH * 64
@@ -246,12 +249,14 @@ def compute(
             gl.store(row_pointers(head, first_q + row, out_strides, BLOCK_DV, WRITE), result, mask=existing(row < len_q, V_HEAD_DIM, BLOCK_DV, WRITE))
             if lse is not None:
                 gl.store(lse + lse_row + i, value, mask=i < len_q)
+        index = hear_tile(turn, queue)
+        turn += 1
 
 
 @gluon.jit
 def copy(copied, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, CHUNKS: gl.constexpr, GROUPS: gl.constexpr, LIMITS: gl.constexpr):
     """One warp: the tiles of q, k and v into shared memory, as far ahead as there is room."""
-    q, k, v, tensors, barriers, place, lengths, limits = copied
+    q, k, v, tensors, barriers, place, queue, lengths, limits = copied
     q_tiles, k_tiles, v_tiles = tensors
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     STAGES: gl.constexpr = v_tiles.shape[0]
@@ -261,10 +266,12 @@ def copy(copied, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, CHUNKS: gl.constexp
     BUFFERS: gl.constexpr = q_full.shape[0]
     it = 0
     served = 0
-    for turn in range(0, turns(place)):
-        b, h, block, exists = tile_place(turn, place, lengths[0], lengths[5], lengths[6], Q_HEADS, BLOCK_M, True)
+    turn = 0
+    index = gl.program_id(0)
+    while index < place[2]:
+        b, h, block = tile_place(index, place, lengths[0], lengths[5], lengths[6], Q_HEADS, BLOCK_M, True)
         first_q, len_q, memory_b = queries(lengths, b)
-        if exists & (block * BLOCK_M < len_q):
+        if block * BLOCK_M < len_q:
             first_k, len_k, _, lowest, memory_bk, prefix_len = keys(lengths, b)
             lo, _, _, hi = rows_to_keys(block * BLOCK_M, BLOCK_M, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
             if hi > lo:
@@ -288,6 +295,8 @@ def copy(copied, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, CHUNKS: gl.constexp
                     copy_box(v, memory_bk, h // GROUP, first_k + n, 0, v_full.index(stage), v_tiles.index(stage))
                     it += 1
                     n -= BLOCK_N
+        index = draw_tile(turn, queue)
+        turn += 1
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
@@ -297,7 +306,7 @@ def hopper_forward_kernel(
     cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k, left, right, chunk,
     segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
-    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tile_total,
+    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tile_total, counter,
     Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr,
     CHUNKS: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, GROUPS: gl.constexpr, HIDES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, CHUNK: gl.constexpr, CAUSAL: gl.constexpr, TOP_LEFT: gl.constexpr,
@@ -329,12 +338,19 @@ def hopper_forward_kernel(
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(k_empty.index(stage), count=GROUPS)
         mbarrier.init(v_empty.index(stage), count=GROUPS)
+    numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    told = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    heard = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    for slot in gl.static_range(0, 2):
+        mbarrier.init(told.index(slot), count=1)
+        mbarrier.init(heard.index(slot), count=GROUPS)
     fence_async_shared()
 
     LIMITS: gl.constexpr = (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, CAUSAL and blocks_q is None, PAIRS, False)
     tensors = (q_tiles, k_tiles, v_tiles)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     place = (pairs, section, tile_total)
+    queue = (counter, numbers, told, heard)
     lengths = (cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k)
     limits = (left, right, chunk)
     added = (bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b)
@@ -345,8 +361,8 @@ def hopper_forward_kernel(
     strides = (
         (out_stride_b, out_stride_h, out_stride_s), (k_stride_b, k_stride_h, k_stride_s), (v_stride_b, v_stride_h, v_stride_s),
     )  # fmt: skip
-    common = (tensors, barriers, k, v, out, lse, sinks, strides, scale, softcap, place, lengths, limits, added, data)
-    copied = (q_boxes, k_boxes, v_boxes, tensors, barriers, place, lengths, limits)
+    common = (tensors, barriers, k, v, out, lse, sinks, strides, scale, softcap, place, queue, lengths, limits, added, data)
+    copied = (q_boxes, k_boxes, v_boxes, tensors, barriers, place, queue, lengths, limits)
     # Registers: 65536 are shared by the computing warpgroups and the four warps' worth that the copying one counts as.
     if GROUPS == 2:
         gl.warp_specialize(

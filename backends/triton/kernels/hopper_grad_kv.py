@@ -21,8 +21,10 @@ from attnhub.backends.triton.kernels.hopper import (
     any_nonfinite,
     barrier,
     copy_box,
+    draw_tile,
     existing,
     head_of,
+    hear_tile,
     keys,
     keys_to_rows,
     load_bias,
@@ -31,10 +33,22 @@ from attnhub.backends.triton.kernels.hopper import (
     queries,
     row_pointers,
     tile_place,
-    turns,
     weights_again,
 )
 from attnhub.backends.triton.kernels.tile import INF, LOG2_E
+
+
+@gluon.jit
+def unknown_zero(PHASE: gl.constexpr):
+    """0 under another name for each phase: where the resident tile varies, ptxas 12.8 computes a part of its address once for the loops of all
+    phases, in the first of them, and leaves the others without it where that one has no tile. Grids have one axis, which it cannot know."""
+    if PHASE == 0:
+        zero = 0
+    elif PHASE == 1:
+        zero = gl.program_id(1)
+    else:
+        zero = gl.program_id(2)
+    return zero
 
 
 @gluon.jit
@@ -87,7 +101,7 @@ def compute(
     GROUPS: gl.constexpr, HIDES: gl.constexpr, WANT_K: gl.constexpr, WANT_V: gl.constexpr, LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WHICH: grad_k and grad_v of 64 of a tile's 64 * GROUPS keys."""
-    tensors, barriers, q, grad_out, lse, delta, grad_k, grad_v, strides, scales, place, lengths, limits, added, data = common
+    tensors, barriers, q, grad_out, lse, delta, grad_k, grad_v, strides, scales, place, queue, lengths, limits, added, data = common
     q_tiles, do_tiles, row_data, k_tiles, v_tiles = tensors
     kv_full, kv_empty, q_full, q_empty, do_full, do_empty = barriers
     k_strides, v_strides, q_strides, do_strides = strides
@@ -109,11 +123,13 @@ def compute(
     WRITE_V: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
     it = 0
     served = 0
-    for turn in range(0, turns(place)):
+    turn = 0
+    index = gl.program_id(0)
+    while index < place[2]:
         # Under a causal mask the first keys are met by the most rows.
-        b, kv_head, block, exists = tile_place(turn, place, lengths[1], lengths[5], lengths[7], KV_HEADS, BLOCK_N, False)
+        b, kv_head, block = tile_place(index, place, lengths[1], lengths[5], lengths[7], KV_HEADS, BLOCK_N, False)
         first_k, len_k, room, lowest, memory_bk, prefix_len = keys(lengths, b)
-        if exists & (block * BLOCK_N < room):
+        if block * BLOCK_N < room:
             first_q, len_q, memory_b = queries(lengths, b)
             first = block * BLOCK_N + WHICH * 64
             lo, _, _, hi = keys_to_rows(block * BLOCK_N, BLOCK_N, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_M)
@@ -140,13 +156,16 @@ def compute(
                         else:
                             stop = hi
                         if phase == 2 or not LIMITS[6]:
+                            own = buffer * GROUPS + WHICH
+                            if BUFFERS > 1:
+                                own += unknown_zero(phase)
                             while m < stop:
                                 stage = it % STAGES
                                 mbarrier.wait(q_full.index(stage), it // STAGES & 1)
-                                s = multiply_transposed(k_tile, q_tiles.index(stage), S_LAYOUT)
+                                s = multiply_transposed(k_tiles.index(own), q_tiles.index(stage), S_LAYOUT)
                                 mbarrier.wait(do_full.index(stage), it // STAGES & 1)
                                 if WANT_K:
-                                    dp = multiply_transposed(v_tile, do_tiles.index(stage), S_LAYOUT)
+                                    dp = multiply_transposed(v_tiles.index(own), do_tiles.index(stage), S_LAYOUT)
                                 value = load_bias(b, h, m, row[None, :], 0, j[:, None], len_q, lengths[7], added, LIMITS)
                                 # In masked tiles both are awaited, so that no mask has to be kept until dP is there.
                                 s = warpgroup_mma_wait(1 if WANT_K and phase == 1 else 0, deps=[s])
@@ -211,6 +230,8 @@ def compute(
                 gl.store(v_pointers, v_value, mask=existing(v_key < room, V_HEAD_DIM, BLOCK_DV, WRITE_V))
             fence_async_shared()
             mbarrier.arrive(kv_empty.index(buffer), count=1)
+        index = hear_tile(turn, queue)
+        turn += 1
 
 
 @gluon.jit
@@ -218,7 +239,7 @@ def copy(
     copied, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, WANT_K: gl.constexpr, LIMITS: gl.constexpr, NATURAL: gl.constexpr
 ):  # fmt: skip
     """One warp: a tile's keys and values once, then query rows, their gradients, lse and delta, as far ahead as there is room."""
-    q, k, v, grad_out, lse, delta, tensors, barriers, place, lengths, limits = copied
+    q, k, v, grad_out, lse, delta, tensors, barriers, place, queue, lengths, limits = copied
     q_tiles, do_tiles, row_data, k_tiles, v_tiles = tensors
     kv_full, kv_empty, q_full, q_empty, do_full, do_empty = barriers
     tokens_q = lengths[8]
@@ -232,10 +253,12 @@ def copy(
     ROW: gl.constexpr = gl.BlockedLayout([max(BLOCK_M // 32, 1)], [32], [1], [0])
     it = 0
     served = 0
-    for turn in range(0, turns(place)):
-        b, kv_head, block, exists = tile_place(turn, place, lengths[1], lengths[5], lengths[7], KV_HEADS, BLOCK_N, False)
+    turn = 0
+    index = gl.program_id(0)
+    while index < place[2]:
+        b, kv_head, block = tile_place(index, place, lengths[1], lengths[5], lengths[7], KV_HEADS, BLOCK_N, False)
         first_k, len_k, room, lowest, memory_bk, prefix_len = keys(lengths, b)
-        if exists & (block * BLOCK_N < room):
+        if block * BLOCK_N < room:
             first_q, len_q, memory_b = queries(lengths, b)
             lo, _, _, hi = keys_to_rows(block * BLOCK_N, BLOCK_N, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_M)
             buffer = served % BUFFERS
@@ -271,6 +294,8 @@ def copy(
                     mbarrier.arrive(q_full.index(stage), count=1)
                     it += 1
                     m += BLOCK_M
+        index = draw_tile(turn, queue)
+        turn += 1
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
@@ -281,7 +306,7 @@ def hopper_grad_kv_kernel(
     cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k, left, right, chunk,
     segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
-    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tile_total,
+    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tile_total, counter,
     Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, GROUPS: gl.constexpr,
     HIDES: gl.constexpr, WANT_K: gl.constexpr, WANT_V: gl.constexpr,
@@ -316,6 +341,12 @@ def hopper_grad_kv_kernel(
         mbarrier.init(do_full.index(stage), count=1)
         mbarrier.init(q_empty.index(stage), count=GROUPS)
         mbarrier.init(do_empty.index(stage), count=GROUPS)
+    numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    told = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    heard = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    for slot in gl.static_range(0, 2):
+        mbarrier.init(told.index(slot), count=1)
+        mbarrier.init(heard.index(slot), count=GROUPS)
     fence_async_shared()
 
     LIMITS: gl.constexpr = (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, CAUSAL and blocks_q is None, False, True)
@@ -327,6 +358,7 @@ def hopper_grad_kv_kernel(
     )  # fmt: skip
     scales = (scale, softmax_scale, softcap)
     place = (pairs, section, tile_total)
+    queue = (counter, numbers, told, heard)
     lengths = (cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k)
     limits = (left, right, chunk)
     added = (bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b)
@@ -334,8 +366,8 @@ def hopper_grad_kv_kernel(
         segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
         bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     )  # fmt: skip
-    common = (tensors, barriers, q, grad_out, lse, delta, grad_k, grad_v, strides, scales, place, lengths, limits, added, data)
-    copied = (q_boxes, k_boxes, v_boxes, grad_out_boxes, lse, delta, tensors, barriers, place, lengths, limits)
+    common = (tensors, barriers, q, grad_out, lse, delta, grad_k, grad_v, strides, scales, place, queue, lengths, limits, added, data)
+    copied = (q_boxes, k_boxes, v_boxes, grad_out_boxes, lse, delta, tensors, barriers, place, queue, lengths, limits)
     # Registers: see `kernels.hopper_forward`.
     if GROUPS == 2:
         gl.warp_specialize(

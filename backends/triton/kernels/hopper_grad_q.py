@@ -20,8 +20,10 @@ from attnhub.backends.triton.kernels.hopper import (
     add_transposed,
     any_nonfinite,
     copy_box,
+    draw_tile,
     existing,
     head_of,
+    hear_tile,
     keys,
     load_bias,
     load_rows,
@@ -30,7 +32,6 @@ from attnhub.backends.triton.kernels.hopper import (
     row_pointers,
     rows_to_keys,
     tile_place,
-    turns,
     weights_again,
 )
 from attnhub.backends.triton.kernels.tile import INF, LOG2_E
@@ -75,7 +76,7 @@ def compute(
     LIMITS: gl.constexpr, SOFTCAP: gl.constexpr, NATURAL: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup WHICH: grad_q and delta of 64 of a tile's 64 * GROUPS query rows."""
-    tensors, barriers, k, v, out, lse, grad_lse, delta, grad_q, strides, scales, place, lengths, limits, added, data = common
+    tensors, barriers, k, v, out, lse, grad_lse, delta, grad_q, strides, scales, place, queue, lengths, limits, added, data = common
     q_tiles, do_tiles, k_tiles, v_tiles = tensors
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     out_strides, grad_q_strides, k_strides, v_strides = strides
@@ -99,10 +100,12 @@ def compute(
     READ: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
     it = 0
     served = 0
-    for turn in range(0, turns(place)):
-        b, h, block, exists = tile_place(turn, place, lengths[0], lengths[5], lengths[6], Q_HEADS, BLOCK_M, True)
+    turn = 0
+    index = gl.program_id(0)
+    while index < place[2]:
+        b, h, block = tile_place(index, place, lengths[0], lengths[5], lengths[6], Q_HEADS, BLOCK_M, True)
         first_q, len_q, memory_b = queries(lengths, b)
-        if exists & (block * BLOCK_M < len_q):
+        if block * BLOCK_M < len_q:
             first_k, len_k, _, lowest, memory_bk, prefix_len = keys(lengths, b)
             lo, _, _, hi = rows_to_keys(block * BLOCK_M, BLOCK_M, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
             first = block * BLOCK_M + WHICH * 64
@@ -113,6 +116,10 @@ def compute(
             o = gl.load(
                 row_pointers(out_head, first_q + read_row, out_strides, BLOCK_DV, READ), mask=existing(read_row < len_q, V_HEAD_DIM, BLOCK_DV, READ), other=0.0
             )
+            i = first + gl.arange(0, 64, ROW)
+            lse_i = gl.load(lse + row_base + i, mask=i < len_q, other=INF)
+            # Rows without keys, and rows that do not exist, have P = 0.
+            lse_i = gl.where(lse_i == -INF, INF, lse_i) * (1.0 if NATURAL else LOG2_E)
             row_delta = gl.zeros((64,), gl.float32, gl.SliceLayout(1, READ))
             if grad_lse is not None:
                 row_delta = -gl.load(grad_lse + row_base + read_row, mask=read_row < len_q, other=0.0)
@@ -121,55 +128,65 @@ def compute(
             do_tile = do_tiles.index(buffer * GROUPS + WHICH)
             mbarrier.wait(q_full.index(buffer), served // BUFFERS & 1)
             served += 1
-            row_delta += gl.sum(o.to(gl.float32) * do_tile.load(READ).to(gl.float32), 1)
-            gl.store(delta + row_base + read_row, row_delta, mask=read_row < len_q)
             dq = gl.zeros((64, BLOCK_D), gl.float32, Q_LAYOUT)
-            if hi > lo:
-                i = first + gl.arange(0, 64, ROW)
+            if hi <= lo:
+                row_delta += gl.sum(o.to(gl.float32) * do_tile.load(READ).to(gl.float32), 1)
+                gl.store(delta + row_base + read_row, row_delta, mask=read_row < len_q)
+            else:
                 column = gl.arange(0, BLOCK_N, COLUMN)
-                delta_i = gl.convert_layout(row_delta, ROW)
-                lse_i = gl.load(lse + row_base + i, mask=i < len_q, other=INF)
-                # Rows without keys, and rows that do not exist, have P = 0.
-                lse_i = gl.where(lse_i == -INF, INF, lse_i) * (1.0 if NATURAL else LOG2_E)
-                # From step to step dS travels in fp32: see `kernels.hopper_forward`.
-                ds_wide = gl.zeros((64, BLOCK_N), gl.float32, S_LAYOUT)
                 n = lo + (hi - lo - 1) // BLOCK_N * BLOCK_N
-                # The first tile; then masked tiles at the end, full ones, masked ones at the beginning.
-                for phase in gl.static_range(-1, 3):
-                    if phase == -1:
-                        stop = n
-                    elif phase == 0:
+                # The first tile, beside whose products delta is made; under names of its own, since later tiles of whole pairs have constants for some.
+                mbarrier.wait(k_full.index(it % STAGES), it // STAGES & 1)
+                s_1 = multiply_transposed(q_tile, k_tiles.index(it % STAGES), S_LAYOUT)
+                mbarrier.wait(v_full.index(it % V_STAGES), it // V_STAGES & 1)
+                dp_1 = multiply_transposed(do_tile, v_tiles.index(it % V_STAGES), S_LAYOUT)
+                value_1 = load_bias(b, h, 0, i[:, None], n, column[None, :], len_q, lengths[7], added, LIMITS)
+                row_delta += gl.sum(o.to(gl.float32) * do_tile.load(READ).to(gl.float32), 1)
+                gl.store(delta + row_base + read_row, row_delta, mask=read_row < len_q)
+                delta_i = gl.convert_layout(row_delta, ROW)
+                s_1 = warpgroup_mma_wait(1, deps=[s_1])
+                weights_1, slope_1, keep_1 = weights_again(
+                    s_1, value_1, lse_i[:, None], b, h, i[:, None], (n + column)[None, :], len_q, len_k, lowest, prefix_len, scale, softcap,
+                    limits, added, data, LIMITS, SOFTCAP, NATURAL, True,
+                )  # fmt: skip
+                dp_1 = warpgroup_mma_wait(0, deps=[dp_1])
+                mbarrier.arrive(v_empty.index(it % V_STAGES), count=1)
+                # From step to step dS travels in fp32: see `kernels.hopper_forward`.
+                ds_wide = gl.where(keep_1, weights_1 * (dp_1 - delta_i[:, None]) * slope_1, 0.0)
+                it += 1
+                n -= BLOCK_N
+                # Masked tiles at the end, full ones, masked ones at the beginning.
+                for phase in gl.static_range(0, 3):
+                    if phase == 0:
                         # Where all is masked, full_hi is the first tile of this warpgroup, which may lie behind that of the whole block.
                         stop = lo if LIMITS[6] else gl.maximum(full_hi, lo)
                     elif phase == 1:
                         stop = gl.maximum(full_lo, lo)
                     else:
                         stop = lo
-                    if phase <= 0 or (phase == 1 and not LIMITS[6]) or (phase == 2 and LIMITS[5]):
+                    if phase == 0 or (phase == 1 and not LIMITS[6]) or (phase == 2 and LIMITS[5]):
                         while n >= stop:
                             before = (it + STAGES - 1) % STAGES
                             mbarrier.wait(k_full.index(it % STAGES), it // STAGES & 1)
                             s = multiply_transposed(q_tile, k_tiles.index(it % STAGES), S_LAYOUT)
                             mbarrier.wait(v_full.index(it % V_STAGES), it // V_STAGES & 1)
                             dp = multiply_transposed(do_tile, v_tiles.index(it % V_STAGES), S_LAYOUT)
-                            if phase >= 0:
-                                ds = gl.convert_layout(ds_wide.to(dtype), DS_LAYOUT)
-                                dq = warpgroup_mma(ds, k_tiles.index(before), dq, is_async=True)
+                            ds = gl.convert_layout(ds_wide.to(dtype), DS_LAYOUT)
+                            dq = warpgroup_mma(ds, k_tiles.index(before), dq, is_async=True)
                             value = load_bias(b, h, 0, i[:, None], n, column[None, :], len_q, lengths[7], added, LIMITS)
-                            s = warpgroup_mma_wait(2 if phase >= 0 else 1, deps=[s])
+                            s = warpgroup_mma_wait(2, deps=[s])
                             j = n + column
                             weights, slope, keep = weights_again(
                                 s, value, lse_i[:, None], b, h, i[:, None], j[None, :], len_q, len_k, lowest, prefix_len, scale, softcap,
                                 limits, added, data, LIMITS, SOFTCAP, NATURAL, phase != 1,
                             )  # fmt: skip
-                            dp = warpgroup_mma_wait(1 if phase >= 0 else 0, deps=[dp])
+                            dp = warpgroup_mma_wait(1, deps=[dp])
                             mbarrier.arrive(v_empty.index(it % V_STAGES), count=1)
                             ds_wide = weights * (dp - delta_i[:, None]) * slope
                             if phase != 1:
                                 ds_wide = gl.where(keep, ds_wide, 0.0)
-                            if phase >= 0:
-                                dq, ds = warpgroup_mma_wait(0, deps=[dq, ds])
-                                mbarrier.arrive(k_empty.index(before), count=1)
+                            dq, ds = warpgroup_mma_wait(0, deps=[dq, ds])
+                            mbarrier.arrive(k_empty.index(before), count=1)
                             it += 1
                             n -= BLOCK_N
                 before = (it + STAGES - 1) % STAGES
@@ -196,12 +213,14 @@ def compute(
             row = first + gl.arange(0, 64, gl.SliceLayout(1, WRITE))
             pointers = row_pointers(head, first_q + row, grad_q_strides, BLOCK_D, WRITE)
             gl.store(pointers, result, mask=existing(row < len_q, HEAD_DIM, BLOCK_D, WRITE))
+        index = hear_tile(turn, queue)
+        turn += 1
 
 
 @gluon.jit
 def copy(copied, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, LIMITS: gl.constexpr):
     """One warp: a tile's query rows and their gradients once, then keys and values, as far ahead as there is room."""
-    q, k, v, grad_out, tensors, barriers, place, lengths, limits = copied
+    q, k, v, grad_out, tensors, barriers, place, queue, lengths, limits = copied
     q_tiles, do_tiles, k_tiles, v_tiles = tensors
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     BLOCK_D: gl.constexpr = q_tiles.shape[2]
@@ -213,10 +232,12 @@ def copy(copied, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexp
     BUFFERS: gl.constexpr = q_full.shape[0]
     it = 0
     served = 0
-    for turn in range(0, turns(place)):
-        b, h, block, exists = tile_place(turn, place, lengths[0], lengths[5], lengths[6], Q_HEADS, BLOCK_M, True)
+    turn = 0
+    index = gl.program_id(0)
+    while index < place[2]:
+        b, h, block = tile_place(index, place, lengths[0], lengths[5], lengths[6], Q_HEADS, BLOCK_M, True)
         first_q, len_q, memory_b = queries(lengths, b)
-        if exists & (block * BLOCK_M < len_q):
+        if block * BLOCK_M < len_q:
             first_k, len_k, _, lowest, memory_bk, prefix_len = keys(lengths, b)
             lo, _, _, hi = rows_to_keys(block * BLOCK_M, BLOCK_M, len_q, len_k, lowest, prefix_len, limits, LIMITS, BLOCK_N)
             buffer = served % BUFFERS
@@ -238,6 +259,8 @@ def copy(copied, Q_HEADS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexp
                     copy_box(v, memory_bk, h // GROUP, first_k + n, 0, v_full.index(it % V_STAGES), v_tiles.index(it % V_STAGES))
                     it += 1
                     n -= BLOCK_N
+        index = draw_tile(turn, queue)
+        turn += 1
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
@@ -248,7 +271,7 @@ def hopper_grad_q_kernel(
     cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k, left, right, chunk,
     segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
     bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
-    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tile_total,
+    bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b, pairs, section, tile_total, counter,
     Q_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, V_HEAD_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, BUFFERS: gl.constexpr, GROUPS: gl.constexpr, HIDES: gl.constexpr,
@@ -280,6 +303,12 @@ def hopper_grad_q_kernel(
     for stage in gl.static_range(0, V_STAGES):
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=GROUPS)
+    numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    told = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    heard = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    for slot in gl.static_range(0, 2):
+        mbarrier.init(told.index(slot), count=1)
+        mbarrier.init(heard.index(slot), count=GROUPS)
     fence_async_shared()
 
     LIMITS: gl.constexpr = (LEFT, RIGHT, CHUNK, CAUSAL, TOP_LEFT, LEFT_PHASE, MASK_ALL, CAUSAL and blocks_q is None, PAIRS, False)
@@ -291,6 +320,7 @@ def hopper_grad_q_kernel(
     )  # fmt: skip
     scales = (scale, softmax_scale, softcap)
     place = (pairs, section, tile_total)
+    queue = (counter, numbers, told, heard)
     lengths = (cu_q, cu_k, seqused_k, leftpad, prefix, sequences, max_q, max_k, tokens_q, tokens_k)
     limits = (left, right, chunk)
     added = (bias, bias_stride_b, bias_stride_h, bias_stride_q, bias_stride_k, alibi, alibi_stride_b)
@@ -298,8 +328,8 @@ def hopper_grad_q_kernel(
         segments_q, segments_k, segments_q_stride, segments_k_stride, blocks_q, blocks_k, blocks_q_stride, blocks_k_stride,
         bool_mask, bool_stride_b, bool_stride_h, bool_stride_q, bool_stride_k,
     )  # fmt: skip
-    common = (tensors, barriers, k, v, out, lse, grad_lse, delta, grad_q, strides, scales, place, lengths, limits, added, data)
-    copied = (q_boxes, k_boxes, v_boxes, grad_out_boxes, tensors, barriers, place, lengths, limits)
+    common = (tensors, barriers, k, v, out, lse, grad_lse, delta, grad_q, strides, scales, place, queue, lengths, limits, added, data)
+    copied = (q_boxes, k_boxes, v_boxes, grad_out_boxes, tensors, barriers, place, queue, lengths, limits)
     # Registers: see `kernels.hopper_forward`.
     if GROUPS == 2:
         gl.warp_specialize(

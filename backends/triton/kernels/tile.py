@@ -98,6 +98,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """acc + a @ b in fp32. UPCAST: Triton's interpreter keeps bf16 as integers and would multiply those."""
     if UPCAST:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif a.dtype == tl.float8e4nv:
+        # Hopper's sums of fp8 products keep some 14 bits: each instruction's is added up in fp32.
+        acc = tl.dot(a, b, acc, max_num_imprecise_acc=32)
     else:
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
