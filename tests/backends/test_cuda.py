@@ -387,6 +387,18 @@ def test_negative_and_zero_scales() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("turing", [False, True], ids=["m16n8k16", "m16n8k8"])
+@pytest.mark.parametrize("mask", [FULL, Causal()], ids=["full", "causal"])
+def test_extreme_scores(mask: Mask, turing: bool) -> None:
+    """Of some rows, beyond softmax.cuh's kExtreme; each of these sees one key alone."""
+    q, k, v = (_random(1, 2, 200, 64) for _ in range(3))
+    q[:, :, ::3], k[:, :, :100:4] = q[:, :, ::3] * 2.0**13, k[:, :, :100:4] * 2.0**12
+    out, lse = _plan(q, v, mask, turing).forward(Call(q, k, v, mask, 64**-0.5, need_lse=True))
+    assert out.isfinite().all() and lse.isfinite().all()
+    assert (out.double() - _reference(q, k, v, _allowed(mask, 200, 200))).abs().max() < 5e-3
+
+
+@pytest.mark.gpu
 def test_slopes_per_sequence() -> None:
     q, k, v = (_random(2, 4, 120, 64) for _ in range(3))
     slopes = torch.rand(2, 4, device="cuda")

@@ -145,6 +145,26 @@ def test_hard_scores(name: str, mask: Mask, dim: int, launches: list[int]) -> No
     assert torch.isfinite(out).all() and (out.double() - exact).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mask", [FULL, Causal()], ids=["full", "causal"])
+@pytest.mark.parametrize("power", [4, 8, 13])
+def test_scores_whose_products_with_the_scale_round_far(power: int, mask: Mask, dtype: torch.dtype) -> None:
+    """Below, around and beyond softmax.cuh's kExtreme; rows of ordinary scores between them, and maxima that grow from there."""
+    q, k, v = _inputs(1, 700, 64, heads=(4, 2), dtype=dtype)
+    q[:, :, ::3], k[:, :, 100:400:2] = q[:, :, ::3] * 2.0**power, k[:, :, 100:400:2] * 2.0 ** (power - 2)
+    exact = _exact(q, k, v, mask)
+    out, lse = attnhub.attention(q, k, v, mask, backend="cuda", return_lse=True)
+    group = k.double().repeat_interleave(2, 1)
+    scores = (q.double() @ group.mT * 0.125).masked_fill(~allowed_pairs(mask, 1, 700, 700, (0, 700), q.device), float("-inf"))
+    assert torch.isfinite(out).all()
+    rounding = 2.0**-20 * 0.125 * q.double().norm(dim=-1) * k.double().norm(dim=-1).max()
+    assert ((lse.double() - scores.logsumexp(-1)).abs() <= 1e-3 + rounding).all()
+    # Rows whose two largest scores are closer than fp32 tells them apart may take either.
+    top = scores.topk(2, -1).values.nan_to_num(0.0, neginf=-1e30)
+    clear = (top[..., 0] - top[..., 1] > 2.0**-18 * top[..., 0].abs()) | (top[..., 0].abs() < 2.0**8)
+    assert clear.float().mean() > 0.9 and (out.double() - exact)[clear].abs().max() < 0.01
+
+
 MASKS: dict[str, Mask] = {
     "causal": Causal(),
     "window": Window(40, 10),

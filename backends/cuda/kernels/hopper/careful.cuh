@@ -1,5 +1,5 @@
-// The same rows again, where a value that is not finite may have reached them through a pair that is masked out: in a product its weight is 0,
-// and 0 * NaN is NaN. Here pairs are selected. Slow, and rare: whoever pads with NaN, or whose rows see one.
+// The same rows again, slowly, where the fast way may have gone wrong. A value that is not finite reached them, perhaps through a pair that is masked
+// out: in a product its weight is 0, and 0 * NaN is NaN. Here pairs are selected. Or their scores are extreme, see softmax_step.
 #pragma once
 
 #include "hopper/schedule.cuh"
@@ -22,6 +22,18 @@ template <class C, int N>
 static __device__ __forceinline__ void adjust_scores(float (&scores)[N], const Params& params, float slope, int distance) {
     if constexpr (C::kSoftcap) cap_scores(scores, params.cap_inner, params.cap_outer);
     if constexpr (C::kAlibi) add_alibi(scores, C::kSoftcap ? 1.f : params.scale_log2, slope, distance);
+}
+
+// A tile of sequences that are all as long as the tensors: from what the epilogue needs anyway, so that the loop over keys keeps no more than that.
+template <class C>
+static __device__ __forceinline__ Work whole_tile(const Params& params, const Work& work) {
+    Work found{work.row, work.head, work.head / params.heads_per_kv_head};
+    found.batch = work.batch;
+    found.len_q = params.seqlen_q;
+    found.len_k = params.seqlen_k;
+    found.offset = params.top_left ? 0 : params.seqlen_k - params.seqlen_q;
+    found.last_tile = (params.seqlen_k + C::kKeys - 1) / C::kKeys;
+    return found;
 }
 
 // out, rows.maximum and rows.sum of a warp's 16 rows; `row` and row + 8 are this lane's.
@@ -63,7 +75,7 @@ static __device__ __forceinline__ void attend_carefully(
                            products[1][0], products[1][1], products[1][2], products[1][3]};
         adjust_scores<C>(scores, params, slope, row + work.offset - (key + column));
         hide_scores<C::kLeft>(scores, spans, key + column);
-        softmax_step<true, false, false>(scores, rows, scale);
+        softmax_step<true, false, false, true>(scores, rows, scale);
         shrink_rows(out, rows);
 #pragma unroll 1
         for (int i = 0; i < 16 && key + i < end; ++i) {
@@ -93,13 +105,13 @@ static __device__ __forceinline__ void attend_carefully(
     }
 }
 
-// Whether a row that exists holds a value that is not finite, in any lane of the warp.
+// Whether a row that exists holds a value that is not finite in this lane.
 template <int N>
 static __device__ __forceinline__ bool any_nonfinite(const float (&out)[N], int row, int len_q) {
     float taint[2] = {0.f, 0.f};  // 0 * x is 0 as long as x is finite
 #pragma unroll
     for (int i = 0; i < N; ++i) taint[i >> 1 & 1] = fmaf(out[i], 0.f, taint[i >> 1 & 1]);
-    return __any_sync(0xffffffffu, (taint[0] != 0.f && row < len_q) || (taint[1] != 0.f && row + 8 < len_q));
+    return (taint[0] != 0.f && row < len_q) || (taint[1] != 0.f && row + 8 < len_q);
 }
 
 }  // namespace attnhub

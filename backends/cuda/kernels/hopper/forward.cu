@@ -217,10 +217,10 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
         release_keys();
         if (tile < full.first || tile >= full.last) {
             adjust(Bool<true>{});
-            softmax_step<true, true, C::kLazy>(scores, rows, scale);
+            softmax_step<true, true, C::kLazy, false>(scores, rows, scale);
         } else {
             adjust(Bool<false>{});
-            softmax_step<false, true, C::kLazy>(scores, rows, scale);
+            softmax_step<false, true, C::kLazy, false>(scores, rows, scale);
         }
         to_weights<C::Type>(weights, scores);
 #pragma unroll
@@ -240,7 +240,7 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
             hold(scores);
             release_keys();
             adjust(masked);
-            const bool changed = softmax_step<decltype(masked)::value, false, C::kLazy>(scores, rows, scale);
+            const bool changed = softmax_step<decltype(masked)::value, false, C::kLazy, false>(scores, rows, scale);
             wait_products<0>();
             hold(out);
             hold(scores);
@@ -269,8 +269,16 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
         hold(out);
         release_values();
 
-        if constexpr (C::kHides) {
-            if (any_nonfinite(out, row, work.len_q)) attend_carefully<C>(out, rows, params, work, spans, row, slope, scale, lane);
+        bool again = false;
+        if constexpr (C::kRawScores) again = rows.extreme > kExtreme;  // else the scale is 1, which rounds nothing
+        if constexpr (C::kHides) again = again || any_nonfinite(out, row, work.len_q);
+        if (uniform(again) != 0) {
+            if constexpr (C::kHides) {
+                attend_carefully<C>(out, rows, params, work, spans, row, slope, scale, lane);
+            } else {
+                const Span all{0, params.seqlen_k}, both[2] = {all, all};
+                attend_carefully<C>(out, rows, params, whole_tile<C>(params, work), both, work.row + own_row, slope, scale, lane);
+            }
         }
         normalise<C>(out, rows, params, work, row, scale, lane);
 

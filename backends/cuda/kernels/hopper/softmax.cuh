@@ -9,7 +9,10 @@ namespace attnhub {
 // What a lane knows of its 2 rows. The maximum is of scores and the same in the 4 lanes of a row; the sum is this lane's part.
 struct RowState {
     float maximum[2], sum[2], shrink[2];
+    float extreme;  // largest magnitude of a product of maximum and scale
 };
+
+constexpr float kExtreme = 1 << 14;
 
 // c * tanh(score / c) in units of log2, as c * (1 - 2 / (exp(2 x) + 1)): tanh.approx has 11 bits, too few for c = 50.
 template <int N>
@@ -45,7 +48,11 @@ static __device__ __forceinline__ void hide_scores(float (&scores)[N], const Spa
 // Replaces the scores by 2^(scale * (score - maximum)); `shrink` is what everything summed under the old maximum must be multiplied by.
 // Masked: scores may be -inf, and all of a row's may have been so far. Lazy: the maximum stays while no row of the warp grows by more than
 // 2^8; returns whether it changed.
-template <bool Masked, bool First, bool Lazy, int N>
+//
+// An exponent is one instruction, score * scale - (maximum * scale, rounded): what the rounding moves, the largest weight from 1 to 2^e, cancels in
+// out / sum, as long as e is small. Rows whose scores are beyond kExtreme (e up to 2^-10: to bf16 that weight is still 1) are told, and done again,
+// Careful: the maximum is subtracted first.
+template <bool Masked, bool First, bool Lazy, bool Careful, int N>
 static __device__ __forceinline__ bool softmax_step(float (&scores)[N], RowState& rows, float scale) {
     float top[2][2];
 #pragma unroll
@@ -80,19 +87,30 @@ static __device__ __forceinline__ bool softmax_step(float (&scores)[N], RowState
             for (int half = 0; half < 2; ++half) {
                 const float maximum = fmaxf(rows.maximum[half], highest[half]);
                 // A row without a key so far: -inf - -inf must not be computed.
-                const float scaled = Masked && maximum == -kInfinity ? 0.f : maximum * scale;
-                rows.shrink[half] = exp2_fast(rows.maximum[half] * scale - scaled);
+                const float anchor = Masked && maximum == -kInfinity ? 0.f : maximum;
+                // Both products rounded, as in the weights: 1 where the maximum stays.
+                rows.shrink[half] = exp2_fast(
+                    Careful ? (rows.maximum[half] - anchor) * scale : __fsub_rn(__fmul_rn(rows.maximum[half], scale), __fmul_rn(anchor, scale)));
                 rows.maximum[half] = maximum;
                 rows.sum[half] *= rows.shrink[half];
             }
         }
     }
-    float scaled[2];
+    float anchor[2], scaled[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) scaled[half] = Masked && rows.maximum[half] == -kInfinity ? 0.f : rows.maximum[half] * scale;
+    for (int half = 0; half < 2; ++half) {
+        anchor[half] = Masked && rows.maximum[half] == -kInfinity ? 0.f : rows.maximum[half];
+        scaled[half] = __fmul_rn(anchor[half], scale);
+    }
+    if constexpr (!Careful) {
+        const float extreme = fmaxf(fabsf(scaled[0]), fabsf(scaled[1]));
+        rows.extreme = First ? extreme : fmaxf(rows.extreme, extreme);
+    }
     float sums[2][2] = {{0.f, 0.f}, {0.f, 0.f}};
 #pragma unroll
-    for (int i = 0; i < N; ++i) scores[i] = exp2_fast(fmaf(scores[i], scale, -scaled[i >> 1 & 1]));
+    for (int i = 0; i < N; ++i) {
+        scores[i] = exp2_fast(Careful ? (scores[i] - anchor[i >> 1 & 1]) * scale : fmaf(scores[i], scale, -scaled[i >> 1 & 1]));
+    }
 #pragma unroll
     for (int i = 0; i < N; ++i) sums[i >> 1 & 1][i & 1] += scores[i];
 #pragma unroll
