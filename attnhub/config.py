@@ -27,6 +27,7 @@ VARIABLES = (
     Variable("ATTNHUB_DISABLE", "", "comma-separated backend names", "Backends that are never chosen, not even by name."),
     Variable("ATTNHUB_DETERMINISTIC", "0", "0 or 1", "1 admits only backends that promise bitwise repeatable results (as torch.use_deterministic_algorithms(True) does)."),
     Variable("ATTNHUB_CACHE_DIR", "the platform's cache folder", "a folder", "Where compiled kernels are kept."),
+    Variable("ATTNHUB_CUDA_KEEP", "", "a folder", "Where the cuda backend leaves, for each kernel that a process needs, its source, NVRTC's options, the cubin and the report of registers and spills."),
     Variable("ATTNHUB_TUNE", "", "a file that `attnhub tune` wrote, or `now`",
              "Tile sizes of the triton backend: a table of your own before the shipped one. `now` measures what no table has for this device when a kernel is first needed (seconds to minutes) and keeps it under ATTNHUB_CACHE_DIR; for several hosts, tune once and give them the file. Unset: nothing is ever measured. Read when a plan is made, so set it before the first call."),
     Variable("ATTNHUB_LOG", "warning", "debug, info, warning, error", "Level of the logger `attnhub`; read when attnhub is first used."),
@@ -90,6 +91,12 @@ def cache_dir() -> pathlib.Path:
         path = pathlib.Path(base) / "attnhub"
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def cuda_keep() -> Optional[pathlib.Path]:
+    """Folder for the sources and reports of compiled CUDA kernels, or None."""
+    value = os.environ.get("ATTNHUB_CUDA_KEEP", "").strip()
+    return pathlib.Path(value).expanduser() if value else None
 
 
 def log_level() -> str:

@@ -12,7 +12,7 @@ from attnhub.reasons import Code, Reason
 
 _BOTH = frozenset({"float16", "bfloat16"})
 _MAX_LENGTH = 1 << 30
-_MAX_BLOCKS = (1 << 31) - 1
+_MAX_BLOCKS = (1 << 31) - (1 << 16)  # a tile's number plus a grid is a 32-bit integer
 _FEWEST_ROWS = 64  # of a block
 
 
@@ -53,7 +53,9 @@ class CudaBackend(Backend):
             reasons.append(Reason(Code.TOO_LARGE, f"a length may reach {longest}; positions are 32-bit integers and serve {_MAX_LENGTH}"))
         blocks = problem.batch * problem.q_heads * -(-problem.seqlen_q // _FEWEST_ROWS)
         if blocks > _MAX_BLOCKS:
-            reasons.append(Reason(Code.TOO_LARGE, f"up to {blocks} tiles of queries; a grid has {_MAX_BLOCKS}"))
+            reasons.append(
+                Reason(Code.TOO_LARGE, f"up to {blocks} tiles of queries; their numbers are 32-bit integers and serve {_MAX_BLOCKS}")
+            )
         return tuple(reasons)
 
     def cost(self, problem: Problem) -> float:

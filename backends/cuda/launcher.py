@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable
 from typing import Any, Optional
 
 import numpy as np
@@ -12,8 +10,9 @@ import torch
 from torch import Tensor
 
 from attnhub import config
-from attnhub.backend import Call, Plan, PrepareError
-from attnhub.backends.cuda import compile, nvrtc
+from attnhub.backend import Call, PrepareError
+from attnhub.backends.cuda import compile, hopper, nvrtc
+from attnhub.backends.cuda.loading import CubinPlan, Stream, pointer, raw_stream
 from attnhub.backends.cuda.params import LAYOUT
 from attnhub.backends.cuda.variant import THREADS, Variant, choose
 from attnhub.layouts import empty_out
@@ -30,71 +29,17 @@ _TINY_SCALE = 2.0**-100
 _BLOCK = (THREADS, 1, 1)
 
 
-class _Stream:
-    """What CuPy wants of a stream."""
-
-    __slots__ = ("ptr",)
-
-    def __init__(self, ptr: int) -> None:
-        self.ptr = ptr
-
-
-def _public_stream(index: int) -> int:
-    return int(torch.cuda.current_stream(index).cuda_stream)
-
-
-# The private function takes 0.1 us, the public one 6.
-_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_stream)
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-_thread = threading.local()
-
-
-def _pointer(tensor: Optional[Tensor], kept: list[Tensor]) -> int:
-    """Address of a small contiguous tensor or 0. A copy that had to be made goes to ``kept``, to outlive the launch."""
-    if tensor is None:
-        return 0
-    if not tensor.is_contiguous():
-        tensor = tensor.contiguous()
-        kept.append(tensor)
-    return tensor.data_ptr()
-
-
-class CudaPlan(Plan):
-    """One compiled variant, loaded on the devices that have used it."""
+class CudaPlan(CubinPlan):
+    """One compiled variant of the portable kernel."""
 
     def __init__(self, variant: Variant, cubin: str) -> None:
+        super().__init__(cubin, variant.shared_bytes)
         self.variant = variant
-        self._rows, self._shared_bytes = variant.rows, variant.shared_bytes  # computed properties, too slow for each launch
+        self._rows = variant.rows  # a computed property, too slow for each launch
         self._head_bytes = (variant.head_dim + variant.v_head_dim) * 2
-        self._cubin = cubin
-        self._functions: dict[int, Any] = {}
-        self._lock = threading.Lock()
-
-    def load(self, index: int) -> Any:
-        """The kernel on device ``index``. Loading is not allowed while a CUDA graph is captured: `prepare` does it before."""
-        with self._lock:
-            function = self._functions.get(index)
-            if function is None:
-                import cupy
-
-                with torch.cuda.device(index):
-                    _bind_thread(index)
-                    kernel = cupy.RawModule(path=self._cubin).get_function(compile.ENTRY)
-                    kernel.max_dynamic_shared_size_bytes = self._shared_bytes
-                    function = self._functions[index] = kernel.kernel
-            return function
-
-    def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
-        index = call.q.get_device()
-        if index == _current_device():
-            return self._launch(call, index)
-        with torch.cuda.device(index):
-            return self._launch(call, index)
 
     def _launch(self, call: Call, index: int) -> tuple[Tensor, Optional[Tensor]]:
-        function = self._functions.get(index) or self.load(index)
-        if index not in getattr(_thread, "bound", ()):
-            _bind_thread(index)
+        function = self._function(index)
         mask, varlen = call.mask, call.varlen
         q, k, v = call.q, call.k, call.v
         batch, q_heads, seqlen_q, _ = q.shape
@@ -106,7 +51,7 @@ class CudaPlan(Plan):
         cu_seqlens_q = cu_seqlens_k = 0
         longest_q, blocks_of_heads = seqlen_q, batch * q_heads
         if varlen is not None:
-            cu_seqlens_q, cu_seqlens_k = _pointer(varlen.cu_seqlens_q, kept), _pointer(varlen.cu_seqlens_k, kept)
+            cu_seqlens_q, cu_seqlens_k = pointer(varlen.cu_seqlens_q, kept), pointer(varlen.cu_seqlens_k, kept)
             batch = varlen.cu_seqlens_q.shape[0] - 1
             longest_q = min(seqlen_q, varlen.max_seqlen_q)
             blocks_of_heads = (batch + 1) * q_heads  # one more for the tokens behind the last sequence
@@ -124,8 +69,8 @@ class CudaPlan(Plan):
         out_pointer = out.data_ptr()
         packed = LAYOUT.pack(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out_pointer, 0 if lse is None else lse.data_ptr(),
-            cu_seqlens_q, cu_seqlens_k, _pointer(mask.seqused_k, kept), _pointer(mask.leftpad, kept), _pointer(mask.prefix, kept),
-            _pointer(call.sinks, kept), _pointer(alibi, kept),
+            cu_seqlens_q, cu_seqlens_k, pointer(mask.seqused_k, kept), pointer(mask.leftpad, kept), pointer(mask.prefix, kept),
+            pointer(call.sinks, kept), pointer(alibi, kept),
             # The stride of a dimension of size 1 is arbitrary, and rows that do not exist still form (unread) addresses.
             q_strides[0], q_strides[1], q_strides[2] if seqlen_q > 1 else 0,
             k_strides[0], k_strides[1], k_strides[2] if seqlen_k > 1 else 0,
@@ -140,19 +85,11 @@ class CudaPlan(Plan):
             size * _LOG2E, 2 * _LOG2E * size / softcap if softcap else 0.0, softcap * _LOG2E,
             0,
         )  # fmt: skip
-        function((q_tiles * blocks_of_heads, 1, 1), _BLOCK, (np.void(packed),), self._shared_bytes, _Stream(_raw_stream(index)))
+        function((q_tiles * blocks_of_heads, 1, 1), _BLOCK, (np.void(packed),), self._shared_bytes, Stream(raw_stream(index)))
         return out, lse
 
     def describe(self) -> dict[str, Any]:
         return self.variant.describe()
-
-
-def _bind_thread(index: int) -> None:
-    """Makes the device's context current in this thread: CuPy launches by the driver's interface, which does not do it."""
-    import cupy
-
-    cupy.cuda.runtime.setDevice(index)
-    _thread.bound = getattr(_thread, "bound", frozenset()) | {index}
 
 
 def toolkit_major() -> Optional[int]:
@@ -160,22 +97,46 @@ def toolkit_major() -> Optional[int]:
     return int(torch.version.cuda.split(".")[0]) if torch.version.cuda else None
 
 
-def prepare(problem: Problem) -> CudaPlan:
-    """Compiles (or finds in the cache) the variant for a problem, and loads it on the current device if it is of that kind."""
+def prepare(problem: Problem) -> CubinPlan:
+    """Compiles (or finds in the cache) the variant for a problem, and loads it on the current device if it is of that kind.
+
+    Raises `PrepareError`.
+    """
+    if hopper.serves(problem):
+        from attnhub.backends.cuda.hopper_plan import HopperPlan
+
+        variant = hopper.choose(problem)
+        return _loaded(HopperPlan(variant, _cubin(variant), lambda: _portable(problem)), problem)
+    return _portable(problem)
+
+
+def _portable(problem: Problem) -> CudaPlan:
     variant = choose(problem)
+    plan = CudaPlan(variant, _cubin(variant))
+    _loaded(plan, problem)
+    return plan
+
+
+def _cubin(variant: compile.Compilable) -> str:
     library = nvrtc.find(toolkit_major())
     if library is None:
         raise PrepareError(Reason(Code.NO_COMPILER, "NVRTC is not found"))
     try:
-        plan = CudaPlan(variant, str(compile.cubin(variant, library, config.cache_dir() / "cuda")))
-        if torch.cuda.get_device_capability() == tuple(problem.device.arch):
-            plan.load(torch.cuda.current_device())
+        return str(compile.cubin(variant, library, config.cache_dir() / "cuda"))
     except nvrtc.CompileError as error:
         raise PrepareError(Reason(Code.COMPILE_FAILED, str(error))) from error
     except OSError as error:
         raise PrepareError(
             Reason(Code.COMPILE_FAILED, f"the compiled kernel cannot be kept: {error}", "Set ATTNHUB_CACHE_DIR to a writable folder.")
         ) from error
+
+
+def _loaded(plan: CubinPlan, problem: Problem) -> CubinPlan:
+    try:
+        if torch.cuda.get_device_capability() == tuple(problem.device.arch):
+            plan.load(torch.cuda.current_device())
+    except PrepareError:
+        raise
     except Exception as error:  # CuPy raises CUDADriverError; its type cannot be named without importing CuPy
         raise PrepareError(Reason(Code.COMPILE_FAILED, f"the compiled kernel does not load: {type(error).__name__}: {error}")) from error
     return plan

@@ -43,6 +43,11 @@ class Variant:
     softcap: bool = False
     alibi: bool = False
 
+    main = "forward.cu"
+
+    def generated(self) -> dict[str, str]:
+        return {}
+
     @property
     def rows(self) -> int:
         """Query rows per block."""

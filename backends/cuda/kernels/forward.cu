@@ -38,12 +38,14 @@ static __device__ void clear_tail(const Params& params, const Work& work) {
     }
 }
 
-static __device__ __forceinline__ void attend(const Params& params, const Work& work, uint32 shared) {
+// False: the block's scores are extreme, nothing was written, and it must be Careful (softmax_step).
+template <bool Careful>
+static __device__ __forceinline__ bool attend(const Params& params, const Work& work, uint32 shared) {
     const Sequence sequence = Sequence::of(params, work.sequence);
     const Mask mask = sequence.mask;
     const int block_row = work.q_tile * kRows;
     const int row_count = min(kRows, sequence.len_q - block_row);
-    if (row_count <= 0) return;
+    if (row_count <= 0) return true;
 
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * kWarpRows;
     const int first_row = block_row + warp_row;
@@ -106,7 +108,7 @@ static __device__ __forceinline__ void attend(const Params& params, const Work& 
             add_alibi<kRowTiles, kKeys>(scores, to_log2, slope, first_row + mask.offset, key, lane);
         }
         if (masked) hide_scores<kRowTiles, kKeys>(scores, Sequence::of(params, work.sequence).mask, first_row, key, lane);
-        softmax_step<kRowTiles, kKeys, VTile::kColumns>(scores, rows, out, scale);
+        softmax_step<Careful, kRowTiles, kKeys, VTile::kColumns>(scores, rows, out, scale);
 
         Weights<kRowTiles, kKeys> weights;
         to_weights<Type, kRowTiles, kKeys>(weights, scores);
@@ -120,6 +122,10 @@ static __device__ __forceinline__ void attend(const Params& params, const Work& 
         multiply_values<Type, VTile, kRowTiles, kKeys>(out, weights, v_tile, lane);
     }
 
+    if constexpr (kRawScores && !Careful) {  // else the scale is 1, which rounds nothing
+        if (__syncthreads_or(rows.extreme > kExtreme)) return false;
+    }
+
     // Looked up again rather than kept, as for the masks above: every register counts in the loop.
     const Sequence target = Sequence::of(params, work.sequence);
     const long long first_token = static_cast<long long>(target.q_token) + work.q_tile * kRows;
@@ -129,6 +135,7 @@ static __device__ __forceinline__ void attend(const Params& params, const Work& 
         out, rows, scale, params.sinks == nullptr ? nullptr : params.sinks + work.head, lse, warp_row, count, lane);
     Element* out_rows = const_cast<Element*>(rows_of(params.out, params.out_strides, target.batch, work.head, first_token));
     store_out<Type, OutTile, kRowTiles>(out_rows, params.out_strides.token, out, shared, warp_row, count, params.out_aligned, lane);
+    return true;
 }
 
 }  // namespace attnhub
@@ -140,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(attnhub::kThreads, 1) attnhub_forwa
     const attnhub::Work work = attnhub::Work::of(params, blockIdx.x, sequences * params.q_heads);
     if (packed && work.sequence == params.batch) {
         attnhub::clear_tail(params, work);
-    } else {
-        attnhub::attend(params, work, attnhub::shared_address(shared));
+    } else if (!attnhub::attend<false>(params, work, attnhub::shared_address(shared))) {
+        attnhub::attend<true>(params, work, attnhub::shared_address(shared));
     }
 }

@@ -12,8 +12,10 @@ constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
 template <int RowTiles>
 struct RowState {
     float maximum[RowTiles][2], sum[RowTiles][2];
+    float extreme;  // largest magnitude of a product of maximum and scale
 
     __device__ __forceinline__ RowState() {
+        extreme = 0.f;
 #pragma unroll
         for (int m = 0; m < RowTiles; ++m) {
             maximum[m][0] = maximum[m][1] = -kInfinity;
@@ -81,8 +83,14 @@ static __device__ __forceinline__ void hide_scores(
     }
 }
 
+constexpr float kExtreme = 1 << 14;
+
 // Replaces the scores by 2^(scale * (score - maximum)) and rescales what was accumulated under the old maximum.
-template <int RowTiles, int Keys, int Columns>
+//
+// An exponent is one instruction, score * scale - (maximum * scale, rounded): what the rounding moves, the largest weight from 1 to 2^e, cancels in
+// out / sum, as long as e is small. Rows whose scores are beyond kExtreme (e up to 2^-10: to bf16 that weight is still 1) are told, and done again,
+// Careful: the maximum is subtracted first.
+template <bool Careful, int RowTiles, int Keys, int Columns>
 static __device__ __forceinline__ void softmax_step(
     Scores<RowTiles, Keys>& scores, RowState<RowTiles>& rows, Accumulators<RowTiles, Columns>& out, float scale) {
 #pragma unroll
@@ -94,14 +102,17 @@ static __device__ __forceinline__ void softmax_step(
             for (int n = 0; n < Keys / 8; ++n) maximum = fmaxf(maximum, fmaxf(scores[m][n][half * 2], scores[m][n][half * 2 + 1]));
             maximum = across_row(maximum, [](float a, float b) { return fmaxf(a, b); });
             // A row without a key so far: its weights are 2^-inf = 0, and -inf - -inf must not be computed.
-            const float scaled = maximum == -kInfinity ? 0.f : maximum * scale;
-            const float rescale = exp2_fast(rows.maximum[m][half] * scale - scaled);
+            const float anchor = maximum == -kInfinity ? 0.f : maximum, scaled = __fmul_rn(anchor, scale);
+            // Both products rounded, as in the weights: 1 where the maximum stays.
+            const float rescale = exp2_fast(
+                Careful ? (rows.maximum[m][half] - anchor) * scale : __fsub_rn(__fmul_rn(rows.maximum[m][half], scale), scaled));
+            if constexpr (!Careful) rows.extreme = fmaxf(rows.extreme, fabsf(scaled));
             float sum = 0.f;
 #pragma unroll
             for (int n = 0; n < Keys / 8; ++n) {
 #pragma unroll
                 for (int i = half * 2; i < half * 2 + 2; ++i) {
-                    scores[m][n][i] = exp2_fast(fmaf(scores[m][n][i], scale, -scaled));
+                    scores[m][n][i] = exp2_fast(Careful ? (scores[m][n][i] - anchor) * scale : fmaf(scores[m][n][i], scale, -scaled));
                     sum += scores[m][n][i];
                 }
             }

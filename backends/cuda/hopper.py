@@ -1,0 +1,178 @@
+"""Variants of the kernel for compute capability 9.0 (kernels/hopper): which problems it serves, its tiles, what is fixed at compile time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from attnhub.backends.cuda import wgmma
+from attnhub.problem import Feature, Problem
+
+#: Shared memory that a block may have.
+MOST_SHARED = 227 * 1024
+#: What barriers and the slot of the scheduler take of it, at most.
+_SHARED_BARRIERS = 512
+#: Widths of tiles; a head_dim between them is padded by the copy engine.
+WIDTHS = (64, 96, 128, 192, 256)
+#: A warpgroup has 64 rows; with fewer queries than this the portable kernel's smaller tiles are faster.
+_FEWEST_QUERIES = 17
+
+_POSITIONS = frozenset({Feature.CAUSAL_BOTTOM_RIGHT, Feature.CAUSAL_TOP_LEFT})
+_BOTH_SIDES = frozenset({Feature.WINDOW, Feature.CHUNK})
+_LENGTHS = frozenset({Feature.SEQLENS, Feature.VARLEN, Feature.LEFTPAD})
+#: Registers beside scores and out (threads have 232 where two warpgroups compute).
+_LARGER_SCORES = frozenset({Feature.SOFTCAP, Feature.ALIBI})
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """consumers: computing warpgroups, of 64 query rows each. keys: rows of a K/V tile. stages: tiles of K, and of V, in flight.
+
+    keep_query: Q stays in registers. out_over_query: out leaves through the shared memory of Q. take_turns: warpgroups start their
+    products one after the other.
+    """
+
+    consumers: int
+    keys: int
+    stages: int
+    keep_query: bool = False
+    out_over_query: bool = False
+    take_turns: bool = False
+
+
+#: Width of q and k, of v -> tiles; other pairs are padded to the larger one. Those of equal widths 64, 128 and 256 are the fastest of about 75 that were tried on an H200.
+_TABLE: dict[tuple[int, int], Tiles] = {
+    (64, 64): Tiles(3, 128, 4, take_turns=True),
+    (96, 96): Tiles(2, 128, 2, keep_query=True, take_turns=True),
+    (128, 128): Tiles(2, 128, 2, keep_query=True, take_turns=True),
+    (192, 128): Tiles(2, 112, 2),
+    (192, 192): Tiles(2, 96, 2, out_over_query=True),
+    (256, 256): Tiles(2, 64, 2, out_over_query=True),
+}
+_SHORT_64 = Tiles(2, 128, 4, keep_query=True, take_turns=True)
+_CAUSAL_64 = Tiles(3, 96, 4, take_turns=True)
+_CAUSAL_64_FROM = 2048
+
+
+@dataclass(frozen=True)
+class HopperVariant:
+    """One compiled kernel. head_dim, v_head_dim: widths of its tiles. lazy: the maximum of a row stays while it grows by less than 2^8.
+
+    left, right: a mask may cut rows there, beside the keys' end. hides: pairs may be masked out whose key and value are in memory.
+    """
+
+    dtype: str
+    head_dim: int
+    v_head_dim: int
+    tiles: Tiles
+    left: bool = False
+    right: bool = False
+    hides: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    lazy: bool = False
+
+    main = "hopper/forward.cu"
+
+    @property
+    def rows(self) -> int:
+        """Query rows per block."""
+        return 64 * self.tiles.consumers
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.tiles.consumers + 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory per block: tiles of Q, out, K and V in rows of 128 bytes, and barriers."""
+        tiles = self.tiles
+        query, out = _tile_bytes(64, self.head_dim), _tile_bytes(64, self.v_head_dim)
+        keys = _tile_bytes(tiles.keys, self.head_dim) + _tile_bytes(tiles.keys, self.v_head_dim)
+        return tiles.consumers * (query if tiles.out_over_query else query + out) + tiles.stages * keys + _SHARED_BARRIERS
+
+    def generated(self) -> dict[str, str]:
+        """Headers that are written for the variant."""
+        widths = {self.tiles.keys, self.v_head_dim // 64 * 64, self.v_head_dim % 64} - {0}
+        return {wgmma.NAME: wgmma.header(widths, self.dtype)}
+
+    def options(self) -> tuple[str, ...]:
+        """NVRTC's options. Denormal fp32 values count as 0 (they lie far below one rounding unit of the result)."""
+        tiles = self.tiles
+        # 65536 are shared by the computing warpgroups and the one whose threads schedule and copy.
+        producer, consumer = (40, 232) if tiles.consumers == 2 else (32, 160)
+        defines: dict[str, Any] = {
+            "TYPE": {"float16": "Half", "bfloat16": "BFloat16"}[self.dtype],
+            "HEAD_DIM": self.head_dim,
+            "V_HEAD_DIM": self.v_head_dim,
+            "CONSUMERS": tiles.consumers,
+            "KEYS": tiles.keys,
+            "STAGES": tiles.stages,
+            "KEEP_QUERY": tiles.keep_query,
+            "OUT_OVER_QUERY": tiles.out_over_query,
+            "TAKE_TURNS": tiles.take_turns,
+            "LAZY": self.lazy,
+            "LEFT": self.left,
+            "RIGHT": self.right,
+            "HIDES": self.hides,
+            "SOFTCAP": self.softcap,
+            "ALIBI": self.alibi,
+            "SHARED_BYTES": self.shared_bytes,
+            "PRODUCER_REGISTERS": producer,
+            "CONSUMER_REGISTERS": consumer,
+        }
+        return (
+            "-arch=sm_90a", "-std=c++17", "-default-device", "-ftz=true",
+            *(f"-DATTNHUB_{name}={int(value) if isinstance(value, bool) else value}" for name, value in defines.items()),
+        )  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "arch": "sm_90a",
+            "product": "wgmma",
+            "tile": [self.rows, self.tiles.keys],
+            "stages": self.tiles.stages,
+            "shared_bytes": self.shared_bytes,
+            "softmax": "lazy" if self.lazy else "exact",
+        }
+
+
+def _tile_bytes(rows: int, width: int) -> int:
+    return -(-width // 64) * rows * 128
+
+
+def _width(head_dim: int) -> int:
+    return next(width for width in WIDTHS if head_dim <= width)
+
+
+def serves(problem: Problem) -> bool:
+    """Whether the kernel is for a problem; `hopper_plan.serves` judges the call."""
+    return tuple(problem.device.arch) == (9, 0) and problem.device.vendor == "nvidia" and problem.seqlen_q >= _FEWEST_QUERIES
+
+
+def choose(problem: Problem) -> HopperVariant:
+    """The variant for a problem that it serves."""
+    return make(problem.q_dtype, problem.head_dim, problem.v_head_dim, problem.features, problem.seqlen_q)
+
+
+def make(dtype: str, head_dim: int, v_head_dim: int, features: frozenset[Feature] = frozenset(), seqlen_q: int = 1 << 20) -> HopperVariant:
+    """A variant with the tiles for it."""
+    right = bool(features & (_POSITIONS | _BOTH_SIDES))
+    left = bool(features & _BOTH_SIDES) or Feature.LEFTPAD in features
+    width, v_width = _width(head_dim), _width(v_head_dim)
+    if (width, v_width) not in _TABLE:
+        width = v_width = max(width, v_width)
+    return HopperVariant(
+        dtype, width, v_width, _tiles(width, v_width, features, left or right, seqlen_q), left=left, right=right,
+        hides=left or right or bool(features & _LENGTHS), softcap=Feature.SOFTCAP in features, alibi=Feature.ALIBI in features,
+    )  # fmt: skip
+
+
+def _tiles(width: int, v_width: int, features: frozenset[Feature], uneven: bool, seqlen_q: int) -> Tiles:
+    found = _TABLE[width, v_width]
+    if (width, v_width) == (64, 64):
+        if features & _LARGER_SCORES or (uneven and seqlen_q < _CAUSAL_64_FROM):
+            return _SHORT_64
+        if uneven:
+            return _CAUSAL_64
+    return found

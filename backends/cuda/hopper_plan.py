@@ -1,0 +1,198 @@
+"""Launching the Hopper kernel: one struct per shape, whose tensor maps are moved to each call's tensors."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnhub.backend import Call, Plan, Repeat
+from attnhub.backends.cuda import tensor_map
+from attnhub.backends.cuda.hopper import HopperVariant
+from attnhub.backends.cuda.hopper_params import LAYOUT, MAPS_AT, POINTERS, POINTERS_AT
+from attnhub.backends.cuda.loading import CubinPlan, Stream, current_device, is_capturing, pointer, raw_stream
+from attnhub.layouts import empty_out
+
+_LOG2E = math.log2(math.e)
+#: Windows and chunks are cut here, so that the kernel's positions cannot overflow; sequences are shorter (`TOO_LARGE`).
+_FAR = (1 << 30) - 1
+#: K and V of the heads that take turns should stay in L2 (50 MB).
+_SECTION_BYTES = 24 << 20
+#: The kernel's tanh is exact to a few 1e-7, and its error is multiplied by the softcap.
+_LARGEST_SOFTCAP = 1000.0
+#: Smaller ones are 0 in fp32, and would turn the -inf of a masked score into NaN.
+_SMALLEST_SCALE = 2.0**-120
+_ROWS = 64  # of a warpgroup: boxes of Q and of out
+#: Launches by shape that are remembered, in each thread.
+_LIMIT = 256
+
+
+def serves(call: Call) -> bool:
+    """Whether the kernel serves a call: what the copy engine can address, and numbers that it knows."""
+    return call.softmax_scale >= 0 and call.softcap <= _LARGEST_SOFTCAP and all(map(tensor_map.addressable, (call.q, call.k, call.v)))
+
+
+@lru_cache
+def processors(index: int) -> int:
+    """Multiprocessors of a device."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+class Launch:
+    """All that calls of the same shapes, strides and numbers have in common. Used by one thread."""
+
+    def __init__(self, variant: HopperVariant, call: Call, index: int, blocks: int) -> None:
+        q, k, v, mask, varlen = call.q, call.k, call.v, call.mask, call.varlen
+        batch, q_heads, seqlen_q, head_dim = q.shape
+        kv_heads, seqlen_k, v_head_dim = k.shape[1], k.shape[2], v.shape[3]
+        out = empty_out(q, v_head_dim)
+        self.v_head_dim, self.lse_shape, self.index = v_head_dim, (batch, q_heads, seqlen_q), index
+
+        rows, sequences = variant.rows, batch if varlen is None else varlen.cu_seqlens_q.shape[0] - 1
+        q_tiles = -(-seqlen_q // rows)
+        # Packed: the slots of schedule.cuh.
+        tiles = q_heads * (batch * q_tiles if varlen is None else seqlen_q // rows + sequences + 1)
+        self.grid = (min(tiles, blocks), 1, 1)
+        # Tiles that differ in length are handed out as blocks become free.
+        self.uneven = varlen is not None or variant.left or variant.right or mask.seqused_k is not None
+        by_position = varlen is None and (variant.left or variant.right)
+        head_bytes = max(1, seqlen_k * (head_dim + v_head_dim) * 2 * kv_heads // q_heads)
+
+        scale, softcap = max(call.softmax_scale, _SMALLEST_SCALE), call.softcap
+        # The driver wants tensor maps at addresses that are multiples of 64.
+        memory = np.zeros(LAYOUT.size + 64, np.uint8)
+        start = -memory.ctypes.data % 64
+        address = memory.ctypes.data + start
+        self._buffer = memory[start : start + LAYOUT.size].data
+        LAYOUT.pack_into(
+            self._buffer, 0, b"", b"", b"", b"", *(0 for _ in range(POINTERS.size // 8)),
+            *_strides(q), *_strides(k), *_strides(v), *out.stride()[:3],
+            sequences, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k, head_dim, v_head_dim, q_tiles, tiles,
+            max(1, _SECTION_BYTES // head_bytes), by_position, mask.align == "top_left", mask.causal,
+            min(mask.window[0], _FAR), min(mask.window[1], _FAR), min(mask.chunk, _FAR),
+            q_heads if mask.alibi is not None and mask.alibi.ndim == 2 else 0, tensor_map.addressable(out),
+            tensor_map.steps(q), tensor_map.steps(k), tensor_map.steps(v),
+            scale * _LOG2E, 2 * _LOG2E * scale / softcap if softcap else 0.0, softcap * _LOG2E,
+        )  # fmt: skip
+        self._maps = [address + at for at in MAPS_AT]
+        for target, x, box_rows in zip(self._maps, (q, k, v), (_ROWS, variant.tiles.keys, variant.tiles.keys)):
+            tensor_map.encode(target, x, box_rows)
+        if tensor_map.addressable(out):
+            tensor_map.encode(self._maps[3], out, _ROWS)
+        else:
+            self._maps.pop()
+        self._moved = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()]
+
+    def argument(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, others: tuple[int, ...]) -> np.void:
+        """The kernel's argument. others: pointers from ``lse`` on."""
+        addresses = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()]
+        for target, address, before in zip(self._maps, addresses, self._moved):
+            if address != before:
+                tensor_map.move(target, address)
+        self._moved = addresses
+        POINTERS.pack_into(self._buffer, POINTERS_AT, *addresses, *others)
+        return np.void(self._buffer.tobytes())
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Of batch, head and token; that of a dimension of size 1 is arbitrary."""
+    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3]))
+
+
+class _Memory(threading.local):
+    """Of one thread: its launches by shape, and the counters of its streams."""
+
+    def __init__(self) -> None:
+        self.launches: dict[tuple[Any, ...], Launch] = {}
+        self.counters: dict[tuple[int, int], Tensor] = {}
+
+
+_memory = _Memory()
+
+
+class HopperPlan(CubinPlan):
+    """One compiled variant. Calls that it cannot serve go to the portable kernel, made when first needed."""
+
+    def __init__(self, variant: HopperVariant, cubin: str, portable: Callable[[], Plan]) -> None:
+        super().__init__(cubin, variant.shared_bytes)
+        self.variant = variant
+        self._block = (variant.threads, 1, 1)
+        self._make_portable = portable
+        self._portable: Optional[Plan] = None
+
+    def _launch(self, call: Call, index: int) -> tuple[Tensor, Optional[Tensor]]:
+        q, k, v, mask, varlen = call.q, call.k, call.v, call.mask, call.varlen
+        if not serves(call):
+            if self._portable is None:
+                self._portable = self._make_portable()
+            return self._portable.forward(call)
+        key = self._key(call, index)
+        launch = _memory.launches.get(key)
+        if launch is None:
+            while len(_memory.launches) >= _LIMIT:
+                del _memory.launches[next(iter(_memory.launches))]
+            launch = _memory.launches[key] = Launch(self.variant, call, index, processors(index))
+        kept: list[Tensor] = []
+        data = (
+            0 if varlen is None else pointer(varlen.cu_seqlens_q, kept), 0 if varlen is None else pointer(varlen.cu_seqlens_k, kept),
+            pointer(mask.seqused_k, kept), pointer(mask.leftpad, kept), pointer(mask.prefix, kept), pointer(call.sinks, kept),
+            pointer(mask.alibi, kept),
+        )  # fmt: skip
+        return self._run(launch, q, k, v, call.need_lse, data)
+
+    def _key(self, call: Call, index: int) -> tuple[Any, ...]:
+        q, k, v, mask, varlen = call.q, call.k, call.v, call.mask, call.varlen
+        return (
+            self, index, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), call.softmax_scale, call.softcap, mask.structure,
+            None if varlen is None else varlen.cu_seqlens_q.shape[0], None if mask.alibi is None else mask.alibi.ndim,
+        )  # fmt: skip
+
+    def _run(
+        self, launch: Launch, q: Tensor, k: Tensor, v: Tensor, need_lse: bool, data: tuple[int, ...]
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        index = launch.index
+        function, stream = self._function(index), raw_stream(index)
+        out = empty_out(q, launch.v_head_dim)
+        lse = torch.empty(launch.lse_shape, dtype=torch.float32, device=q.device) if need_lse else None
+        counters = _counters(index, stream) if launch.uneven else None
+        argument = launch.argument(
+            q, k, v, out, (0 if lse is None else lse.data_ptr(), *data, 0 if counters is None else counters.data_ptr())
+        )
+        function(launch.grid, self._block, (argument,), self._shared_bytes, Stream(stream))
+        return out, lse
+
+    def repeat(self, call: Call) -> Optional[Repeat]:
+        index, need_lse = call.q.get_device(), call.need_lse
+        if not serves(call) or (call.mask.seqused_k is not None and not call.mask.seqused_k.is_contiguous()):
+            return None
+        key = self._key(call, index)
+
+        def again(q: Tensor, k: Tensor, v: Tensor, seqused_k: Optional[Tensor] = None) -> Optional[tuple[Tensor, Optional[Tensor]]]:
+            launch = _memory.launches.get(key)
+            if launch is None or index != current_device():
+                return None  # in a thread of its own, or forgotten
+            return self._run(launch, q, k, v, need_lse, (0, 0, 0 if seqused_k is None else seqused_k.data_ptr(), 0, 0, 0, 0))
+
+        return again
+
+    def describe(self) -> dict[str, Any]:
+        return self.variant.describe()
+
+
+def _counters(index: int, stream: int) -> Tensor:
+    """Two zeros, which the kernel leaves as zeros. One launch after the other on a stream may use the same.
+
+    A graph may be replayed beside anything: what is captured has counters of its own, set to zero by the graph.
+    """
+    if is_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", index))
+    found = _memory.counters.get((index, stream))
+    if found is None:
+        found = _memory.counters[index, stream] = torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", index))
+    return found
