@@ -69,9 +69,9 @@ def test_the_ring_is_larger_than_the_cache() -> None:
 def test_a_slow_peer_gets_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(measure, "time_turn", lambda step, calls, device: (5.0, None))
-        assert measure._plan(lambda: None, CPU, measure.Settings(3, 0.1, 12.0)) == (2, 1)
-        assert measure._plan(lambda: None, CPU, measure.Settings(3, 0.1, 60.0)) == (3, 1)
-        assert measure._plan(lambda: None, CPU, measure.Settings(3, 0.1, 2.0)) == (0, 1)
+        assert measure.plan(lambda: None, CPU, measure.Settings(3, 0.1, 12.0)) == (2, 1)
+        assert measure.plan(lambda: None, CPU, measure.Settings(3, 0.1, 60.0)) == (3, 1)
+        assert measure.plan(lambda: None, CPU, measure.Settings(3, 0.1, 2.0)) == (0, 1)
     slow = peers.Peer("slow", lambda q, k, v: peers.naive(q, k, v, False))
     (row,) = measure.run_case(Case(16), peers.inputs(Case(16), CPU), [slow], measure.Settings(3, 1e-6, 1e-9))
     assert len(row["seconds_rounds"]) == 1 and row["seconds"] > 0
@@ -241,7 +241,7 @@ def test_a_graph_needs_a_gpu() -> None:
 
 
 def test_seconds_of_a_graph_are_those_of_one_call() -> None:
-    runner = measure._Runner({}, peers.Peer("x", lambda q, k, v: q), lambda: time.sleep(0.02), 1, 1, lambda: None, 20)
+    runner = measure.Runner({}, peers.Peer("x", lambda q, k, v: q), lambda: time.sleep(0.02), 1, 1, lambda: None, 20)
     runner.turn(CPU)
     assert 0.001 <= runner.times[0] < 0.01
 
