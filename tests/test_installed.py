@@ -96,8 +96,9 @@ def test_serving_needs_neither_torch_nor_onnx(tmp_path: pathlib.Path) -> None:
             (site / package).symlink_to(source)
     unwanted = shutil.ignore_patterns("__pycache__", "backends", "integrations")
     shutil.copytree(pathlib.Path(attnhub.__file__).parent, site / "attnhub", ignore=unwanted)
-    backends = importlib.resources.files("attnhub.backends")
-    shutil.copytree(str(backends), site / "attnhub/backends", ignore=shutil.ignore_patterns("__pycache__"))
+    # Of an editable installation the libraries lie in a folder of their own.
+    for folder in importlib.import_module("attnhub.backends").__path__:
+        shutil.copytree(folder, site / "attnhub/backends", ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
 
     q, k, v = (torch.randn(2, heads, 9, 16) for heads in (4, 2, 2))
     onnx.save(one_node(Form(is_causal=True), onnx.TensorProto.FLOAT), tmp_path / "model.onnx")

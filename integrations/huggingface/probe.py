@@ -7,7 +7,6 @@ names of all) by one (the finding) until its input ends.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import warnings
 from typing import Any, Optional
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 import attnhub
 from attnhub.bench.workers import answer
+from attnhub.cli.offline import forbid_hub
 from attnhub.integrations.huggingface.inputs import BATCH, LENGTH, VARIANTS, padding, tiny_inputs
 from attnhub.integrations.huggingface.modules import find_attention
 from attnhub.integrations.huggingface.own import OWN
@@ -190,7 +190,7 @@ def _answer(question: Any) -> Any:
 
 
 def main() -> None:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    forbid_hub()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
