@@ -16,7 +16,7 @@ pytest.importorskip("cupy", reason="the extra attnhub[cuda13] is not installed")
 
 import attnhub
 from attnhub import runtime, testing
-from attnhub.backend import Call
+from attnhub.backend import Call, Needs
 from attnhub.backends.cuda import backend, hopper_plan
 from attnhub.backends.cuda.hopper_plan import HopperPlan
 from attnhub.dense import allowed_pairs
@@ -311,6 +311,27 @@ def test_streams_threads_and_graphs(mask: Mask) -> None:
     graphs[0].replay()
     torch.cuda.synchronize()
     assert torch.equal(captured[0], right)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("mask", [FULL, Causal()], ids=["full", "causal"])
+def test_backwards_of_others_run_from_its_lse(mask: Mask, dim: int) -> None:
+    """Triton's, and cuDNN's through the sdpa backend, which is what `auto` takes."""
+    from attnhub.backends.sdpa import backend as sdpa
+    from attnhub.backends.triton import backend as triton
+
+    q, k, v = _inputs(2, 512, dim, heads=(4, 4))
+    call, grad_out = Call(q, k, v, mask, dim**-0.5, need_lse=True), torch.randn(q.shape, device="cuda").bfloat16()
+    out, lse = _plan(q, k, v, mask, return_lse=True).forward(call)
+    assert lse is not None
+    right = [x.double().requires_grad_() for x in (q, k, v)]
+    exact = torch.autograd.grad(_exact(right[0], right[1], right[2], mask), right, grad_out.double())
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    problem = attnhub.explain(leaves[0], leaves[1], leaves[2], mask).problem
+    assert problem.need_backward
+    for other in (sdpa, triton):
+        for grad, expected in zip(other.prepare(problem).backward(call, grad_out, None, out, lse, Needs()), exact):
+            assert grad is not None and (grad.double() - expected).norm() < 0.01 * expected.norm(), other.name
 
 
 def test_offsets_pass_2_to_the_31() -> None:
