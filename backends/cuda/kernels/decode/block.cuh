@@ -35,42 +35,41 @@ struct Block {
 
 enum Pages { kContiguous, kWholePages, kAnyPages };  // kWholePages: of a multiple of 16 keys, so that a block lies in one page
 
-// Where the keys of one sequence and K/V head lie. `page`: of the block that was looked up; for kAnyPages of the lane's key in it.
+// Where the keys of one sequence and K/V head lie.
 template <int Paging>
 struct Cache {
     const Element* k;
     const Element* v;
     const int* table;
     Span some;  // keys that are read at all
-    int page;
 
     static __device__ __forceinline__ Cache of(const Params& params, int batch, int kv_head, const Span& some) {
         const long long from = Paging == kContiguous ? batch : 0;
         return {params.k + from * params.k_strides.batch + kv_head * params.k_strides.head,
                 params.v + from * params.v_strides.batch + kv_head * params.v_strides.head,
-                Paging == kContiguous ? nullptr : params.block_table + static_cast<long long>(batch) * params.pages, some, 0};
+                Paging == kContiguous ? nullptr : params.block_table + static_cast<long long>(batch) * params.pages, some};
     }
 
-    // Well before `start`, which needs it. Of keys that do not exist no page is asked for.
-    __device__ __forceinline__ void look_up(const Params& params, int block, int lane) {
-        if constexpr (Paging == kWholePages) {
-            page = block * kBlock < some.last ? table[block * kBlock / params.page_size] : 0;
-        } else if constexpr (Paging == kAnyPages) {
+    // The page of a block, for kAnyPages that of the lane's key in it: asked for well before `start` needs it. There is none of keys that do not exist.
+    __device__ __forceinline__ int look_up(const Params& params, int block, int lane) const {
+        if constexpr (Paging == kWholePages) return block * kBlock < some.last ? table[block * kBlock / params.page_size] : 0;
+        if constexpr (Paging == kAnyPages) {
             const int key = block * kBlock + lane % kBlock;
-            page = some.holds(key) ? table[key / params.page_size] : 0;
+            return some.holds(key) ? table[key / params.page_size] : 0;
         }
+        return 0;
     }
 
-    // Starts the copies of a block that was looked up. Keys outside of `some` become zeros and are not read.
+    // Starts the copies of a block. Keys outside of `some` become zeros and are not read.
     template <class KBlock, class VBlock>
-    __device__ __forceinline__ void start(const Params& params, int block, uint32 k_block, uint32 v_block, int lane) const {
-        copy<KBlock>(k, params.k_strides, params, block, k_block, lane);
-        copy<VBlock>(v, params.v_strides, params, block, v_block, lane);
+    __device__ __forceinline__ void start(const Params& params, int block, int page, uint32 k_block, uint32 v_block, int lane) const {
+        copy<KBlock>(k, params.k_strides, params, block, page, k_block, lane);
+        copy<VBlock>(v, params.v_strides, params, block, page, v_block, lane);
     }
 
 private:
     template <class B>
-    __device__ __forceinline__ void copy(const Element* x, const Strides& strides, const Params& params, int block, uint32 target, int lane) const {
+    __device__ __forceinline__ void copy(const Element* x, const Strides& strides, const Params& params, int block, int page, uint32 target, int lane) const {
         const int key = block * kBlock;
         int slot = key;
         if constexpr (Paging == kWholePages) slot = key % params.page_size;

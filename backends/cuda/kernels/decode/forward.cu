@@ -36,21 +36,19 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
     const int stop = first_block + static_cast<int>(static_cast<long long>(split + 1) * blocks / params.splits);
     int block = first_block + static_cast<int>(static_cast<long long>(split) * blocks / params.splits) + warp;
 
-    auto cache = Cache<C::kPaging>::of(params, batch, kv_head, some);
+    const auto cache = Cache<C::kPaging>::of(params, batch, kv_head, some);
     const uint32 stages = shared_address(shared) + warp * C::kWarpBytes;
-    int ahead = block;
-    cache.look_up(params, ahead, lane);
-    const auto copy_next = [&](int stage) {
-        if (ahead < stop) {
-            const uint32 k = stages + stage * C::kStageBytes;
-            cache.template start<Block<C::kDepth>, Block<C::kWidth>>(params, ahead, k, k + Block<C::kDepth>::kBytes, lane);
-            ahead += C::kWarps;
-            cache.look_up(params, ahead, lane);
-        }
+    const auto copy = [&](int ahead, int page, int stage) {
+        const uint32 k = stages + stage * C::kStageBytes;
+        if (ahead < stop) cache.template start<Block<C::kDepth>, Block<C::kWidth>>(params, ahead, page, k, k + Block<C::kDepth>::kBytes, lane);
         commit_copies();  // an empty group too, so that the number of the pending ones is known
     };
+    int pages[C::kStages];
 #pragma unroll
-    for (int stage = 0; stage < C::kStages - 1; ++stage) copy_next(stage);
+    for (int i = 0; i < C::kStages; ++i) pages[i] = cache.look_up(params, block + i * C::kWarps, lane);
+#pragma unroll
+    for (int i = 0; i < C::kStages - 1; ++i) copy(block + i * C::kWarps, pages[i], i);
+    int ahead = block + (C::kStages - 1) * C::kWarps, page = pages[C::kStages - 1];
 
     Rows<C> rows(params, mask, batch, kv_head, row_tile, lane);
     int stage = 0;
@@ -58,7 +56,9 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
     for (; block < stop; block += C::kWarps) {
         wait_copies<C::kStages - 2>();
         __syncwarp();  // all lanes' copies are here, and all are done with the stage before
-        copy_next(stage == 0 ? C::kStages - 1 : stage - 1);
+        copy(ahead, page, stage == 0 ? C::kStages - 1 : stage - 1);
+        ahead += C::kWarps;
+        page = cache.look_up(params, ahead, lane);
         const int key = block * kBlock;
         const bool masked = key < all.first || key + kBlock > all.last;
         const uint32 k = stages + stage * C::kStageBytes;
