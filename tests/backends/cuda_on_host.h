@@ -127,12 +127,23 @@ inline void cp_async_wait(int pending) {
     }
 }
 
+inline void cp_async_wait_all() {
+    cp_async_commit();
+    cp_async_wait(0);
+}
+
 inline void load4(unsigned& a, unsigned& b, unsigned& c, unsigned& d, unsigned address) {
     const auto x = read<uint4>(address);
     a = x.x, b = x.y, c = x.z, d = x.w;
 }
 inline void store4(unsigned address, unsigned a, unsigned b, unsigned c, unsigned d) { write(address, uint4{a, b, c, d}); }
 inline void load1(unsigned& a, unsigned address) { a = read<unsigned>(address); }
+inline void store1(unsigned address, unsigned a) { write(address, a); }
+inline void store_global4(void* target, unsigned a, unsigned b, unsigned c, unsigned d) {
+    if (reinterpret_cast<uintptr_t>(target) % 16) std::abort();
+    const unsigned all[4] = {a, b, c, d};
+    std::memcpy(target, all, 16);
+}
 inline void store_global2(void* target, unsigned a, unsigned b) {
     if (reinterpret_cast<uintptr_t>(target) % 8) std::abort();
     const unsigned both[2] = {a, b};
@@ -231,8 +242,20 @@ inline int __reduce_max_sync(unsigned, int x) {
 }
 inline void __syncwarp() { host::meet_warp(); }
 inline void __syncthreads() { host::meet(host::block_meeting, static_cast<int>(host::lanes.size())); }
+inline int __syncthreads_or(int x) {
+    static int any;
+    if (host::current == 0) any = 0;
+    __syncthreads();
+    any |= x;
+    __syncthreads();
+    const int found = any;
+    __syncthreads();
+    return found;
+}
 inline void __threadfence() {}
 inline int atomicAdd(int* x, int by) { const int before = *x; *x += by; return before; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
 template <class T> T __ldcg(const T* x) { return *x; }
 inline float __uint_as_float(unsigned x) { return host::as_float(x); }
 inline size_t __cvta_generic_to_shared(const void* x) { return static_cast<size_t>(static_cast<const unsigned char*>(x) - host::shared.data()); }

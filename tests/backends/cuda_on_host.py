@@ -15,9 +15,12 @@ _FUNCTIONS = {
     "cp.async.cg.": "cp_async",
     "cp.async.commit_group": "cp_async_commit",
     "cp.async.wait_group": "cp_async_wait",
+    "cp.async.wait_all": "cp_async_wait_all",
     "ld.shared.v4.b32": "load4",
     "st.shared.v4.b32": "store4",
     "ld.shared.b32": "load1",
+    "st.shared.b32": "store1",
+    "st.global.v4.b32": "store_global4",
     "st.global.v2.b32": "store_global2",
     "ldmatrix.sync.aligned.m8n8.x4.shared": "blocks<false>",
     "ldmatrix.sync.aligned.m8n8.x4.trans": "blocks<true>",
@@ -64,13 +67,21 @@ def translate(source: str) -> str:
     return re.sub(r"extern __shared__ .*?unsigned char (\w+)\[\];", r"unsigned char* \1 = host::shared.data();", out)
 
 
-def build(folder: Path, variant: Any, main: str) -> Any:
-    """The library of a variant's kernel and of ``main``, C++ behind it."""
+_MAIN = """
+extern "C" void run(const attnhub::Params* params, unsigned blocks, unsigned threads, unsigned shared_bytes) {
+    gridDim.x = blocks;
+    host::launch(blocks, threads, shared_bytes, blockIdx, threadIdx, [params] { attnhub_forward(*params); });
+}
+"""
+
+
+def build(folder: Path, variant: Any) -> Any:
+    """The library of a variant's kernel: ``run(params, blocks, threads, shared_bytes)``."""
     for name, text in {**compile.sources(), **variant.generated()}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(translate(text))
     defines = [option for option in variant.options() if option.startswith("-D")]
-    (folder / "main.cpp").write_text(f'#include "cuda_on_host.h"\n#include "{variant.main}"\n{main}')
+    (folder / "main.cpp").write_text(f'#include "cuda_on_host.h"\n#include "{variant.main}"\n{_MAIN}')
     library = folder / "kernel.so"
     command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{folder}", f"-I{Path(__file__).parent}", *defines, "main.cpp", "-o", library]
     subprocess.run(command, cwd=folder, check=True)

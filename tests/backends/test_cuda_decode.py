@@ -21,12 +21,12 @@ from torch import Tensor
 import attnhub
 from attnhub import runtime, testing
 from attnhub.backend import Backend, Call, Plan
-from attnhub.backends.cuda import backend, compile, decode, decode_params, decode_plan, nvrtc
+from attnhub.backends.cuda import backend, compile, decode, decode_params, decode_plan, launcher, nvrtc, variant
 from attnhub.backends.cuda.decode import DecodeVariant
 from attnhub.backends.cuda.decode_plan import DecodePlan
 from attnhub.capability import Capability, DeviceRange
 from attnhub.layouts import empty_out
-from attnhub.mask import ALiBi, Causal, Mask, SeqLens, Window
+from attnhub.mask import FULL, ALiBi, Causal, Mask, SeqLens, Window
 from attnhub.problem import DeviceInfo, Feature, Problem
 from attnhub.reasons import Code
 from attnhub.registry import registry
@@ -38,13 +38,6 @@ _spec.loader.exec_module(cuda_on_host)
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.find() is None, reason="NVRTC is not installed")
 HOPPER = DeviceInfo("cuda", "nvidia", (9, 0), "H100")
-_MAIN = """
-extern "C" void run(const attnhub::Params* params, unsigned blocks, unsigned threads, unsigned shared_bytes) {
-    gridDim.x = blocks;
-    host::launch(blocks, threads, shared_bytes, blockIdx, threadIdx, [params] { attnhub_forward(*params); });
-}
-"""
-
 # ---------------------------------------------------------------------------------------------- on the host
 
 
@@ -84,7 +77,7 @@ class HostBackend(Backend):
     def prepare(self, problem: Problem) -> Plan:
         variant = decode.choose(dataclasses.replace(problem, device=HOPPER))
         if variant not in self.plans:
-            self.plans[variant] = HostPlan(variant, cuda_on_host.build(self.folder / str(len(self.plans)), variant, _MAIN), self.launched)
+            self.plans[variant] = HostPlan(variant, cuda_on_host.build(self.folder / str(len(self.plans)), variant), self.launched)
         return self.plans[variant]
 
 
@@ -151,6 +144,41 @@ def test_extreme_scores(power: int, host: HostBackend, monkeypatch: pytest.Monke
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-4)
 
 
+@pytest.mark.parametrize("mask", [FULL, Causal()], ids=["full", "causal"])
+def test_the_portable_kernel_too_stands_extreme_scores(mask: Mask, portable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the host: its launch with a library in place of CuPy's function. Rows whose scores are ordinary are between the others."""
+    q, k, v = (torch.randn(1, 2, 100, 64) for _ in range(3))
+    q[:, :, ::3], k[:, :, :50:4] = q[:, :, ::3] * 2.0**13, k[:, :, :50:4] * 2.0**12
+    q, k, v = q.half(), k.half(), v.half()
+    out, lse = portable(q, k, v, mask)
+    scores = q.double() @ k.double().mT * 8
+    if mask.causal:
+        scores = scores.masked_fill(~torch.ones(100, 100, dtype=torch.bool).tril(), float("-inf"))
+    assert (out.double() - torch.softmax(scores, -1) @ v.double()).abs().max() < 5e-3
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    chosen = variant.make(arch="sm_80", turing=False, dtype="float16", head_dim=64, v_head_dim=64, seqlen_q=64)
+    library = cuda_on_host.build(tmp_path_factory.mktemp("portable"), chosen)
+    plan = launcher.CudaPlan(chosen, "")
+
+    def function(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[np.void], shared_bytes: int, stream: Any) -> None:
+        library.run(np.frombuffer(arguments[0].tobytes(), np.uint8).ctypes.data_as(cuda_on_host.ctypes.c_void_p), grid[0], block[0], shared_bytes)
+
+    plan._function = lambda index: function  # type: ignore[method-assign]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launcher, "raw_stream", lambda index: 0)
+            return plan._launch(Call(q, k, v, mask, 8.0, need_lse=True), 0)
+
+    return run
+
+
 # ---------------------------------------------------------------------------------------------- without running
 
 
@@ -193,8 +221,8 @@ _QUICK = [DecodeVariant("sm_90", "bfloat16", 128, 128, 1), DecodeVariant("sm_80"
 @needs_nvrtc
 @pytest.mark.parametrize("v", [*_QUICK, *(pytest.param(v, marks=pytest.mark.long) for v in _variants() if v not in _QUICK)], ids=_name)
 def test_variants_compile_without_spills(v: DecodeVariant) -> None:
-    # At 256 columns the registers are all taken: what is spilled there is a few addresses.
-    assert _spilled(v) <= (0 if v.head_dim + v.v_head_dim < 512 else 16)
+    # At 192 columns and more out and q take the registers: a few numbers of the whole call wait in memory there.
+    assert _spilled(v) <= (0 if v.head_dim + v.v_head_dim < 384 else 32)
     assert v.shared_bytes <= 99 * 1024 and v.stages >= 2
 
 
