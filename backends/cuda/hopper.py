@@ -29,7 +29,8 @@ class Tiles:
     """consumers: computing warpgroups, of 64 query rows each. keys: rows of a K/V tile. stages: tiles of K, and of V, in flight.
 
     keep_query: Q stays in registers. out_over_query: out leaves through the shared memory of Q. take_turns: warpgroups start their
-    products one after the other.
+    products one after the other. ask_early: a block asks for its next tile at once, and not only when it needs it. skip: warpgroups
+    skip the tiles of keys that a mask hides from all of their own rows.
     """
 
     consumers: int
@@ -38,6 +39,8 @@ class Tiles:
     keep_query: bool = False
     out_over_query: bool = False
     take_turns: bool = False
+    ask_early: bool = False
+    skip: bool = False
 
 
 #: Width of q and k, of v -> tiles; other pairs are padded to the larger one. Those of equal widths 64, 128 and 256 are the fastest of about 75 that were tried on an H200.
@@ -111,6 +114,8 @@ class HopperVariant:
             "KEEP_QUERY": tiles.keep_query,
             "OUT_OVER_QUERY": tiles.out_over_query,
             "TAKE_TURNS": tiles.take_turns,
+            "ASK_EARLY": tiles.ask_early,
+            "SKIP": tiles.skip and self.right,
             "LAZY": self.lazy,
             "LEFT": self.left,
             "RIGHT": self.right,

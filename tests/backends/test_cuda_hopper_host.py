@@ -147,6 +147,16 @@ def test_descriptors_stay_in_uniform_registers(v: HopperVariant, products: int, 
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("v", _QUICK, ids=_name)
+def test_switches_of_the_tiles_cost_nothing_in_the_loops(v: HopperVariant, tmp_path: Path) -> None:
+    """ask_early and skip: neither spills nor moves of descriptors that are not there without."""
+    v = dataclasses.replace(v, tiles=dataclasses.replace(v.tiles, ask_early=True, skip=True))
+    _check(v, tmp_path)
+    for loop in _loops(_compile(v).cubin, tmp_path):
+        assert sum("R2UR" in line for line in loop) <= (12 if v.head_dim == 256 else 0)
+
+
+@needs_nvrtc
 def test_the_compiler_says_when_registers_spill(tmp_path: Path) -> None:
     """The checks above can fail: tiles too large for the registers."""
     v = _QUICK[2]
