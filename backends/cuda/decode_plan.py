@@ -51,7 +51,7 @@ class _Tickets:
         """Makes the store of a device, unless a graph is being captured."""
         with self._lock:
             if index not in self._store and not is_capturing():
-                self._store[index] = (_zeros(_CAPTURED, index), 0)
+                self._store[index] = (_zeros(_CAPTURED, index, wait=True), 0)
 
     def take(self, count: int, index: int, stream: int) -> Tensor:
         if is_capturing():
@@ -67,8 +67,12 @@ class _Tickets:
         return found
 
 
-def _zeros(count: int, index: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", index))
+def _zeros(count: int, index: int, wait: bool = False) -> Tensor:
+    """wait: whatever stream uses them, they are zeros."""
+    found = torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", index))
+    if wait:
+        torch.cuda.synchronize(index)
+    return found
 
 
 _tickets = _Tickets()
@@ -142,9 +146,11 @@ class DecodePlan(CubinPlan):
         )  # fmt: skip
         found = self._launches.get(key)
         if found is None:
-            while len(self._launches) >= _LIMIT:
-                self._launches.pop(next(iter(self._launches)), None)
-            found = self._launches[key] = Launch(self.variant, call, index)
+            found = Launch(self.variant, call, index)
+            with self._lock:
+                while len(self._launches) >= _LIMIT:
+                    del self._launches[next(iter(self._launches))]
+                self._launches[key] = found
         return found
 
     def _run(

@@ -263,7 +263,7 @@ def test_pages_that_nobody_serves_are_refused(changes: dict[str, Any]) -> None:
 def test_tickets_of_captured_launches_are_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     capturing = False
     monkeypatch.setattr(decode_plan, "is_capturing", lambda: capturing)
-    monkeypatch.setattr(decode_plan, "_zeros", lambda count, index: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(decode_plan, "_zeros", lambda count, index, wait=False: torch.zeros(count, dtype=torch.int32))
     monkeypatch.setattr(decode_plan, "_CAPTURED", 100)
     tickets = decode_plan._Tickets()
     tickets.prepare(0)
