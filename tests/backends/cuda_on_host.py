@@ -46,8 +46,10 @@ def _closing(text: str, start: int) -> int:
 
 
 def _call(statement: str) -> str:
-    first = re.search(r'"([^"]+)"', statement)
+    first = re.search(r'"([^"]*)"', statement)
     assert first is not None
+    if not first[1]:
+        return "(void)0"  # tells a compiler something
     name = next((name for beginning, name in _FUNCTIONS.items() if first[1].startswith(beginning)), "unknown")
     operands, at = [], 0
     while found := re.compile(r'"[=+]?[rfln]"(\()').search(statement, at):

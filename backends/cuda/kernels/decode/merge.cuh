@@ -136,15 +136,22 @@ struct Merge {
     __device__ __forceinline__ void merge_splits(
         const Params& params, const Partial<kColumns>& from, int batch, const Row& target, int row, float scale, int warp, int lane) {
         float* own = factors + warp * C::kMostSplits;
+        float2 parts[C::kMostSplits / 32];  // this lane's: maximum and sum
         Part whole{-kInfinity, 0.f};
-        for (int split = lane; split < params.splits; split += 32) whole.maximum = fmaxf(whole.maximum, __ldcg(&from.parts[split * 16 + row].maximum));
+#pragma unroll
+        for (int i = 0; i < C::kMostSplits / 32; ++i) {
+            const int split = lane + 32 * i;
+            parts[i] = split < params.splits ? __ldcg(reinterpret_cast<const float2*>(from.parts + split * 16 + row)) : make_float2(-kInfinity, 0.f);
+        }
+#pragma unroll
+        for (int i = 0; i < C::kMostSplits / 32; ++i) whole.maximum = fmaxf(whole.maximum, parts[i].x);
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) whole.maximum = fmaxf(whole.maximum, __shfl_xor_sync(0xffffffffu, whole.maximum, step));
-        for (int split = lane; split < params.splits; split += 32) {
-            const Part* part = from.parts + split * 16 + row;
-            const float factor = part_factor(__ldcg(&part->maximum), whole.maximum, scale);
-            own[split] = factor;
-            whole.sum = fmaf(factor, __ldcg(&part->sum), whole.sum);
+#pragma unroll
+        for (int i = 0; i < C::kMostSplits / 32; ++i) {
+            const float factor = part_factor(parts[i].x, whole.maximum, scale);
+            own[lane + 32 * i] = factor;
+            whole.sum = fmaf(factor, parts[i].y, whole.sum);
         }
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) whole.sum += __shfl_xor_sync(0xffffffffu, whole.sum, step);
@@ -152,7 +159,7 @@ struct Merge {
         for (int group = lane; group < kGroups; group += 32) {
             float4 found = make_float4(0.f, 0.f, 0.f, 0.f);
             const float4* sums = reinterpret_cast<const float4*>(from.sums + row * kColumns) + group;
-#pragma unroll 8
+#pragma unroll 16
             for (int split = 0; split < params.splits; ++split) add(found, own[split], __ldcg(sums + split * (16 * kGroups)));
             write_row<C>(params, batch, target, group, whole, found, scale);
         }
