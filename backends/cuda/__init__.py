@@ -35,7 +35,7 @@ class CudaBackend(Backend):
         features=frozenset({
             Feature.GQA, Feature.DV_DIFFERS, Feature.CAUSAL_BOTTOM_RIGHT, Feature.CAUSAL_TOP_LEFT, Feature.WINDOW, Feature.CHUNK,
             Feature.PREFIX, Feature.SEQLENS, Feature.LEFTPAD, Feature.ALIBI, Feature.SOFTCAP, Feature.SINKS, Feature.LSE, Feature.VARLEN,
-            Feature.DETERMINISTIC,
+            Feature.DETERMINISTIC, Feature.PAGED,
         }),
         head_dims=(1, 256, 1),
         align_bytes=16,
@@ -56,17 +56,28 @@ class CudaBackend(Backend):
             reasons.append(
                 Reason(Code.TOO_LARGE, f"up to {blocks} tiles of queries; their numbers are 32-bit integers and serve {_MAX_BLOCKS}")
             )
+        if problem.page_size or Feature.PAGED in problem.features:
+            from attnhub.backends.cuda import decode
+
+            if not decode.serves(problem):
+                reasons.append(
+                    Reason(Code.NO_PAGED, f"pages are served from compute capability 8.0 on, for up to {decode.MOST_QUERIES} queries; there are {problem.seqlen_q}")
+                )
         return tuple(reasons)
 
     def cost(self, problem: Problem) -> float:
-        """Measured on an H200 against torch's default there, which is cuDNN (README.md); other devices were not measured.
-
-        There is no split over keys: with few queries most of the GPU idles.
+        """Measured against torch's default, which is cuDNN there: the kernel for Hopper on an H100, the portable one on an H200 (README.md);
+        other devices were not measured.
         """
-        if problem.seqlen_q <= 1:
-            return 5.0
+        from attnhub.backends.cuda import decode, hopper
+
+        if decode.serves(problem):
+            return decode.COST
+        if hopper.serves(problem):
+            return hopper.cost(problem)
+        # There is no split over keys: with few queries most of the GPU idles.
         if problem.seqlen_q <= 16:
-            return 2.3
+            return 5.0
         return 1.7 if problem.v_head_dim <= 64 else 2.0 if problem.v_head_dim <= 128 else 3.0
 
     def prepare(self, problem: Problem) -> Plan:

@@ -29,7 +29,8 @@ class Tiles:
     """consumers: computing warpgroups, of 64 query rows each. keys: rows of a K/V tile. stages: tiles of K, and of V, in flight.
 
     keep_query: Q stays in registers. out_over_query: out leaves through the shared memory of Q. take_turns: warpgroups start their
-    products one after the other.
+    products one after the other. ask_early: a block asks for its next tile at once, and not only when it needs it. skip: warpgroups
+    skip the tiles of keys that a mask hides from all of their own rows.
     """
 
     consumers: int
@@ -38,6 +39,8 @@ class Tiles:
     keep_query: bool = False
     out_over_query: bool = False
     take_turns: bool = False
+    ask_early: bool = False
+    skip: bool = False
 
 
 #: Width of q and k, of v -> tiles; other pairs are padded to the larger one. Those of equal widths 64, 128 and 256 are the fastest of about 75 that were tried on an H200.
@@ -111,6 +114,8 @@ class HopperVariant:
             "KEEP_QUERY": tiles.keep_query,
             "OUT_OVER_QUERY": tiles.out_over_query,
             "TAKE_TURNS": tiles.take_turns,
+            "ASK_EARLY": tiles.ask_early,
+            "SKIP": tiles.skip and self.right,
             "LAZY": self.lazy,
             "LEFT": self.left,
             "RIGHT": self.right,
@@ -148,6 +153,36 @@ def _width(head_dim: int) -> int:
 def serves(problem: Problem) -> bool:
     """Whether the kernel is for a problem; `hopper_plan.serves` judges the call."""
     return tuple(problem.device.arch) == (9, 0) and problem.device.vendor == "nvidia" and problem.seqlen_q >= _FEWEST_QUERIES
+
+
+#: Time relative to cuDNN by (head_dim, causal) at a class of lengths, of queries and keys, and beyond: an H100, bf16, 16384 tokens of 2048 columns.
+_COSTS: dict[tuple[int, bool], tuple[tuple[int, float], ...]] = {
+    (64, False): ((1024, 0.99), (4096, 0.87)),
+    (128, False): ((1024, 0.95), (4096, 0.93)),
+    (256, False): ((1024, 0.98), (4096, 0.99)),
+    (64, True): ((4096, 0.91),),
+    (128, True): ((4096, 0.86),),
+    (256, True): ((4096, 0.9),),
+}
+#: Part of the measured elements of q that still fills the GPU several times.
+_FEWEST_ELEMENTS = 1 << 23
+#: Where it was not measured: behind torch's own kernels where these serve, and behind Triton's where not.
+_COST_UNKNOWN = 1.2
+_COST_PLAIN = 1.08  # as measured where torch was faster, or in dimensions and sizes between: behind torch's, before Triton's
+_PLAIN = frozenset({Feature.LSE, Feature.DETERMINISTIC, Feature.GQA, Feature.CAUSAL_TOP_LEFT, Feature.CAUSAL_BOTTOM_RIGHT})
+_MEASURED = _PLAIN - {Feature.GQA}
+
+
+def cost(problem: Problem) -> float:
+    """`Backend.cost` of a problem that it serves."""
+    if not problem.features <= _PLAIN or problem.seqlen_q != problem.seqlen_k:
+        return _COST_UNKNOWN
+    elements = problem.batch * problem.q_heads * problem.seqlen_q * problem.head_dim
+    measured = problem.q_dtype == "bfloat16" and problem.features <= _MEASURED and problem.head_dim == problem.v_head_dim
+    if not measured or elements < _FEWEST_ELEMENTS:
+        return _COST_PLAIN
+    found = _COSTS.get((problem.head_dim, bool(problem.features & _POSITIONS)), ())
+    return next((value for length, value in reversed(found) if problem.seqlen_q >= length), _COST_PLAIN)
 
 
 def choose(problem: Problem) -> HopperVariant:

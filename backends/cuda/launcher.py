@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnhub import config
 from attnhub.backend import Call, PrepareError
-from attnhub.backends.cuda import compile, hopper, nvrtc
+from attnhub.backends.cuda import compile, decode, hopper, nvrtc
 from attnhub.backends.cuda.loading import CubinPlan, Stream, pointer, raw_stream
 from attnhub.backends.cuda.params import LAYOUT
 from attnhub.backends.cuda.variant import THREADS, Variant, choose
@@ -102,6 +102,11 @@ def prepare(problem: Problem) -> CubinPlan:
 
     Raises `PrepareError`.
     """
+    if decode.serves(problem):
+        from attnhub.backends.cuda.decode_plan import DecodePlan
+
+        few = decode.choose(problem)
+        return _loaded(DecodePlan(few, _cubin(few)), problem)
     if hopper.serves(problem):
         from attnhub.backends.cuda.hopper_plan import HopperPlan
 

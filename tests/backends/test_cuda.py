@@ -65,7 +65,7 @@ def test_what_is_outside_is_rejected_with_its_code(changes: dict[str, Any], code
 
 def test_what_is_declared_is_accepted() -> None:
     for device, dtype in (((7, 5), "float16"), ((8, 6), "bfloat16"), ((9, 0), "bfloat16"), ((12, 0), "float16")):
-        problem = _problem(device=DeviceInfo("cuda", "nvidia", device), q_dtype=dtype, kv_dtype=dtype, features=backend.capability.features)
+        problem = _problem(device=DeviceInfo("cuda", "nvidia", device), q_dtype=dtype, kv_dtype=dtype, features=backend.capability.features - {Feature.PAGED})
         assert not _codes(problem)
 
 
@@ -170,7 +170,7 @@ def test_every_variant_compiles_without_spills(v: variant.Variant) -> None:
     compiled = _compile(v)
     assert compiled.cubin[:4] == b"\x7fELF"
     used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.log)
-    assert used == [("0", "0", "0")], compiled.log
+    assert set(used) == {("0", "0", "0")}, compiled.log  # the kernel, and the function that does extreme scores again
     assert "warning" not in compiled.log.lower(), compiled.log
     assert v.shared_bytes <= (64 if v.turing else 99) * 1024
 

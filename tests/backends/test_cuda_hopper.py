@@ -4,6 +4,7 @@ not finite, strides, streams and graphs. What needs no GPU is in test_cuda_hoppe
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,8 +17,8 @@ pytest.importorskip("cupy", reason="the extra attnhub[cuda13] is not installed")
 
 import attnhub
 from attnhub import runtime, testing
-from attnhub.backend import Call
-from attnhub.backends.cuda import backend, hopper_plan
+from attnhub.backend import Call, Needs
+from attnhub.backends.cuda import backend, hopper_plan, launcher
 from attnhub.backends.cuda.hopper_plan import HopperPlan
 from attnhub.dense import allowed_pairs
 from attnhub.layouts import Varlen
@@ -311,6 +312,51 @@ def test_streams_threads_and_graphs(mask: Mask) -> None:
     graphs[0].replay()
     torch.cuda.synchronize()
     assert torch.equal(captured[0], right)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("mask", [FULL, Causal()], ids=["full", "causal"])
+def test_backwards_of_others_run_from_its_lse(mask: Mask, dim: int) -> None:
+    """Triton's, and cuDNN's through the sdpa backend, which is what `auto` takes."""
+    from attnhub.backends.sdpa import backend as sdpa
+    from attnhub.backends.triton import backend as triton
+
+    q, k, v = _inputs(2, 512, dim, heads=(4, 4))
+    call, grad_out = Call(q, k, v, mask, dim**-0.5, need_lse=True), torch.randn(q.shape, device="cuda").bfloat16()
+    out, lse = _plan(q, k, v, mask, return_lse=True).forward(call)
+    assert lse is not None
+    right = [x.double().requires_grad_() for x in (q, k, v)]
+    exact = torch.autograd.grad(_exact(right[0], right[1], right[2], mask), right, grad_out.double())
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    problem = attnhub.explain(leaves[0], leaves[1], leaves[2], mask).problem
+    assert problem.need_backward
+    for other in (sdpa, triton):
+        for grad, expected in zip(other.prepare(problem).backward(call, grad_out, None, out, lse, Needs()), exact):
+            assert grad is not None and (grad.double() - expected).norm() < 0.01 * expected.norm(), other.name
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("name", ["causal", "window", "chunk", "left padding", "packed", "long"])
+def test_switches_of_the_tiles_change_nothing(name: str, dim: int) -> None:
+    """Tiles asked for early, and tiles of keys skipped by the warpgroups that do not see them."""
+    length, varlen = 2300 if name == "long" else 300, None
+    q, k, v = _inputs(1 if name in ("packed", "long") else 2, length, dim)
+    mask = MASKS["causal" if name in ("packed", "long") else name]
+    if mask.leftpad is not None:
+        mask = Mask(**{**vars(mask), "leftpad": mask.leftpad.cuda()})
+    if name == "packed":
+        starts = torch.tensor([0, 70, 70, 290], dtype=torch.int32, device="cuda")
+        varlen = Varlen(starts, starts, 220, 220)
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    plan = _plan(q, k, v, mask, **({"varlen": varlen} if varlen else {}))
+    call = Call(*((x.transpose(0, 1)[None] for x in (q, k, v)) if varlen else (q, k, v)), mask, dim**-0.5, varlen=varlen)
+    expected, _ = plan.forward(call)
+    for switches in ({"ask_early": True}, {"skip": True}, {"ask_early": True, "skip": True}):
+        changed = dataclasses.replace(plan.variant, tiles=dataclasses.replace(plan.variant.tiles, **switches))
+        other = HopperPlan(changed, launcher._cubin(changed), lambda: plan)
+        other.load(0)
+        out, _ = other.forward(call)
+        assert torch.equal(out, expected), switches
 
 
 def test_offsets_pass_2_to_the_31() -> None:

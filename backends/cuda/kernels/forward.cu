@@ -38,7 +38,7 @@ static __device__ void clear_tail(const Params& params, const Work& work) {
     }
 }
 
-// False: the block's scores are extreme, nothing was written, and it must be Careful (softmax_step).
+// False: the block's scores are extreme (or not numbers), nothing was written, and it must be Careful (softmax_step).
 template <bool Careful>
 static __device__ __forceinline__ bool attend(const Params& params, const Work& work, uint32 shared) {
     const Sequence sequence = Sequence::of(params, work.sequence);
@@ -123,7 +123,10 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
     }
 
     if constexpr (kRawScores && !Careful) {  // else the scale is 1, which rounds nothing
-        if (__syncthreads_or(rows.extreme > kExtreme)) return false;
+        bool extreme = false;
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) extreme = extreme || rows.sum[m][0] != rows.sum[m][0] || rows.sum[m][1] != rows.sum[m][1];
+        if (__syncthreads_or(extreme)) return false;
     }
 
     // Looked up again rather than kept, as for the masks above: every register counts in the loop.
@@ -138,6 +141,11 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
     return true;
 }
 
+// A function of its own, whose registers are not the first pass's.
+static __device__ __noinline__ void attend_again(const Params& params, uint32 shared) {
+    attend<true>(params, Work::of(params, blockIdx.x, (params.batch + (params.cu_seqlens_q != nullptr)) * params.q_heads), shared);
+}
+
 }  // namespace attnhub
 
 extern "C" __global__ void __launch_bounds__(attnhub::kThreads, 1) attnhub_forward(const __grid_constant__ attnhub::Params params) {
@@ -148,6 +156,6 @@ extern "C" __global__ void __launch_bounds__(attnhub::kThreads, 1) attnhub_forwa
     if (packed && work.sequence == params.batch) {
         attnhub::clear_tail(params, work);
     } else if (!attnhub::attend<false>(params, work, attnhub::shared_address(shared))) {
-        attnhub::attend<true>(params, work, attnhub::shared_address(shared));
+        attnhub::attend_again(params, attnhub::shared_address(shared));
     }
 }

@@ -12,10 +12,8 @@ constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
 template <int RowTiles>
 struct RowState {
     float maximum[RowTiles][2], sum[RowTiles][2];
-    float extreme;  // largest magnitude of a product of maximum and scale
 
     __device__ __forceinline__ RowState() {
-        extreme = 0.f;
 #pragma unroll
         for (int m = 0; m < RowTiles; ++m) {
             maximum[m][0] = maximum[m][1] = -kInfinity;
@@ -84,12 +82,13 @@ static __device__ __forceinline__ void hide_scores(
 }
 
 constexpr float kExtreme = 1 << 14;
+constexpr float kNan = __builtin_bit_cast(float, 0x7fffffff);
 
 // Replaces the scores by 2^(scale * (score - maximum)) and rescales what was accumulated under the old maximum.
 //
 // An exponent is one instruction, score * scale - (maximum * scale, rounded): what the rounding moves, the largest weight from 1 to 2^e, cancels in
-// out / sum, as long as e is small. Rows whose scores are beyond kExtreme (e up to 2^-10: to bf16 that weight is still 1) are told, and done again,
-// Careful: the maximum is subtracted first.
+// out / sum, as long as e is small. Rows whose scores are beyond kExtreme (e up to 2^-10: to bf16 that weight is still 1) get a sum
+// that is not a number, and are done again, Careful: the maximum is subtracted first.
 template <bool Careful, int RowTiles, int Keys, int Columns>
 static __device__ __forceinline__ void softmax_step(
     Scores<RowTiles, Keys>& scores, RowState<RowTiles>& rows, Accumulators<RowTiles, Columns>& out, float scale) {
@@ -104,9 +103,9 @@ static __device__ __forceinline__ void softmax_step(
             // A row without a key so far: its weights are 2^-inf = 0, and -inf - -inf must not be computed.
             const float anchor = maximum == -kInfinity ? 0.f : maximum, scaled = __fmul_rn(anchor, scale);
             // Both products rounded, as in the weights: 1 where the maximum stays.
-            const float rescale = exp2_fast(
+            float rescale = exp2_fast(
                 Careful ? (rows.maximum[m][half] - anchor) * scale : __fsub_rn(__fmul_rn(rows.maximum[m][half], scale), scaled));
-            if constexpr (!Careful) rows.extreme = fmaxf(rows.extreme, fabsf(scaled));
+            if (!Careful && fabsf(scaled) > kExtreme) rescale = kNan;
             float sum = 0.f;
 #pragma unroll
             for (int n = 0; n < Keys / 8; ++n) {

@@ -19,6 +19,8 @@ struct Config {
     static constexpr bool kKeepQuery = ATTNHUB_KEEP_QUERY;      // Q in registers
     static constexpr bool kOutOverQuery = ATTNHUB_OUT_OVER_QUERY;  // out leaves through the tile of Q
     static constexpr bool kTakeTurns = ATTNHUB_TAKE_TURNS;      // warpgroups start their products one after the other
+    static constexpr bool kAskEarly = ATTNHUB_ASK_EARLY;        // the next tile is known before the last one is needed
+    static constexpr bool kSkip = ATTNHUB_SKIP;                 // warpgroups skip tiles of keys that their own rows do not see
     static constexpr bool kLazy = ATTNHUB_LAZY;                 // see softmax_step
     static constexpr bool kLeft = ATTNHUB_LEFT, kRight = ATTNHUB_RIGHT;  // a mask may cut there, beside the keys' end
     static constexpr bool kHides = ATTNHUB_HIDES;               // pairs may be masked out whose key and value are in memory
@@ -67,8 +69,8 @@ static __device__ __forceinline__ void schedule(const Params& params, const Slot
         if (params.counters == nullptr) {
             index += gridDim.x;
         } else {
-            // Asked only when the slot is free again.
-            slot.ring.empty(0).wait(at.parity);
+            // A tile that is asked for only when the slot is free again goes to the block that is first; one that is asked for at once is here in time.
+            if constexpr (!Config::kAskEarly) slot.ring.empty(0).wait(at.parity);
             index = atomicAdd(params.counters, 1) + gridDim.x;
         }
     }
@@ -208,6 +210,21 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
             adjust_scores<C>(scores, params, slope, row + work.offset - key);
             if constexpr (decltype(masked)::value) hide_scores<C::kLeft>(scores, spans, key);
         };
+
+        if constexpr (C::kSkip) {
+            const int seen = (max(0, mask.keys(params, last_row).last) + C::kKeys - 1) / C::kKeys;
+#pragma unroll 1
+            for (const int stop = max(seen, work.first_tile + 1); tile >= stop; --tile) {
+                shared.k_ring.full(k_at.stage).wait(k_at.parity);
+                release_keys();
+                shared.v_ring.full(v_at.stage).wait(v_at.parity);
+                release_values();
+                if constexpr (C::kTakeTurns) {
+                    barrier_sync(own_turn, 256);
+                    barrier_arrive(next_turn, 256);
+                }
+            }
+        }
 
         // The last tile of keys, which alone can reach past their end.
         shared.k_ring.full(k_at.stage).wait(k_at.parity);

@@ -1,0 +1,124 @@
+"""Variants of the kernel for a few queries over a long cache (kernels/decode): which problems it serves, what is fixed at compile time, splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from attnhub.problem import Feature, Problem
+
+#: Rows of a tile and keys of a block: one product of the matrix unit.
+ROWS = KEYS = 16
+#: Largest class of query lengths that it serves.
+MOST_QUERIES = 16
+#: As many as the weights of all splits that a warp keeps while it merges them.
+MOST_SPLITS = 128
+#: For stages: with what else a block needs it stays below 99 KiB, what one may have on 8.6 and 8.9, and two blocks fit a multiprocessor of 9.0.
+_STAGES_BYTES = 96 * 1024
+_MOST_STAGES = 8
+#: Blocks of keys a warp should have at least, where keys are split.
+_FEWEST_BLOCKS = 2
+#: The fewest splits that come this close to the best use of the last wave.
+_EFFICIENCY = 0.95
+#: From this many waves on nothing is split.
+_WAVES = 3.5
+#: Time relative to torch's: not measured yet, hence behind torch's own kernels where these serve, and behind Triton's.
+COST = 1.2
+
+
+@dataclass(frozen=True)
+class DecodeVariant:
+    """One compiled kernel. paging: 0 no pages, 1 pages of a multiple of 16 keys, 2 of any size."""
+
+    arch: str
+    dtype: str
+    head_dim: int
+    v_head_dim: int
+    paging: int = 0
+    softcap: bool = False
+    alibi: bool = False
+
+    main = "decode/forward.cu"
+
+    @property
+    def warps(self) -> int:
+        """Per block. What each of them keeps in registers and shared memory grows with the dimensions."""
+        return 4 if max(self.head_dim, self.v_head_dim) <= 128 else 2
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def stages(self) -> int:
+        return min(_MOST_STAGES, _STAGES_BYTES // (self.warps * self._stage_bytes))
+
+    @property
+    def _stage_bytes(self) -> int:
+        return KEYS * (_pitch(self.head_dim) + _pitch(self.v_head_dim))
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory per block: stages of K and V, and what the merge of warps and splits keeps."""
+        merge = self.warps * (ROWS * 8 + MOST_SPLITS * 4) + 16
+        return self.warps * self.stages * self._stage_bytes + merge
+
+    def generated(self) -> dict[str, str]:
+        return {}
+
+    def options(self) -> tuple[str, ...]:
+        """NVRTC's options. Denormal fp32 values count as 0 (they lie far below one rounding unit of the result)."""
+        defines = {
+            "TURING": 0,
+            "TYPE": {"float16": "Half", "bfloat16": "BFloat16"}[self.dtype],
+            "HEAD_DIM": self.head_dim,
+            "V_HEAD_DIM": self.v_head_dim,
+            "WARPS": self.warps,
+            "STAGES": self.stages,
+            "PAGING": self.paging,
+            "MOST_SPLITS": MOST_SPLITS,
+            "SOFTCAP": int(self.softcap),
+            "ALIBI": int(self.alibi),
+            "SHARED_BYTES": self.shared_bytes,
+        }
+        return (f"-arch={self.arch}", "-std=c++17", "-default-device", "-ftz=true", *(f"-DATTNHUB_{name}={value}" for name, value in defines.items()))
+
+    def describe(self) -> dict[str, Any]:
+        return {"arch": self.arch, "product": "m16n8k16", "tile": [ROWS, KEYS * self.warps], "stages": self.stages, "shared_bytes": self.shared_bytes}
+
+
+def _pitch(dim: int) -> int:
+    """Bytes of a row of a block: `Block` in kernels/decode/block.cuh."""
+    return -(-dim // 64) * 128
+
+
+def serves(problem: Problem) -> bool:
+    """Whether the kernel is for a problem. Pages are served by it alone."""
+    return (
+        problem.device.vendor == "nvidia" and tuple(problem.device.arch) >= (8, 0) and problem.seqlen_q <= MOST_QUERIES
+        and Feature.VARLEN not in problem.features
+    )  # fmt: skip
+
+
+def choose(problem: Problem) -> DecodeVariant:
+    """The variant for a problem that it serves."""
+    arch, features, page = problem.device.arch, problem.features, problem.page_size
+    return DecodeVariant(
+        f"sm_{arch[0]}{arch[1]}", problem.q_dtype, problem.head_dim, problem.v_head_dim, paging=0 if not page else 2 if page % KEYS else 1,
+        softcap=Feature.SOFTCAP in features, alibi=Feature.ALIBI in features,
+    )  # fmt: skip
+
+
+def split_count(tiles: int, seqlen_k: int, warps: int, slots: int) -> int:
+    """Into how many parts the keys of a tile of rows are divided. slots: blocks that the device runs at a time; seqlen_k: what a cache can hold,
+    since what it does hold is known to the device only.
+    """
+    if tiles >= _WAVES * slots:
+        return 1
+    most = max(1, min(MOST_SPLITS, -(-seqlen_k // KEYS) // (warps * _FEWEST_BLOCKS)))
+    used = []
+    for splits in range(1, most + 1):
+        waves = tiles * splits / slots
+        # Within one wave more blocks are always faster.
+        used.append(waves if waves <= 1 else waves / -(-tiles * splits // slots))
+    return next(splits for splits, efficiency in enumerate(used, 1) if efficiency >= _EFFICIENCY * max(used))

@@ -1,0 +1,34 @@
+"""The decode kernel's one argument: the layout of ``Params`` in kernels/decode/params.cuh, field by field."""
+
+from __future__ import annotations
+
+import struct
+
+#: (name, format) in order. Q: pointer, q: 64-bit integer, i: 32-bit integer, f: fp32.
+FIELDS: tuple[tuple[str, str], ...] = (
+    *((name, "Q") for name in (
+        "q", "k", "v", "out", "lse", "seqused_k", "leftpad", "prefix", "block_table", "sinks", "alibi", "partial", "tickets",
+    )),
+    *((f"{tensor}_strides.{axis}", "q") for tensor in ("q", "k", "v", "out") for axis in ("batch", "head", "token")),
+    *((name, "i") for name in (
+        "q_heads", "kv_heads", "heads_per_kv_head", "seqlen_q", "seqlen_k", "page_size", "pages", "row_tiles", "splits", "causal", "top_left",
+        "window_left", "window_right", "chunk", "alibi_batch_stride", "negate_q", "out_aligned",
+    )),
+    *((name, "f") for name in ("scale_log2", "cap_inner", "cap_outer")),
+)  # fmt: skip
+
+#: What differs between calls that agree in shapes: the pointers, which come first.
+POINTERS = struct.Struct("=" + "Q" * sum(code == "Q" for _, code in FIELDS))
+_REST = "=" + "".join(code for _, code in FIELDS if code != "Q")
+#: No padding: the fields come in falling order of size.
+REST = struct.Struct(_REST + "x" * (-(POINTERS.size + struct.calcsize(_REST)) % 8))
+SIZE = POINTERS.size + REST.size
+
+
+def offsets() -> dict[str, int]:
+    """Field -> its offset in bytes."""
+    found, position = {}, 0
+    for name, code in FIELDS:
+        found[name] = position
+        position += struct.calcsize("=" + code)
+    return found

@@ -1,0 +1,189 @@
+"""Launching the decode kernel: one launch, in which the block that comes last merges the parts of a tile of rows."""
+
+from __future__ import annotations
+
+import math
+import threading
+from functools import lru_cache
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnhub.backend import Call, Repeat
+from attnhub.backends.cuda import decode, decode_params
+from attnhub.backends.cuda.decode import DecodeVariant
+from attnhub.backends.cuda.loading import CubinPlan, Stream, current_device, is_capturing, pointer, raw_stream
+from attnhub.layouts import empty_out
+
+_LOG2E = math.log2(math.e)
+#: Windows and chunks are cut here, so that the kernel's positions cannot overflow; sequences are shorter (`TOO_LARGE`).
+_FAR = (1 << 30) - 1
+#: Instead of a softmax_scale of 0, which would turn the -inf of a masked score into NaN.
+_TINY_SCALE = 2.0**-100
+#: Launches by shape that are remembered, in each thread.
+_LIMIT = 256
+#: Tickets for launches in graphs, see `_Tickets`.
+_CAPTURED = 1 << 20
+#: Shared memory of a multiprocessor where torch does not say it, and what each block takes beside its own.
+_SHARED_BYTES, _RESERVED_BYTES = 100 * 1024, 1024
+
+
+@lru_cache
+def slots(index: int, shared_bytes: int) -> int:
+    """Blocks that a device runs at a time."""
+    properties = torch.cuda.get_device_properties(index)
+    shared = getattr(properties, "shared_memory_per_multiprocessor", _SHARED_BYTES)
+    return properties.multi_processor_count * max(1, shared // (shared_bytes + _RESERVED_BYTES))
+
+
+class _Tickets:
+    """Zeros that blocks count on and leave as zeros. One launch after the other on a stream may use the same; a graph may be replayed beside
+    anything, so that each launch in one has zeros of its own, from a store that is never given back: filling some would be a node more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_stream: dict[tuple[int, int], Tensor] = {}
+        self._store: dict[int, tuple[Tensor, int]] = {}
+
+    def prepare(self, index: int) -> None:
+        """Makes the store of a device, unless a graph is being captured."""
+        with self._lock:
+            if index not in self._store and not is_capturing():
+                self._store[index] = (_zeros(_CAPTURED, index, wait=True), 0)
+
+    def take(self, count: int, index: int, stream: int) -> Tensor:
+        if is_capturing():
+            with self._lock:
+                store, used = self._store.get(index, (None, 0))
+                if store is None or used + count > _CAPTURED:
+                    return _zeros(count, index)
+                self._store[index] = (store, used + count)
+                return store[used : used + count]
+        found = self._by_stream.get((index, stream))
+        if found is None or found.shape[0] < count:
+            found = self._by_stream[index, stream] = _zeros(max(count, 1024), index)
+        return found
+
+
+def _zeros(count: int, index: int, wait: bool = False) -> Tensor:
+    """wait: whatever stream uses them, they are zeros."""
+    found = torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", index))
+    if wait:
+        torch.cuda.synchronize(index)
+    return found
+
+
+_tickets = _Tickets()
+
+
+class Launch:
+    """All that calls of the same shapes, strides and numbers have in common."""
+
+    def __init__(self, variant: DecodeVariant, call: Call, index: int) -> None:
+        q, k, v, mask = call.q, call.k, call.v, call.mask
+        batch, q_heads, seqlen_q, _ = q.shape
+        kv_heads, group = k.shape[1], q_heads // k.shape[1]
+        page_size, pages = (k.shape[2], call.block_table.shape[1]) if call.block_table is not None else (0, 0)
+        seqlen_k = page_size * pages if page_size else k.shape[2]
+        out = empty_out(q, v.shape[3])
+
+        row_tiles = -(-group * seqlen_q // decode.ROWS)
+        self.tiles = batch * kv_heads * row_tiles
+        splits = decode.split_count(self.tiles, seqlen_k, variant.warps, slots(index, variant.shared_bytes))
+        self.grid = (self.tiles * splits, 1, 1)
+        #: fp32 values that splits leave: rows of out, and two for each row.
+        self.partial = 0 if splits == 1 else self.tiles * splits * decode.ROWS * (-(-v.shape[3] // 16) * 16 + 2)
+        self.index, self.v_head_dim, self.lse_shape = index, v.shape[3], (batch, q_heads, seqlen_q)
+
+        scale, softcap = call.softmax_scale, call.softcap
+        size = abs(scale) or _TINY_SCALE
+        whole = v.shape[3] % 4 == 0 and not any(stride % 4 for n, stride in zip(out.shape[:3], out.stride()[:3]) if n > 1)
+        self._rest = decode_params.REST.pack(
+            *_strides(q), *_strides(k), *_strides(v), *_strides(out),
+            q_heads, kv_heads, group, seqlen_q, seqlen_k, page_size, pages, row_tiles, splits, mask.causal, mask.align == "top_left",
+            min(mask.window[0], _FAR), min(mask.window[1], _FAR), min(mask.chunk, _FAR),
+            q_heads if mask.alibi is not None and mask.alibi.ndim == 2 else 0, scale < 0, whole,
+            size * _LOG2E, 2 * _LOG2E * size / softcap if softcap else 0.0, softcap * _LOG2E,
+        )  # fmt: skip
+
+    def argument(self, *pointers: int) -> np.void:
+        """The kernel's argument, from `decode_params.POINTERS`."""
+        return np.void(decode_params.POINTERS.pack(*pointers) + self._rest)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Of batch or page, head and token; that of a dimension of size 1 is arbitrary."""
+    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3]))
+
+
+class DecodePlan(CubinPlan):
+    """One compiled variant."""
+
+    def __init__(self, variant: DecodeVariant, cubin: str) -> None:
+        super().__init__(cubin, variant.shared_bytes)
+        self.variant = variant
+        self._block = (variant.threads, 1, 1)
+        self._launches: dict[tuple[Any, ...], Launch] = {}
+
+    def load(self, index: int) -> Any:
+        _tickets.prepare(index)
+        return super().load(index)
+
+    def _launch(self, call: Call, index: int) -> tuple[Tensor, Optional[Tensor]]:
+        launch = self._find(call, index)
+        kept: list[Tensor] = []
+        mask = call.mask
+        data = tuple(pointer(x, kept) for x in (mask.seqused_k, mask.leftpad, mask.prefix, call.block_table, call.sinks, mask.alibi))
+        return self._run(launch, call.q, call.k, call.v, call.need_lse, data)
+
+    def _find(self, call: Call, index: int) -> Launch:
+        q, k, v, mask, table = call.q, call.k, call.v, call.mask, call.block_table
+        key = (
+            index, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), call.softmax_scale, call.softcap, mask.structure,
+            None if table is None else table.shape[1], None if mask.alibi is None else mask.alibi.ndim,
+        )  # fmt: skip
+        found = self._launches.get(key)
+        if found is None:
+            found = Launch(self.variant, call, index)
+            with self._lock:
+                while len(self._launches) >= _LIMIT:
+                    del self._launches[next(iter(self._launches))]
+                self._launches[key] = found
+        return found
+
+    def _run(
+        self, launch: Launch, q: Tensor, k: Tensor, v: Tensor, need_lse: bool, data: tuple[int, ...]
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        index = launch.index
+        function, stream = self._function(index), raw_stream(index)
+        out = empty_out(q, launch.v_head_dim)
+        lse = torch.empty(launch.lse_shape, dtype=torch.float32, device=q.device) if need_lse else None
+        partial = torch.empty(launch.partial, dtype=torch.float32, device=q.device) if launch.partial else None
+        tickets = _tickets.take(launch.tiles, index, stream) if launch.partial else None
+        argument = launch.argument(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), *data,
+            0 if partial is None else partial.data_ptr(), 0 if tickets is None else tickets.data_ptr(),
+        )  # fmt: skip
+        function(launch.grid, self._block, (argument,), self._shared_bytes, Stream(stream))
+        return out, lse
+
+    def repeat(self, call: Call) -> Optional[Repeat]:
+        mask, table, need_lse = call.mask, call.block_table, call.need_lse
+        if any(x is not None and not x.is_contiguous() for x in (mask.seqused_k, table)):
+            return None
+        launch = self._find(call, call.q.get_device())
+
+        def again(
+            q: Tensor, k: Tensor, v: Tensor, seqused_k: Optional[Tensor] = None, block_table: Optional[Tensor] = None
+        ) -> Optional[tuple[Tensor, Optional[Tensor]]]:
+            if launch.index != current_device():
+                return None
+            data = (0 if seqused_k is None else seqused_k.data_ptr(), 0, 0, 0 if block_table is None else block_table.data_ptr(), 0, 0)
+            return self._run(launch, q, k, v, need_lse, data)
+
+        return again
+
+    def describe(self) -> dict[str, Any]:
+        return self.variant.describe()

@@ -1,0 +1,105 @@
+// Blocks of 16 keys in the shared memory of one warp, and their way there: from a tensor, or from pages of any size.
+#pragma once
+
+#include "decode/mask.cuh"
+
+namespace attnhub {
+
+constexpr int kBlock = 16;  // keys
+
+// 16 rows of Dim elements, in 128-byte pieces of rows whose eight 16-byte pieces are permuted by the row's number: neither copies nor
+// ldmatrix meet bank conflicts. Columns up to a multiple of 16 are zeros.
+template <int Dim>
+struct Block {
+    static constexpr int kSteps = (Dim + 15) / 16;  // of a product over its columns
+    static constexpr int kColumns = 16 * kSteps;
+    static constexpr int kPieces = 2 * kSteps;
+    static constexpr int kPitch = (kSteps + 3) / 4 * 128;  // bytes
+    static constexpr int kBytes = kBlock * kPitch;
+    static constexpr int kPasses = kBlock * kPieces / 32;
+
+    static __device__ __forceinline__ uint32 offset(int row, int piece) { return row * kPitch + ((piece ^ (row & 7)) << 4); }
+
+    // Calls f(row, piece) for each 16 bytes that this lane copies.
+    template <class F> static __device__ __forceinline__ void for_each_piece(int lane, F f) {
+#pragma unroll
+        for (int i = 0; i < kPasses; ++i) {
+            const int at = lane + 32 * i;
+            f(at / kPieces, at % kPieces);
+        }
+    }
+
+    // Elements of a piece that exist. Compared with constants: see tile.cuh of the portable kernel.
+    static __device__ __forceinline__ int present(int piece) { return piece < Dim / 8 ? 8 : piece == Dim / 8 ? Dim % 8 : 0; }
+};
+
+enum Pages { kContiguous, kWholePages, kAnyPages };  // kWholePages: of a multiple of 16 keys, so that a block lies in one page
+
+// Where the keys of one sequence and K/V head lie.
+template <int Paging>
+struct Cache {
+    const Element* k;
+    const Element* v;
+    const int* table;
+    Span some;  // keys that are read at all
+
+    static __device__ __forceinline__ Cache of(const Params& params, int batch, int kv_head, const Span& some) {
+        const long long from = Paging == kContiguous ? batch : 0;
+        return {params.k + from * params.k_strides.batch + kv_head * params.k_strides.head,
+                params.v + from * params.v_strides.batch + kv_head * params.v_strides.head,
+                Paging == kContiguous ? nullptr : params.block_table + static_cast<long long>(batch) * params.pages, some};
+    }
+
+    // The page of a block, for kAnyPages that of the lane's key in it: asked for well before `start` needs it. There is none of keys that do not exist.
+    __device__ __forceinline__ int look_up(const Params& params, int block, int lane) const {
+        if constexpr (Paging == kWholePages) return block * kBlock < some.last ? table[block * kBlock / params.page_size] : 0;
+        if constexpr (Paging == kAnyPages) {
+            const int key = block * kBlock + lane % kBlock;
+            return some.holds(key) ? table[key / params.page_size] : 0;
+        }
+        return 0;
+    }
+
+    // Starts the copies of a block. Keys outside of `some` become zeros and are not read.
+    template <class KBlock, class VBlock>
+    __device__ __forceinline__ void start(const Params& params, int block, int page, uint32 k_block, uint32 v_block, int lane) const {
+        copy<KBlock>(k, params.k_strides, params, block, page, k_block, lane);
+        copy<VBlock>(v, params.v_strides, params, block, page, v_block, lane);
+    }
+
+private:
+    template <class B>
+    __device__ __forceinline__ void copy(const Element* x, const Strides& strides, const Params& params, int block, int page, uint32 target, int lane) const {
+        const int key = block * kBlock;
+        int slot = key;
+        if constexpr (Paging == kWholePages) slot = key % params.page_size;
+        if constexpr (Paging == kAnyPages) slot = (key + lane % kBlock) % params.page_size;
+        if constexpr (Paging != kAnyPages) x += page * strides.batch + slot * strides.token;
+        B::for_each_piece(lane, [&](int row, int piece) {
+            const Element* source;
+            if constexpr (Paging == kAnyPages) {
+                const long long row_page = __shfl_sync(0xffffffffu, page, row), row_slot = __shfl_sync(0xffffffffu, slot, row);
+                source = x + row_page * strides.batch + row_slot * strides.token;
+            } else {
+                source = x + row * strides.token;
+            }
+            const int bytes = some.holds(key + row) ? B::present(piece) * 2 : 0;
+            asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                         :: "r"(target + B::offset(row, piece)), "l"(bytes > 0 ? source + 8 * piece : x), "r"(bytes) : "memory");
+        });
+    }
+};
+
+static __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int Pending> static __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" :: "n"(Pending) : "memory"); }
+
+static __device__ __forceinline__ uint4 load_shared(uint32 address) {
+    uint4 x;
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
+    return x;
+}
+static __device__ __forceinline__ void store_shared(uint32 address, uint4 x) {
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" :: "r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
+}  // namespace attnhub

@@ -1,0 +1,170 @@
+// Parts of a softmax over disjoint keys become one: of the warps of a block through shared memory, of the splits through device memory, where
+// the block that comes last does it. The order of sums is that of warps and splits, whoever comes last.
+#pragma once
+
+#include "decode/rows.cuh"
+
+namespace attnhub {
+
+// A part of a row: weights are relative to 2^(scale * maximum).
+struct Part {
+    float maximum, sum;
+};
+
+// What a part's sums are multiplied by. highest: the largest maximum of all parts.
+static __device__ __forceinline__ float part_factor(float maximum, float highest, float scale) {
+    return maximum == -kInfinity ? 0.f : exp2_fast((maximum - highest) * scale);
+}
+
+// `partial`: rows of sums [tiles of rows * splits][16][Pitch], and behind them parts [tiles of rows * splits][16].
+template <int Pitch>
+struct Partial {
+    float* sums;
+    Part* parts;
+
+    static __device__ __forceinline__ Partial of(const Params& params, int tile) {
+        const long long tiles = gridDim.x / params.splits, first = static_cast<long long>(tile) * params.splits * 16;
+        return {params.partial + first * Pitch, reinterpret_cast<Part*>(params.partial + tiles * params.splits * 16 * Pitch) + first};
+    }
+};
+
+static __device__ __forceinline__ void add(float4& sums, float factor, const float4& x) {
+    sums.x = fmaf(factor, x.x, sums.x);
+    sums.y = fmaf(factor, x.y, sums.y);
+    sums.z = fmaf(factor, x.z, sums.z);
+    sums.w = fmaf(factor, x.w, sums.w);
+}
+
+// 4 columns of a finished row of out; with the first of them lse.
+template <class C>
+static __device__ __forceinline__ void write_row(
+    const Params& params, int batch, const Row& row, int group, const Part& part, const float4& sums, float scale) {
+    using Type = typename C::Type;
+    float scaled = part.maximum == -kInfinity ? -kInfinity : part.maximum * scale, sum = part.sum, factor = 1.f;
+    if (params.sinks != nullptr) {
+        const float sink = params.sinks[row.head] * kLog2e;
+        const float anchor = fmaxf(scaled, sink);
+        if (anchor != -kInfinity) {  // else there is neither a key nor a sink
+            factor = exp2f(scaled - anchor);
+            sum = sum * factor + exp2f(sink - anchor);
+            scaled = anchor;
+        }
+    }
+    const float inverse = sum == 0.f ? 0.f : factor / sum;
+    const uint32 low = Type::pack(sums.x * inverse, sums.y * inverse), high = Type::pack(sums.z * inverse, sums.w * inverse);
+    Element* out = params.out + batch * params.out_strides.batch + row.head * params.out_strides.head + row.query * params.out_strides.token + 4 * group;
+    if (params.out_aligned) {
+        if (4 * group < C::kWidth) asm volatile("st.global.v2.b32 [%0], {%1,%2};" :: "l"(out), "r"(low), "r"(high) : "memory");
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (4 * group + i < C::kWidth) out[i] = static_cast<Element>((i < 2 ? low : high) >> (i % 2 * 16));
+        }
+    }
+    if (params.lse != nullptr && group == 0) {
+        params.lse[(static_cast<long long>(batch) * params.q_heads + row.head) * params.seqlen_q + row.query] =
+            sum == 0.f ? -kInfinity : (scaled + log2f(sum)) * kLn2;
+    }
+}
+
+// Of a block's warps. Everything that outlives the copies of keys lies behind them; the sums of a warp lie over its keys.
+template <class C>
+struct Merge {
+    static constexpr int kColumns = Block<C::kWidth>::kColumns;
+    static constexpr int kPitch = kColumns + 8;  // of a warp's sums: no bank conflicts
+    static constexpr int kGroups = kColumns / 4;
+    static constexpr int kPartsBytes = C::kWarps * 16 * sizeof(Part), kFactorsBytes = C::kWarps * C::kMostSplits * 4;
+    static constexpr int kBytes = kPartsBytes + kFactorsBytes + 16;
+    static_assert(16 * kPitch * 4 <= C::kWarpBytes, "the sums of a warp do not fit where its keys were");
+
+    float* sums;       // [warps][kWarpBytes / 4]
+    Part* parts;       // [warps][16]
+    float* factors;    // [warps][kMostSplits]
+    int* last;
+
+    explicit __device__ __forceinline__ Merge(unsigned char* shared)
+        : sums(reinterpret_cast<float*>(shared)), parts(reinterpret_cast<Part*>(shared + C::kWarps * C::kWarpBytes)),
+          factors(reinterpret_cast<float*>(shared + C::kWarps * C::kWarpBytes + kPartsBytes)),
+          last(reinterpret_cast<int*>(shared + C::kWarps * C::kWarpBytes + kPartsBytes + kFactorsBytes)) {}
+
+    __device__ __forceinline__ void leave(const Rows<C>& rows, int warp, int lane) {
+        float* own = sums + warp * (C::kWarpBytes / 4);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float sum = across_row(rows.sum[half], [](float a, float b) { return a + b; });
+            const int row = lane / 4 + 8 * half;
+            if (lane % 4 == 0) parts[warp * 16 + row] = {rows.maximum[half], sum};
+#pragma unroll
+            for (int n = 0; n < kColumns / 8; ++n) {
+                *reinterpret_cast<float2*>(own + row * kPitch + 8 * n + lane % 4 * 2) = make_float2(rows.out[n][2 * half], rows.out[n][2 * half + 1]);
+            }
+        }
+    }
+
+    // Row `row` of what all warps left: 4 columns.
+    __device__ __forceinline__ Part take(int row, int group, float scale, float4& found) const {
+        Part whole{-kInfinity, 0.f};
+#pragma unroll
+        for (int w = 0; w < C::kWarps; ++w) whole.maximum = fmaxf(whole.maximum, parts[w * 16 + row].maximum);
+        found = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+        for (int w = 0; w < C::kWarps; ++w) {
+            const Part part = parts[w * 16 + row];
+            const float factor = part_factor(part.maximum, whole.maximum, scale);
+            whole.sum = fmaf(factor, part.sum, whole.sum);
+            add(found, factor, *reinterpret_cast<const float4*>(sums + w * (C::kWarpBytes / 4) + row * kPitch + 4 * group));
+        }
+        return whole;
+    }
+
+    // Whether all other splits of the tile have left their parts, and this block must merge them.
+    __device__ __forceinline__ bool comes_last(const Params& params, int tile) {
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            const bool all = atomicAdd(params.tickets + tile, 1) == params.splits - 1;
+            if (all) params.tickets[tile] = 0;  // for the next launch
+            *last = all;
+        }
+        __syncthreads();
+        if (*last == 0) return false;
+        __threadfence();
+        return true;
+    }
+
+    // One row of all splits, by a warp.
+    __device__ __forceinline__ void merge_splits(
+        const Params& params, const Partial<kColumns>& from, int batch, const Row& target, int row, float scale, int warp, int lane) {
+        float* own = factors + warp * C::kMostSplits;
+        float2 parts[C::kMostSplits / 32];  // this lane's: maximum and sum
+        Part whole{-kInfinity, 0.f};
+#pragma unroll
+        for (int i = 0; i < C::kMostSplits / 32; ++i) {
+            const int split = lane + 32 * i;
+            parts[i] = split < params.splits ? __ldcg(reinterpret_cast<const float2*>(from.parts + split * 16 + row)) : make_float2(-kInfinity, 0.f);
+        }
+#pragma unroll
+        for (int i = 0; i < C::kMostSplits / 32; ++i) whole.maximum = fmaxf(whole.maximum, parts[i].x);
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) whole.maximum = fmaxf(whole.maximum, __shfl_xor_sync(0xffffffffu, whole.maximum, step));
+#pragma unroll
+        for (int i = 0; i < C::kMostSplits / 32; ++i) {
+            const float factor = part_factor(parts[i].x, whole.maximum, scale);
+            own[lane + 32 * i] = factor;
+            whole.sum = fmaf(factor, parts[i].y, whole.sum);
+        }
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) whole.sum += __shfl_xor_sync(0xffffffffu, whole.sum, step);
+        __syncwarp();
+        for (int group = lane; group < kGroups; group += 32) {
+            float4 found = make_float4(0.f, 0.f, 0.f, 0.f);
+            const float4* sums = reinterpret_cast<const float4*>(from.sums + row * kColumns) + group;
+#pragma unroll 16
+            for (int split = 0; split < params.splits; ++split) add(found, own[split], __ldcg(sums + split * (16 * kGroups)));
+            write_row<C>(params, batch, target, group, whole, found, scale);
+        }
+        __syncwarp();
+    }
+};
+
+}  // namespace attnhub

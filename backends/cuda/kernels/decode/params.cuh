@@ -1,0 +1,49 @@
+// What the host tells the kernel: one struct, passed by value. `decode_params.py` holds the same layout; a test compares them.
+#pragma once
+
+#include "element.cuh"
+
+namespace attnhub {
+
+struct Strides {  // in elements; the stride inside a token is always 1
+    long long batch, head, token;
+};
+
+struct Params {
+    const Element* q;
+    const Element* k;
+    const Element* v;
+    Element* out;
+    float* lse;               // [B, Hq, Sq] natural logarithm, or null
+    const int* seqused_k;     // [B], or null
+    const int* leftpad;       // [B], or null
+    const int* prefix;        // [B], or null
+    const int* block_table;   // [B, pages], or null
+    const float* sinks;       // [Hq], or null
+    const float* alibi;       // slopes, read at [b * alibi_batch_stride + h]
+    float* partial;           // what splits leave for each other, see merge.cuh; null if there is one
+    int* tickets;             // a zero for each tile of rows, left as zero; null if there is one split
+    Strides q_strides, k_strides, v_strides, out_strides;  // batch of k and v: from page to page, if there are pages
+    int q_heads;
+    int kv_heads;
+    int heads_per_kv_head;
+    int seqlen_q;
+    int seqlen_k;             // what a sequence can hold
+    int page_size;
+    int pages;                // entries of a sequence in block_table
+    int row_tiles;            // tiles of 16 rows for a K/V head: its query heads' queries
+    int splits;               // blocks that share the keys of a tile of rows
+    int causal;
+    int top_left;             // alignment of positions; else bottom right
+    int window_left;          // -1 is unlimited
+    int window_right;
+    int chunk;                // 0 is off
+    int alibi_batch_stride;
+    int negate_q;             // softmax_scale is negative: the kernel flips the sign of q instead
+    int out_aligned;          // every row of out starts at a multiple of 8 bytes and has whole groups of 4 columns
+    float scale_log2;         // |softmax_scale| * log2(e)
+    float cap_inner;          // softcap: 2 * log2(e) * |softmax_scale| / c
+    float cap_outer;          // softcap: c * log2(e)
+};
+
+}  // namespace attnhub

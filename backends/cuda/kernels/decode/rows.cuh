@@ -1,0 +1,202 @@
+// A warp's work on one block of keys: 16 rows of queries x 16 keys, by mma.sync m16n8k16. In an accumulator [16 x 8] lane l holds rows l / 4 and
+// l / 4 + 8, columns 2 (l % 4) and the next one. Two neighbouring score accumulators are, converted, the left operand [16 x 16] of P V.
+#pragma once
+
+#include "decode/block.cuh"
+
+namespace attnhub {
+
+constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLog2e = 1.4426950408889634f;
+
+// Combines the 4 lanes that share a row.
+template <class F>
+static __device__ __forceinline__ float across_row(float x, F combine) {
+    x = combine(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return combine(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+// Row r of a K/V head is query r % Sq of its query head r / Sq.
+struct Row {
+    int head, query;
+    bool exists;
+
+    static __device__ __forceinline__ Row of(const Params& params, int kv_head, int r) {
+        const int group = r / params.seqlen_q;
+        return {kv_head * params.heads_per_kv_head + group, r - group * params.seqlen_q, group < params.heads_per_kv_head};
+    }
+};
+
+// Two neighbouring columns of a row in device memory, 0 behind its end.
+template <int Dim>
+static __device__ __forceinline__ uint32 load_pair(const Element* row, int column) {
+    if constexpr (Dim % 2 == 0) return column < Dim ? *reinterpret_cast<const uint32*>(row + column) : 0u;
+    const uint32 low = column < Dim ? row[column] : 0u, high = column + 1 < Dim ? row[column + 1] : 0u;
+    return low | high << 16;
+}
+
+template <class C>
+struct Rows {
+    using Type = typename C::Type;
+    using KBlock = Block<C::kDepth>;
+    using VBlock = Block<C::kWidth>;
+
+    Row own[2];  // 8 rows apart
+    Span spans[2];
+    float slope[2];
+    uint32 q[KBlock::kSteps][4];
+    float out[VBlock::kColumns / 8][4];
+    float maximum[2], sum[2];  // the sum is this lane's part
+
+    __device__ __forceinline__ Rows(const Params& params, const Mask& mask, int batch, int kv_head, int tile, int lane) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            own[half] = Row::of(params, kv_head, tile * 16 + lane / 4 + 8 * half);
+            spans[half] = mask.keys(params, own[half].query);
+            maximum[half] = -kInfinity;
+            sum[half] = slope[half] = 0.f;
+            if constexpr (C::kAlibi) {
+                if (own[half].exists) slope[half] = params.alibi[batch * params.alibi_batch_stride + own[half].head] * kLog2e;
+            }
+            const Element* row = params.q;
+            if (own[half].exists) row += batch * params.q_strides.batch + own[half].head * params.q_strides.head + own[half].query * params.q_strides.token;
+#pragma unroll
+            for (int step = 0; step < KBlock::kSteps; ++step) {
+#pragma unroll
+                for (int side = 0; side < 2; ++side) {
+                    const uint32 pair = own[half].exists ? load_pair<C::kDepth>(row, step * 16 + side * 8 + lane % 4 * 2) : 0u;
+                    q[step][2 * side + half] = params.negate_q ? pair ^ 0x80008000u : pair;
+                }
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < VBlock::kColumns / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out[n][i] = 0.f;
+        }
+    }
+
+    // masked: rows see parts of the block. differ: and not all the same part.
+    __device__ __forceinline__ void attend(const Params& params, const Mask& mask, int key, uint32 k, uint32 v, bool masked, bool differ, int lane) {
+        float s[2][4] = {};
+        const uint32 k_row = lane % 8 + lane / 16 * 8, k_piece = lane / 8 % 2;
+#pragma unroll
+        for (int step = 0; step < KBlock::kSteps; ++step) {
+            uint32 b[4];
+            load_blocks(b, k + KBlock::offset(k_row, 2 * step + k_piece));
+            Type::mma(s[0], q[step], b[0], b[1]);
+            Type::mma(s[1], q[step], b[2], b[3]);
+        }
+        adjust(s, params, mask, key, lane);
+        if (masked) hide(s, key, lane);
+        softmax(s, C::kRawScores ? params.scale_log2 : 1.f);
+        if (differ) keep_nonfinite_apart(key, v, lane);
+
+        const uint32 weights[4] = {Type::pack(s[0][0], s[0][1]), Type::pack(s[0][2], s[0][3]), Type::pack(s[1][0], s[1][1]), Type::pack(s[1][2], s[1][3])};
+#pragma unroll
+        for (int n = 0; n < VBlock::kColumns / 16; ++n) {
+            uint32 b[4];
+            load_blocks_transposed(b, v + VBlock::offset(lane % 16, 2 * n + lane / 16));
+            Type::mma(out[2 * n], weights, b[0], b[1]);
+            Type::mma(out[2 * n + 1], weights, b[2], b[3]);
+        }
+    }
+
+private:
+    static __device__ __forceinline__ int column(int n, int i, int lane) { return n * 8 + lane % 4 * 2 + i % 2; }
+
+    // Softcap: c * tanh(score / c) in units of log2, as c * (1 - 2 / (exp(2 x) + 1)), since tanh.approx has 11 bits. ALiBi: - slope * |p - j|.
+    __device__ __forceinline__ void adjust(float (&s)[2][4], const Params& params, const Mask& mask, int key, int lane) const {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float& x = s[n][i];
+                if constexpr (C::kSoftcap) x = fmaf(-2.f * params.cap_outer, reciprocal_fast(exp2_fast(x * params.cap_inner) + 1.f), params.cap_outer);
+                if constexpr (C::kAlibi) {
+                    const int away = own[i / 2].query + mask.offset - (key + column(n, i, lane));
+                    x = fmaf(-slope[i / 2], fabsf(static_cast<float>(away)), C::kSoftcap ? x : x * params.scale_log2);
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void hide(float (&s)[2][4], int key, int lane) const {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (!spans[i / 2].holds(key + column(n, i, lane))) s[n][i] = -kInfinity;
+            }
+        }
+    }
+
+    // Scores to 2^(scale * (score - maximum)). The maximum is subtracted first: exact for scores of any size, and instructions are not what is short.
+    __device__ __forceinline__ void softmax(float (&s)[2][4], float scale) {
+        float top[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            top[half] = fmaxf(fmaxf(s[0][2 * half], s[0][2 * half + 1]), fmaxf(s[1][2 * half], s[1][2 * half + 1]));
+            top[half] = fmaxf(maximum[half], across_row(top[half], [](float a, float b) { return fmaxf(a, b); }));
+        }
+        float anchor[2];  // a row without a key so far: -inf - -inf must not be computed
+#pragma unroll
+        for (int half = 0; half < 2; ++half) anchor[half] = top[half] == -kInfinity ? 0.f : top[half];
+        if (__any_sync(0xffffffffu, top[0] > maximum[0] || top[1] > maximum[1])) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float shrink = exp2_fast((maximum[half] - anchor[half]) * scale);
+                maximum[half] = top[half];
+                sum[half] *= shrink;
+#pragma unroll
+                for (int n = 0; n < VBlock::kColumns / 8; ++n) {
+                    out[n][2 * half] *= shrink;
+                    out[n][2 * half + 1] *= shrink;
+                }
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                s[n][i] = exp2_fast((s[n][i] - anchor[i / 2]) * scale);
+                sum[i / 2] += s[n][i];
+            }
+        }
+    }
+
+    // A weight of 0 does not hide a key whose value is Inf or NaN, as 0 * NaN is NaN. So these are added to the rows that see their key, and cleared.
+    __device__ __forceinline__ void keep_nonfinite_apart(int key, uint32 v, int lane) {
+        uint32 taint = 0;
+        VBlock::for_each_piece(lane, [&](int row, int piece) {
+            const uint4 x = load_shared(v + VBlock::offset(row, piece));
+            taint = Type::taint(Type::taint(Type::taint(Type::taint(taint, x.x), x.y), x.z), x.w);
+        });
+        if (!__any_sync(0xffffffffu, (taint & 0x7fff7fffu) != 0)) return;
+#pragma unroll 1
+        for (int row = 0; row < kBlock; ++row) {
+#pragma unroll
+            for (int n = 0; n < VBlock::kColumns / 8; ++n) {
+                uint32 pair;
+                asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(v + VBlock::offset(row, n) + lane % 4 * 4) : "memory");
+                const float low = Type::nonfinite(pair & 0xffffu), high = Type::nonfinite(pair >> 16);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const bool seen = spans[half].holds(key + row);
+                    out[n][2 * half] += seen ? low : 0.f;
+                    out[n][2 * half + 1] += seen ? high : 0.f;
+                }
+            }
+        }
+        __syncwarp();
+        VBlock::for_each_piece(lane, [&](int row, int piece) {
+            const uint32 address = v + VBlock::offset(row, piece);
+            const uint4 x = load_shared(address);
+            store_shared(address, make_uint4(Type::finite(x.x), Type::finite(x.y), Type::finite(x.z), Type::finite(x.w)));
+        });
+        __syncwarp();
+    }
+};
+
+}  // namespace attnhub

@@ -1,0 +1,422 @@
+"""The cuda backend's kernel for a few queries over a long cache. Without a GPU its source runs on the host, lane by lane (cuda_on_host.py), and passes
+the shared conformance cases there; every variant compiles. With one: the cases again, splits, pages, graphs, streams.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import attnhub
+from attnhub import runtime, testing
+from attnhub.backend import Backend, Call, Plan
+from attnhub.backends.cuda import backend, compile, decode, decode_params, decode_plan, launcher, nvrtc, variant
+from attnhub.backends.cuda.decode import DecodeVariant
+from attnhub.backends.cuda.decode_plan import DecodePlan
+from attnhub.capability import Capability, DeviceRange
+from attnhub.layouts import empty_out
+from attnhub.mask import FULL, ALiBi, Causal, Mask, SeqLens, Window
+from attnhub.problem import DeviceInfo, Feature, Problem
+from attnhub.reasons import Code
+from attnhub.registry import registry
+
+_spec = importlib.util.spec_from_file_location("cuda_on_host", Path(__file__).with_name("cuda_on_host.py"))
+assert _spec is not None and _spec.loader is not None
+cuda_on_host: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(cuda_on_host)
+
+needs_nvrtc = pytest.mark.skipif(nvrtc.find() is None, reason="NVRTC is not installed")
+HOPPER = DeviceInfo("cuda", "nvidia", (9, 0), "H100")
+# ---------------------------------------------------------------------------------------------- on the host
+
+
+class HostPlan(Plan):
+    """Runs the kernel's source by its own launch's numbers."""
+
+    def __init__(self, variant: DecodeVariant, library: Any, launched: list[int]) -> None:
+        self.variant, self.library, self.launched = variant, library, launched
+
+    def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
+        launch = decode_plan.Launch(self.variant, call, 0)
+        out = empty_out(call.q, launch.v_head_dim).fill_(float("nan"))
+        lse = torch.full(launch.lse_shape, float("nan"))
+        partial, tickets = torch.full((launch.partial or 1,), float("nan")), torch.zeros(launch.tiles, dtype=torch.int32)
+        mask = call.mask
+        pointers = (call.q, call.k, call.v, out, lse, mask.seqused_k, mask.leftpad, mask.prefix, call.block_table, call.sinks, mask.alibi, partial, tickets)
+        kept = [None if x is None else x if i < 4 else x.contiguous() for i, x in enumerate(pointers)]
+        argument = launch.argument(*(0 if x is None else x.data_ptr() for x in kept))
+        self.library.run(np.frombuffer(argument.tobytes(), np.uint8).ctypes.data_as(cuda_on_host.ctypes.c_void_p), launch.grid[0], self.variant.threads, self.variant.shared_bytes)
+        assert not tickets.any()
+        self.launched.append(launch.grid[0] // launch.tiles)
+        return out, lse if call.need_lse else None
+
+
+class HostBackend(Backend):
+    name = "decode_on_host"
+    automatic = False
+    capability = Capability(
+        (DeviceRange("cpu", dtypes=frozenset({"float16", "bfloat16"})),), backend.capability.features - {Feature.VARLEN}, (1, 256, 1), align_bytes=16,
+    )  # fmt: skip
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.plans: dict[DecodeVariant, Plan] = {}
+        self.launched: list[int] = []
+
+    def prepare(self, problem: Problem) -> Plan:
+        variant = decode.choose(dataclasses.replace(problem, device=HOPPER))
+        if variant not in self.plans:
+            self.plans[variant] = HostPlan(variant, cuda_on_host.build(self.folder / str(len(self.plans)), variant), self.launched)
+        return self.plans[variant]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostBackend]:
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    found = HostBackend(tmp_path_factory.mktemp("host"))
+    registry.register(found)
+    yield found
+    registry.unregister(found.name)
+
+
+_D64 = {"dtype": "bfloat16", "head_dim": 64, "backward": False}
+HOST_CASES = [
+    testing.Case(**_D64, seqlen_q=1, seqlen_k=300, q_heads=8),
+    testing.Case(**_D64, seqlen_q=1, seqlen_k=5, q_heads=6),
+    testing.Case(**_D64, seqlen_q=7, seqlen_k=150, q_heads=6, parts=("causal", "seqlens")),
+    testing.Case(**_D64, seqlen_q=16, seqlen_k=90, q_heads=2, kv_heads=1, parts=("causal", "window_left", "leftpad")),
+    testing.Case(**_D64, seqlen_q=3, seqlen_k=200, parts=("window", "seqlens_zero"), sinks=True),
+    testing.Case(**_D64, seqlen_q=2, seqlen_k=70, parts=("causal", "chunk"), layout="strided"),
+    testing.Case(**_D64, seqlen_q=5, seqlen_k=40, parts=("top_left", "prefix"), layout="bshd"),
+    testing.Case(**_D64, seqlen_q=2, seqlen_k=90, page_size=16, parts=("causal",), q_heads=4),
+    testing.Case(**_D64, seqlen_q=1, seqlen_k=200, page_size=48, q_heads=8, sinks=True),
+    testing.Case("float16", seqlen_q=3, seqlen_k=100, head_dim=40, v_head_dim=72, page_size=5, q_heads=4, softcap=5.0, parts=("causal", "alibi"), backward=False),
+    testing.Case("float16", seqlen_q=1, seqlen_k=77, head_dim=40, v_head_dim=72, page_size=1, q_heads=4, softcap=5.0, parts=("alibi",), backward=False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("case", HOST_CASES, ids=str)
+def test_the_source_passes_the_cases_on_the_host(case: testing.Case, splits: int, host: HostBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_plan, "slots", lambda index, shared_bytes: 1)
+    monkeypatch.setattr(decode, "split_count", lambda *_: splits)
+    host.launched.clear()
+    testing.Check(host.name, "forward", case, None, "cpu").run()
+    assert set(host.launched) == {splits}
+
+
+def test_values_that_are_not_finite_reach_only_who_may_see_them(host: HostBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_plan, "slots", lambda index, shared_bytes: 4)
+    q, k, v = torch.randn(1, 4, 6, 64).bfloat16(), torch.randn(1, 2, 40, 64).bfloat16(), torch.randn(1, 2, 40, 64).bfloat16()
+    k[0, 0, 38], v[0, 1, 37, 3], v[0, 1, 39, 9] = float("nan"), float("inf"), float("nan")
+    out = attnhub.attention(q, k, v, Causal(), backend=host.name)
+    assert isinstance(out, Tensor)
+    bad = ~torch.isfinite(out)
+    expected = torch.zeros_like(bad)
+    expected[0, :2, 4:] = True  # query i stands at 34 + i
+    expected[0, 2:, 3:, 3] = expected[0, 2:, 5:, 9] = True
+    assert torch.equal(bad, expected)
+    clean = attnhub.attention(q, *(x.nan_to_num(0.0, 0.0) for x in (k, v)), Causal(), backend="reference")
+    assert isinstance(clean, Tensor) and (out - clean)[~bad].abs().max() < 0.02
+
+
+@pytest.mark.parametrize("power", [0, 12, 40])
+def test_extreme_scores(power: int, host: HostBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where maximum * scale rounds by more than the largest exponent."""
+    monkeypatch.setattr(decode_plan, "slots", lambda index, shared_bytes: 12)
+    q, k, v = (torch.randn(1, 2, 1 if i == 0 else 200, 64) for i in range(3))
+    q, k, v = (q * 2.0**power).bfloat16(), (k * 2.0 ** (power // 2)).bfloat16(), v.bfloat16()
+    out, lse = attnhub.attention(q, k, v, backend=host.name, return_lse=True)
+    scores = q.double() @ k.double().mT / 8
+    assert (out.double() - torch.softmax(scores, -1) @ v.double()).abs().max() < 0.02
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("mask", [FULL, Causal()], ids=["full", "causal"])
+def test_the_portable_kernel_too_stands_extreme_scores(mask: Mask, portable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the host: its launch with a library in place of CuPy's function. Rows whose scores are ordinary are between the others."""
+    q, k, v = (torch.randn(1, 2, 100, 64) for _ in range(3))
+    q[:, :, ::3], k[:, :, :50:4] = q[:, :, ::3] * 2.0**13, k[:, :, :50:4] * 2.0**12
+    q, k, v = q.half(), k.half(), v.half()
+    out, lse = portable(q, k, v, mask)
+    scores = q.double() @ k.double().mT * 8
+    if mask.causal:
+        scores = scores.masked_fill(~torch.ones(100, 100, dtype=torch.bool).tril(), float("-inf"))
+    assert (out.double() - torch.softmax(scores, -1) @ v.double()).abs().max() < 5e-3
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    chosen = variant.make(arch="sm_80", turing=False, dtype="float16", head_dim=64, v_head_dim=64, seqlen_q=64)
+    library = cuda_on_host.build(tmp_path_factory.mktemp("portable"), chosen)
+    plan = launcher.CudaPlan(chosen, "")
+
+    def function(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[np.void], shared_bytes: int, stream: Any) -> None:
+        library.run(np.frombuffer(arguments[0].tobytes(), np.uint8).ctypes.data_as(cuda_on_host.ctypes.c_void_p), grid[0], block[0], shared_bytes)
+
+    plan._function = lambda index: function  # type: ignore[method-assign]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launcher, "raw_stream", lambda index: 0)
+            return plan._launch(Call(q, k, v, mask, 8.0, need_lse=True), 0)
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- without running
+
+
+@needs_nvrtc
+def test_the_struct_is_laid_out_as_python_packs_it() -> None:
+    """static_assert in the compiler's own words; a shifted field is a compile error."""
+    library = nvrtc.find()
+    assert library is not None
+    asserts = [f"static_assert(sizeof(attnhub::Params) == {decode_params.SIZE});"]
+    asserts += [f"static_assert(__builtin_offsetof(attnhub::Params, {name}) == {at});" for name, at in decode_params.offsets().items()]
+    options = ("-arch=sm_80", "-std=c++17", "-default-device", "-DATTNHUB_TURING=0")
+    source = '#include "decode/params.cuh"\n' + "\n".join(asserts)
+    library.compile(source, "layout.cu", compile.headers(), options)
+    with pytest.raises(nvrtc.CompileError, match=r"static_assert|static assertion"):
+        library.compile(source.replace(f"== {decode_params.SIZE}", f"== {decode_params.SIZE + 8}"), "layout.cu", compile.headers(), options)
+
+
+def _variants() -> list[DecodeVariant]:
+    dims = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (40, 72), (7, 9), (256, 16), (16, 256))
+    found = [DecodeVariant("sm_90", "bfloat16", *dim, paging) for dim in dims for paging in range(3)]
+    found += [DecodeVariant("sm_90", "bfloat16", dim, dim, 1, softcap, alibi) for dim in (64, 128, 256) for softcap, alibi in ((True, False), (False, True), (True, True))]
+    return found + [DecodeVariant(arch, "float16", dim, dim, 1) for arch in ("sm_80", "sm_86", "sm_89") for dim in (64, 128, 256)]
+
+
+def _name(v: DecodeVariant) -> str:
+    return "-".join((v.arch, v.dtype, f"D{v.head_dim}x{v.v_head_dim}", f"paging{v.paging}", "softcap" * v.softcap, "alibi" * v.alibi)).strip("-")
+
+
+def _spilled(v: DecodeVariant) -> int:
+    library = nvrtc.find()
+    assert library is not None
+    log = library.compile(compile.sources()[v.main], v.main, compile.headers(), (*v.options(), "--ptxas-options=-v")).log
+    assert "warning" not in log.lower(), log
+    return max(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log)))
+
+
+_QUICK = [DecodeVariant("sm_90", "bfloat16", 128, 128, 1), DecodeVariant("sm_80", "float16", 64, 64, 0)]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("v", [*_QUICK, *(pytest.param(v, marks=pytest.mark.long) for v in _variants() if v not in _QUICK)], ids=_name)
+def test_variants_compile_without_spills(v: DecodeVariant) -> None:
+    # At 192 columns and more out and q take the registers: a few numbers of the whole call wait in memory there.
+    assert _spilled(v) <= (0 if v.head_dim + v.v_head_dim < 384 else 32)
+    assert v.shared_bytes <= 99 * 1024 and v.stages >= 2
+
+
+@needs_nvrtc
+def test_the_compiler_says_when_registers_spill() -> None:
+    """The check above can fail."""
+    assert _spilled(DecodeVariant("sm_80", "bfloat16", 320, 320)) > 16
+
+
+@pytest.mark.parametrize(
+    ("tiles", "seqlen_k", "splits"), [(8, 8192, 32), (8, 65536, 32), (128, 8192, 2), (512, 8192, 1), (1024, 2048, 1), (2048, 4096, 1), (8, 100, 1), (300, 8192, 6), (1, 1 << 20, 122)]
+)
+def test_splits_fill_the_device_once(tiles: int, seqlen_k: int, splits: int) -> None:
+    """Two blocks on each of 132 multiprocessors."""
+    assert decode.split_count(tiles, seqlen_k, 4, 264) == splits
+
+
+@pytest.mark.parametrize(
+    ("changes", "serves"),
+    [
+        ({}, True), ({"seqlen_q": 16}, True), ({"seqlen_q": 32}, False), ({"device": DeviceInfo("cuda", "nvidia", (7, 5))}, False),
+        ({"features": frozenset({Feature.VARLEN})}, False), ({"features": frozenset({Feature.PAGED}), "page_size": 16}, True),
+    ],
+)  # fmt: skip
+def test_which_problems_it_is_for(changes: dict[str, Any], serves: bool) -> None:
+    problem = dataclasses.replace(Problem(HOPPER, "float16", "float16", 64, 64, 8, 2, 2, 1, 1024), **changes)
+    assert decode.serves(problem) == serves
+
+
+@pytest.mark.parametrize("changes", [{"seqlen_q": 32}, {"device": DeviceInfo("cuda", "nvidia", (7, 5))}, {"features": frozenset({Feature.PAGED, Feature.VARLEN})}])
+def test_pages_that_nobody_serves_are_refused(changes: dict[str, Any]) -> None:
+    base = Problem(HOPPER, "float16", "float16", 64, 64, 8, 2, 2, 1, 1024, frozenset({Feature.PAGED, Feature.SEQLENS}), page_size=16)
+    assert not backend.check(base)
+    (reason,) = backend.check(dataclasses.replace(base, **changes))
+    assert reason.code == Code.NO_PAGED
+
+
+def test_tickets_of_captured_launches_are_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing = False
+    monkeypatch.setattr(decode_plan, "is_capturing", lambda: capturing)
+    monkeypatch.setattr(decode_plan, "_zeros", lambda count, index, wait=False: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(decode_plan, "_CAPTURED", 100)
+    tickets = decode_plan._Tickets()
+    tickets.prepare(0)
+    assert tickets.take(8, 0, 7) is tickets.take(30, 0, 7) is not tickets.take(8, 0, 9)
+    capturing = True
+    taken = [tickets.take(40, 0, 7) for _ in range(4)]  # two from the store, two beyond it
+    ends = [(x.data_ptr(), x.data_ptr() + 4 * 40) for x in taken]
+    assert all(a[1] <= b[0] or b[1] <= a[0] for i, a in enumerate(ends) for b in ends[:i])
+
+
+# ---------------------------------------------------------------------------------------------- on a device
+
+gpu = pytest.mark.gpu
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Splits of the launches of the kernel."""
+    found: list[int] = []
+    run = DecodePlan._run
+
+    def counted(self: DecodePlan, launch: decode_plan.Launch, *args: Any) -> Any:
+        found.append(launch.grid[0] // launch.tiles)
+        return run(self, launch, *args)
+
+    monkeypatch.setattr(DecodePlan, "_run", counted)
+    runtime.clear()
+    yield found
+    runtime.clear()
+
+
+_DIMS = (8, 40, 64, 72, 96, 104, 128, 136, 192, 200, 256)
+DEVICE_CASES = [
+    *HOST_CASES,
+    *(testing.Case("bfloat16", seqlen_q=1, seqlen_k=700, head_dim=dim, q_heads=8, backward=False) for dim in _DIMS),
+    *(testing.Case("float16", seqlen_q=6, seqlen_k=500, head_dim=dim, q_heads=8, page_size=64, parts=("causal",), backward=False) for dim in _DIMS),
+    *(testing.Case("bfloat16", seqlen_q=2, seqlen_k=500, head_dim=dim, q_heads=4, page_size=page, backward=False) for dim in (64, 128, 256) for page in (1, 16, 24, 256)),
+    *(testing.Case("bfloat16", seqlen_q=4, seqlen_k=500, head_dim=dim, softcap=5.0, parts=("alibi", "causal", "window_left"), scale_q=4.0, backward=False) for dim in (64, 128, 256)),
+    testing.Case("bfloat16", seqlen_q=16, seqlen_k=900, head_dim=128, q_heads=16, kv_heads=1, parts=("causal", "seqlens"), sinks=True, backward=False),
+    testing.Case("bfloat16", seqlen_q=1, seqlen_k=500, head_dim=192, v_head_dim=128, q_heads=4, backward=False),
+]  # fmt: skip
+
+
+@gpu
+@pytest.mark.parametrize("case", DEVICE_CASES, ids=str)
+def test_conformance(case: testing.Case, launches: list[int]) -> None:
+    testing.Check("cuda", "forward", case, None, "cuda").run()
+    assert launches
+
+
+def _paged(x: Tensor, page_size: int, order: Tensor) -> Tensor:
+    """[B, H, S, D] in shuffled pages; slots behind S hold NaN."""
+    batch, heads, length, dim = x.shape
+    pages = -(-length // page_size)
+    padded = torch.full((batch, heads, pages * page_size, dim), float("nan"), dtype=x.dtype, device=x.device)
+    padded[:, :, :length] = x
+    found = torch.empty(batch * pages, heads, page_size, dim, dtype=x.dtype, device=x.device)
+    found[order.flatten().long()] = padded.view(batch, heads, pages, page_size, dim).transpose(1, 2).flatten(0, 1)
+    return found
+
+
+def _exact(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(group, 1).nan_to_num(0.0) for x in (k, v))
+    hidden = torch.arange(k.shape[2], device=k.device) >= lengths[:, None, None, None]
+    return torch.softmax((q.double() @ k.mT * q.shape[-1] ** -0.5).masked_fill(hidden, float("-inf")), -1).nan_to_num(0.0) @ v
+
+
+@gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_pages_of_any_size_are_bitwise_the_contiguous_cache(dim: int, launches: list[int]) -> None:
+    q, k, v = torch.randn(3, 8, 1, dim, device="cuda").bfloat16(), *(torch.randn(3, 2, 3000, dim, device="cuda").bfloat16() for _ in range(2))
+    lengths = torch.tensor([3000, 17, 2048], dtype=torch.int32, device="cuda")
+    behind = (torch.arange(3000, device="cuda") >= lengths[:, None])[:, None].expand(3, 2, 3000)
+    k[behind], v[behind] = float("nan"), float("nan")
+    out = attnhub.attention(q, kv_cache=attnhub.KVCache(k, v, lengths), backend="cuda")
+    assert isinstance(out, Tensor) and (out.double() - _exact(q, k, v, lengths)).abs().max() < 0.02
+    for page_size in (1, 5, 16, 64, 256, 3000):
+        order = torch.randperm(3 * -(-3000 // page_size), device="cuda").int().view(3, -1)
+        cache = attnhub.KVCache(_paged(k, page_size, order), _paged(v, page_size, order), lengths, order)
+        again = attnhub.attention(q, kv_cache=cache, backend="cuda")
+        # The same splits only where a sequence can hold as much.
+        assert isinstance(again, Tensor) and (torch.equal(again, out) if 3000 % page_size == 0 else (again - out).abs().max() < 0.02), page_size
+    assert max(launches) > 1
+
+
+@gpu
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_repeats_streams_threads_and_graphs(page_size: int, launches: list[int]) -> None:
+    """Launches side by side, and graphs replayed beside them, do not take each other's tickets."""
+    q, k, v = torch.randn(2, 32, 1, 128, device="cuda").bfloat16(), *(torch.randn(2, 8, 4096, 128, device="cuda").bfloat16() for _ in range(2))
+    lengths = torch.tensor([4096, 3001], dtype=torch.int32, device="cuda")
+    order = torch.randperm(512, device="cuda").int().view(2, 256) if page_size else None
+    if order is not None:
+        k, v = _paged(k, 16, order), _paged(v, 16, order)
+    cache = attnhub.KVCache(k, v, lengths, order)
+
+    def run() -> Tensor:
+        out = attnhub.attention(q, kv_cache=cache, backend="cuda")
+        assert isinstance(out, Tensor)
+        return out
+
+    expected = run()
+    assert launches[-1] > 1
+    graphs, captured = [], []
+    for _ in range(2):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            captured.extend(run() for _ in range(3))
+    results: list[Tensor] = []
+
+    def work() -> None:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            results.extend(run() for _ in range(50))
+        stream.synchronize()
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(50):
+        for graph, stream in zip(graphs, streams):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    assert len(results) == 150 and all(torch.equal(x, expected) for x in (*results, *captured))
+    lengths.copy_(torch.tensor([100, 4000]))
+    right = run()
+    graphs[0].replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured[0], right)
+
+
+@gpu
+def test_offsets_pass_2_to_the_31() -> None:
+    k = torch.empty(1, 40_000, 512, 128, dtype=torch.bfloat16, device="cuda").normal_().transpose(1, 2)
+    q = torch.randn(1, 512, 1, 128, device="cuda").bfloat16()
+    out = attnhub.attention(q, k, k, backend="cuda")
+    assert isinstance(out, Tensor)
+    for head in (0, 511):
+        at = slice(head, head + 1)
+        exact = torch.softmax(q[:, at].double() @ k[:, at].double().mT * 128**-0.5, -1) @ k[:, at].double()
+        assert (out[:, at].double() - exact).abs().max() < 2e-3
+
+
+@gpu
+@pytest.mark.parametrize("mask", [Window(100, 0), Causal() & Window(100)], ids=["window", "sliding"])
+def test_slopes_and_windows_of_a_long_cache(mask: Mask) -> None:
+    q, k, v = torch.randn(2, 8, 4, 64, device="cuda").half(), *(torch.randn(2, 2, 5000, 64, device="cuda").half() for _ in range(2))
+    full = mask & ALiBi(torch.rand(2, 8, device="cuda")) & SeqLens(torch.tensor([5000, 333], device="cuda"))
+    mine, right = (attnhub.attention(q, k, v, full, backend=name) for name in ("cuda", "reference"))
+    torch.testing.assert_close(mine, right, rtol=2e-3, atol=2e-3)
