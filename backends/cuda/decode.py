@@ -22,8 +22,6 @@ _FEWEST_BLOCKS = 2
 _EFFICIENCY = 0.95
 #: From this many waves on nothing is split.
 _WAVES = 3.5
-#: Time relative to torch's: not measured yet, hence behind torch's own kernels where these serve, and behind Triton's.
-COST = 1.2
 
 
 @dataclass(frozen=True)

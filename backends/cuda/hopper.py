@@ -155,36 +155,6 @@ def serves(problem: Problem) -> bool:
     return tuple(problem.device.arch) == (9, 0) and problem.device.vendor == "nvidia" and problem.seqlen_q >= _FEWEST_QUERIES
 
 
-#: Time relative to cuDNN by (head_dim, causal) at a class of lengths, of queries and keys, and beyond: an H100, bf16, 16384 tokens of 2048 columns.
-_COSTS: dict[tuple[int, bool], tuple[tuple[int, float], ...]] = {
-    (64, False): ((1024, 0.99), (4096, 0.87)),
-    (128, False): ((1024, 0.95), (4096, 0.93)),
-    (256, False): ((1024, 0.98), (4096, 0.99)),
-    (64, True): ((4096, 0.91),),
-    (128, True): ((4096, 0.86),),
-    (256, True): ((4096, 0.9),),
-}
-#: Part of the measured elements of q that still fills the GPU several times.
-_FEWEST_ELEMENTS = 1 << 23
-#: Where it was not measured: behind torch's own kernels where these serve, and behind Triton's where not.
-_COST_UNKNOWN = 1.2
-_COST_PLAIN = 1.08  # as measured where torch was faster, or in dimensions and sizes between: behind torch's, before Triton's
-_PLAIN = frozenset({Feature.LSE, Feature.DETERMINISTIC, Feature.GQA, Feature.CAUSAL_TOP_LEFT, Feature.CAUSAL_BOTTOM_RIGHT})
-_MEASURED = _PLAIN - {Feature.GQA}
-
-
-def cost(problem: Problem) -> float:
-    """`Backend.cost` of a problem that it serves."""
-    if not problem.features <= _PLAIN or problem.seqlen_q != problem.seqlen_k:
-        return _COST_UNKNOWN
-    elements = problem.batch * problem.q_heads * problem.seqlen_q * problem.head_dim
-    measured = problem.q_dtype == "bfloat16" and problem.features <= _MEASURED and problem.head_dim == problem.v_head_dim
-    if not measured or elements < _FEWEST_ELEMENTS:
-        return _COST_PLAIN
-    found = _COSTS.get((problem.head_dim, bool(problem.features & _POSITIONS)), ())
-    return next((value for length, value in reversed(found) if problem.seqlen_q >= length), _COST_PLAIN)
-
-
 def choose(problem: Problem) -> HopperVariant:
     """The variant for a problem that it serves."""
     return make(problem.q_dtype, problem.head_dim, problem.v_head_dim, problem.features, problem.seqlen_q)

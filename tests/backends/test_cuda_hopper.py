@@ -317,7 +317,7 @@ def test_streams_threads_and_graphs(mask: Mask) -> None:
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("mask", [FULL, Causal()], ids=["full", "causal"])
 def test_backwards_of_others_run_from_its_lse(mask: Mask, dim: int) -> None:
-    """Triton's, and cuDNN's through the sdpa backend, which is what `auto` takes."""
+    """Triton's, and torch's through the sdpa backend."""
     from attnhub.backends.sdpa import backend as sdpa
     from attnhub.backends.triton import backend as triton
 

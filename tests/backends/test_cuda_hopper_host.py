@@ -24,7 +24,6 @@ from attnhub.layouts import Varlen
 from attnhub.mask import FULL, ALiBi, Causal, Chunk, LeftPad, Mask, Prefix, SeqLens, Window
 from attnhub.problem import DeviceInfo, Feature, Problem
 from attnhub.reasons import Code
-from attnhub.selector import without_gradients
 
 HOPPER = DeviceInfo("cuda", "nvidia", (9, 0), "H100")
 
@@ -318,24 +317,6 @@ def test_which_problems_it_is_for(changes: dict[str, Any], served: bool) -> None
     assert hopper.serves(dataclasses.replace(base, **changes)) is served
 
 
-@pytest.mark.parametrize(
-    ("changes", "first"),
-    [
-        ({}, "cuda"), ({"features": frozenset({Feature.LSE}), "need_backward": True}, "cuda"),
-        ({"features": frozenset({Feature.CAUSAL_BOTTOM_RIGHT})}, "cuda"),
-        ({"features": frozenset({Feature.CAUSAL_BOTTOM_RIGHT}), "seqlen_q": 1024, "seqlen_k": 1024, "batch": 16}, "sdpa"),
-        ({"batch": 1, "q_heads": 2}, "sdpa"), ({"seqlen_q": 64, "seqlen_k": 64}, "sdpa"), ({"seqlen_q": 1}, "sdpa"), ({"seqlen_k": 8192}, "sdpa"),
-        ({"head_dim": 80, "v_head_dim": 80}, "sdpa"), ({"q_dtype": "float16", "kv_dtype": "float16"}, "sdpa"), ({"kv_heads": 4, "features": frozenset({Feature.GQA})}, "sdpa"),
-        ({"features": frozenset({Feature.SOFTCAP})}, "triton"), ({"features": frozenset({Feature.VARLEN})}, "triton"),
-    ],
-)  # fmt: skip
-def test_it_is_chosen_where_it_was_measured_faster(changes: dict[str, Any], first: str) -> None:
-    from attnhub.backends.sdpa import backend as sdpa
-    from attnhub.backends.triton import backend as triton
-
-    problem = dataclasses.replace(Problem(HOPPER, "bfloat16", "bfloat16", 128, 128, 16, 16, 4, 4096, 4096), **changes)
-    problem = without_gradients(problem)
-    assert min((b.cost(problem), b.name) for b in (backend, sdpa, triton))[1] == first
 
 
 # ---------------------------------------------------------------------------------------------- errors
