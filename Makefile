@@ -17,7 +17,7 @@ SOURCES := attnhub backends integrations tests examples
 RUN_TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-wheel lint typings matrix docs bench cpu-bench gpu-check gpu-test gpu-bench gpu-judge clean
+.PHONY: help venv demo test test-all test-wheel lint typings matrix docs bench cpu-bench gpu-check gpu-test gpu-bench gpu-models gpu-judge clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,6 +80,7 @@ bench: $(BUILT) ## time this machine's CPU, keep the result files, and write the
 		$(PY) -m attnhub bench cpu --preset limits --threads $$threads --output benchmarks/results/ || exit 1; done
 	$(PY) -m attnhub bench cpu --preset kylin --threads $(JOBS) --output benchmarks/results/
 	$(PY) -m attnhub bench overhead --device cpu --output benchmarks/results/
+	$(PY) -m attnhub bench models --preset cpu --threads $(JOBS) --output benchmarks/results/
 	$(PY) -m attnhub docs
 
 GPU = $(shell PYTHONPATH=$(CURDIR) $(PYTHON) -c "import torch; from attnhub.bench.results import slug; print(slug(torch.cuda.get_device_name()))")
@@ -105,6 +106,11 @@ gpu-bench: ## time the GPU backends beside torch's kernels and FlexAttention, fr
 	@for preset in $(GPU_PRESETS); do \
 		PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench gpu --preset $$preset --output $(RESULTS)/ $(GPU_OPTIONS) || exit 1; done
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench overhead --device cuda --output $(RESULTS)/
+
+# Needs transformers, and a card with 80 GB. Tiny models try the path anywhere: `attnhub bench models --preset gpu --device cpu --scale tiny`.
+gpu-models: ## time whole models on the GPU, from the bare checkout with $(PYTHON)
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench models --preset gpu --output $(RESULTS)/ $(GPU_OPTIONS)
+	-PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench judge --input $(RESULTS)/$(GPU)/models-gpu.json
 
 # There are no targets for fp8.
 gpu-judge: ## hold the GPU's result files against the targets

@@ -17,7 +17,7 @@ if not _os.path.isdir(_os.path.join(_here, "backends")) and _os.path.isdir(_os.p
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from attnhub import onnx, testing
+    from attnhub import nn, onnx, testing
     from attnhub.api import attention, backends, explain, scaled_dot_product_attention
     from attnhub.backend import Backend, Call, Descale, Gradients, Needs, Plan, PrepareError
     from attnhub.capability import Capability, DeviceRange
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from attnhub.patching import PatchReport, patch, unpatch
     from attnhub.problem import DeviceInfo, Feature, Problem
     from attnhub.reasons import Accepted, Code, Reason, Rejected
+    from attnhub.replacing import install_as_flash_attn, install_as_sdpa, replace_sdpa, uninstall_as_flash_attn, uninstall_as_sdpa
     from attnhub.rotary import apply_rotary
     from attnhub.runtime import last_decision, use
     from attnhub.states import merge_states
@@ -46,6 +47,7 @@ _HOME = {
         "patching": ("PatchReport", "patch", "unpatch"),
         "problem": ("DeviceInfo", "Feature", "Problem"),
         "reasons": ("Accepted", "Code", "Reason", "Rejected"),
+        "replacing": ("install_as_flash_attn", "install_as_sdpa", "replace_sdpa", "uninstall_as_flash_attn", "uninstall_as_sdpa"),
         "rotary": ("apply_rotary",),
         "runtime": ("last_decision", "use"),
         "states": ("merge_states",),
@@ -53,7 +55,7 @@ _HOME = {
     }.items()
     for name in names
 }
-_MODULES = ("onnx", "testing")
+_MODULES = ("nn", "onnx", "testing")
 
 __all__ = [
     "ALiBi",
@@ -95,12 +97,18 @@ __all__ = [
     "attention",
     "backends",
     "explain",
+    "install_as_flash_attn",
+    "install_as_sdpa",
     "last_decision",
     "merge_states",
+    "nn",
     "onnx",
     "patch",
+    "replace_sdpa",
     "scaled_dot_product_attention",
     "testing",
+    "uninstall_as_flash_attn",
+    "uninstall_as_sdpa",
     "unpatch",
     "use",
     "warmup",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from attnhub import config, ops, runtime, spec
+from attnhub import config, ops, philox, runtime, spec
 from attnhub.backend import Call, Descale, PrepareError
 from attnhub.decision import Decision
 from attnhub.kv_cache import KVCache, append_kv
@@ -44,6 +44,7 @@ def attention(
     q_descale: Optional[Tensor] = None,
     k_descale: Optional[Tensor] = None,
     v_descale: Optional[Tensor] = None,
+    deterministic: bool = False,
     return_lse: bool = False,
     layout: Layout = "bhsd",
     backend: Optional[str] = None,
@@ -58,10 +59,13 @@ def attention(
         With ``layout="bshd"`` heads and tokens are exchanged, in q, k, v and out. With ``varlen``: [T, H, D], whatever the layout.
     mask: parts joined by ``&`` (`attnhub.Causal`, `Window`, `BoolMask`, ...). None attends to everything.
     softmax_scale: default 1 / sqrt(D). softcap: 0 is off. sinks: [Hq], differentiable. dropout_p: probability of dropping.
-    varlen: packed sequences. kv_cache: k and v (or None) are appended to it in place, and q attends to all of the cache.
+    varlen: packed sequences. kv_cache: k and v (or None) are appended to it in place, and q attends to all of the cache. With both, q is
+        packed, k and v are None (append first), and the cache says which keys there are: varlen's own are not read.
     q_descale, k_descale, v_descale: for float8_e4m3fn inputs, as in flash-attn 3: fp32 [B, Hk] (varlen: B is the number of sequences;
         any strides, so ``factor.expand(B, Hk)`` is fine). q, k and v stand for q * q_descale, k * k_descale and v * v_descale; None
         is 1. The result is then bf16, and there is a forward pass only.
+    deterministic: admit only backends that promise bitwise repeatable results, forward and backward, for this call
+        (`torch.use_deterministic_algorithms` and ATTNHUB_DETERMINISTIC do so for all).
     return_lse: also return the fp32 (fp64 for fp64 inputs) natural logarithm of the softmax denominator, [B, Hq, Sq] (varlen: [Hq, T]), differentiable.
     backend: a name or a list ("cuda,triton", "cuda,auto"): strict, see docs/choosing.md.
 
@@ -70,7 +74,7 @@ def attention(
     """
     plain = (
         varlen is None and sinks is None and not dropout_p and layout == "bhsd" and q_descale is None and k_descale is None
-        and v_descale is None and not torch.compiler.is_compiling()
+        and v_descale is None and not deterministic and not torch.compiler.is_compiling()
     )  # fmt: skip
     if plain and (mask is None or _is_usual_mask(mask)) and _no_modes() and _is_usual_tensor(q):
         usual = FULL if mask is None else mask
@@ -82,7 +86,7 @@ def attention(
             if read is not None:
                 return read
     descale = _descale(q_descale, k_descale, v_descale)
-    call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout, descale=descale)
+    call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout, None, descale, deterministic)
     out, lse = _run(call, backend or "", return_lse)
     if varlen is not None:
         out = out[0].transpose(0, 1)
@@ -162,6 +166,7 @@ def explain(
     q_descale: Optional[Tensor] = None,
     k_descale: Optional[Tensor] = None,
     v_descale: Optional[Tensor] = None,
+    deterministic: bool = False,
     return_lse: bool = False,
     layout: Layout = "bhsd",
     backend: Optional[str] = None,
@@ -173,11 +178,13 @@ def explain(
     descale = _descale(q_descale, k_descale, v_descale)
     if kv_cache is not None:
         new = 0 if k is None else k.shape[2 if layout == "bhsd" else 1]
-        q, layout = q.transpose(1, 2) if layout == "bshd" else q, "bhsd"
+        q, layout = q.transpose(1, 2) if layout == "bshd" and varlen is None else q, "bhsd"
         k, v, mask, table = _cached(kv_cache, mask, new)
-        call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, None, None, return_lse, layout, table, descale)
+        if varlen is not None and table is None:
+            table = torch.arange(k.shape[0], dtype=torch.int32, device=k.device)[:, None]
+        call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, None, return_lse, layout, table, descale, deterministic)
     else:
-        call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, None, return_lse, layout, descale=descale)
+        call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, None, return_lse, layout, None, descale, deterministic)
     return runtime.explain(call, backend or "", _wants_grad(call), _grad_bits(call, return_lse))
 
 
@@ -323,7 +330,7 @@ def _run(call: Call, backend: str, return_lse: bool) -> tuple[Tensor, Optional[T
             return runtime.forward(call, backend)
         if not runtime.is_empty(call):
             return _run_with_grad(call, backend, return_lse)
-    flat, sizes, data = spec.encode(call.mask, call.softcap, call.dropout_p, call.rng, call.varlen, call.block_table, call.descale)
+    flat, sizes, data = spec.encode(call.mask, call.softcap, call.dropout_p, call.rng, call.varlen, call.block_table, call.descale, call.deterministic)
     out, lse = ops.forward_op(
         call.q, call.k, call.v, call.mask.bias, call.sinks, data, flat, sizes, call.softmax_scale, return_lse, grad, backend
     )  # fmt: skip
@@ -381,7 +388,7 @@ def _is_eager(call: Call) -> bool:
 def _normalise(
     q: Tensor, k: Optional[Tensor], v: Optional[Tensor], mask: Optional[Mask], softmax_scale: Optional[float], softcap: float,
     sinks: Optional[Tensor], dropout_p: float, varlen: Optional[Varlen], kv_cache: Optional[KVCache], need_lse: bool, layout: str,
-    block_table: Optional[Tensor] = None, descale: Descale = _NO_DESCALE,
+    block_table: Optional[Tensor] = None, descale: Descale = _NO_DESCALE, deterministic: bool = False,
 ) -> Call:  # fmt: skip
     for name, value, kind in (("q", q, Tensor), ("k", k, Tensor), ("v", v, Tensor), ("sinks", sinks, Tensor), ("varlen", varlen, Varlen), ("kv_cache", kv_cache, KVCache)):
         if not isinstance(value, kind) and (value is not None or name == "q"):
@@ -403,14 +410,15 @@ def _normalise(
         if varlen is None:
             q, k, v = (None if t is None else t.transpose(1, 2) if t.ndim == 4 else t for t in (q, k, v))  # type: ignore[assignment]
     if kv_cache is not None:
-        if varlen is not None:
-            raise ValueError("kv_cache and varlen cannot be given together: pad the new tokens and say their number in SeqLens")
-        new_tokens = _new_tokens(q, k, v, kv_cache)
+        new_tokens = _new_tokens(q, k, v, kv_cache, varlen)
         k, v, mask, block_table = _cached(kv_cache, mask, 0 if new_tokens is None else new_tokens[0].shape[2])
+        if varlen is not None and block_table is None:
+            # Rows of a contiguous cache are pages of their own.
+            block_table = torch.arange(k.shape[0], dtype=torch.int32, device=k.device)[:, None]
     if k is None or v is None:
         raise TypeError("k and v are needed unless kv_cache is given")
     if varlen is not None:
-        q, k, v = _unpack(q, k, v, varlen)
+        q, k, v = _unpack(q, k, v, varlen, block_table is not None)
     _check_shapes(q, k, v, block_table, varlen)
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
         # Kernels read rows of head_dim; a strided last dimension is copied once, here.
@@ -424,6 +432,7 @@ def _normalise(
     else:
         scale = float(softmax_scale)
     call = Call(q, k, v, mask, scale, 0.0, None, 0.0, None, varlen, block_table, need_lse)
+    call.deterministic = bool(deterministic)
     if softcap:
         if not 0 < softcap < math.inf:
             raise ValueError(f"softcap={softcap}: 0 (off) or a positive number is needed")
@@ -439,7 +448,7 @@ def _normalise(
         if not 0.0 <= dropout_p < 1.0:
             raise ValueError(f"dropout_p={dropout_p}: 0 <= dropout_p < 1 is needed")
         call.dropout_p = float(dropout_p)
-        call.rng = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)
+        call.rng = philox.draw(q.device)
     if mask is not FULL:
         _check_mask(mask, call)
     if descale is not _NO_DESCALE:
@@ -507,12 +516,13 @@ def _check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q is {dtype}: float16, bfloat16, float32, float64 or float8_e4m3fn is needed{other}")
 
 
-def _unpack(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> tuple[Tensor, Tensor, Tensor]:
-    if q.ndim != 3 or k.ndim != 3 or v.ndim != 3:
+def _unpack(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, paged: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if q.ndim != 3 or (not paged and (k.ndim != 3 or v.ndim != 3)):
         raise ValueError(f"with varlen, q, k and v are packed tokens [T, H, D], got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     if varlen.cu_seqlens_q.device != q.device or varlen.cu_seqlens_k.device != q.device:
         raise ValueError(f"cu_seqlens are on {varlen.cu_seqlens_q.device}/{varlen.cu_seqlens_k.device} and q on {q.device}: move them to {q.device}")
-    return q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
+    k, v = (t if paged else t.transpose(0, 1).unsqueeze(0) for t in (k, v))
+    return q.transpose(0, 1).unsqueeze(0), k, v
 
 
 def _check_mask(mask: Mask, call: Call) -> None:
@@ -522,8 +532,8 @@ def _check_mask(mask: Mask, call: Call) -> None:
     seqlen_k = call.k.shape[2]
     if call.varlen is not None:
         batch, seqlen_q, seqlen_k = call.varlen.cu_seqlens_q.shape[0] - 1, call.varlen.max_seqlen_q, call.varlen.max_seqlen_k
-    elif call.block_table is not None:
-        seqlen_k = call.block_table.shape[1] * seqlen_k
+    if call.block_table is not None:
+        seqlen_k = call.block_table.shape[1] * call.k.shape[2]
     for name in ("prefix", "seqused_k", "leftpad"):
         value = getattr(mask, name)
         if value is not None and value.shape[0] != batch:
@@ -563,14 +573,19 @@ def _cached(cache: KVCache, mask: Optional[Mask], new: int) -> tuple[Tensor, Ten
     return keys, values, lengths if mask is None or mask is FULL else mask & lengths, cache.table()
 
 
-def _new_tokens(q: Tensor, k: Optional[Tensor], v: Optional[Tensor], cache: KVCache) -> Optional[tuple[Tensor, Tensor]]:
+def _new_tokens(
+    q: Tensor, k: Optional[Tensor], v: Optional[Tensor], cache: KVCache, varlen: Optional[Varlen] = None
+) -> Optional[tuple[Tensor, Tensor]]:
     """The tokens to append, or None."""
     if (k is None) != (v is None):
         raise TypeError("kv_cache: give both k and v (the new tokens), or neither")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v)):
         raise ValueError("kv_cache writes the new keys in place and has no gradient: call under torch.no_grad(), or pass k and v without a cache")
-    if q.shape[0] != cache.cache_seqlens.shape[0]:
-        raise ValueError(f"q has batch {q.shape[0]} and the cache's cache_seqlens {cache.cache_seqlens.shape[0]} entries: they must agree")
+    if varlen is not None and k is not None:
+        raise ValueError("kv_cache and varlen: packed queries read a cache that the new tokens are in already; append_kv(...) and advance(...) it first, and pass no k and v")
+    batch = q.shape[0] if varlen is None else varlen.cu_seqlens_q.shape[0] - 1
+    if batch != cache.cache_seqlens.shape[0]:
+        raise ValueError(f"q has batch {batch} and the cache's cache_seqlens {cache.cache_seqlens.shape[0]} entries: they must agree")
     if k is None or v is None:
         return None
     if k.ndim != 4 or v.ndim != 4:

@@ -38,16 +38,18 @@ class Call:
       int32 on the device delimit the N sequences. Mask data indexed by b is indexed by the sequence.
     - Paged K/V (``block_table`` is not None): k and v are [pages, Hk, page_size, D] and ``block_table`` [B, max_pages]
       int32 on the device gives the pages of each sequence; ``mask.seqused_k`` gives its length and is always present.
+    - Both: q is packed and k, v are pages; ``varlen.cu_seqlens_k`` and ``max_seqlen_k`` mean nothing.
     - ``mask``: the normal form (`attnhub.mask.Mask`). ``softmax_scale`` is always a number. ``softcap`` 0.0 is off.
     - ``sinks``: [Hq] fp32 (fp64 for fp64 inputs) or None. ``dropout_p`` 0.0 is off; ``rng`` is int64 [2] = (seed, offset) on q's device when on.
     - ``descale``: a `Descale` with at least one factor, or None. Only with fp8 inputs (float8_e4m3fn; out is then bf16), and a backend
       that declares that dtype serves it.
+    - ``deterministic``: this call alone must be bitwise repeatable, whatever torch's switch says; a feature of the problem, too.
     - ``need_lse``: whether forward must return lse (fp32, fp64 for fp64 inputs; natural logarithm; [B, Hq, Sq]).
 
     Problems of zero size (B, Sq or Sk equal to 0) never reach a plan; zero-length sequences inside a packed batch do.
     """
 
-    __slots__ = ("block_table", "descale", "dropout_p", "k", "mask", "need_lse", "q", "rng", "sinks", "softcap", "softmax_scale", "v", "varlen")
+    __slots__ = ("block_table", "descale", "deterministic", "dropout_p", "k", "mask", "need_lse", "q", "rng", "sinks", "softcap", "softmax_scale", "v", "varlen")
 
     def __init__(
         self,
@@ -64,6 +66,7 @@ class Call:
         block_table: Optional[Tensor] = None,
         need_lse: bool = False,
         descale: Optional[Descale] = None,
+        deterministic: bool = False,
     ) -> None:
         self.q = q
         self.k = k
@@ -78,6 +81,7 @@ class Call:
         self.block_table = block_table
         self.need_lse = need_lse
         self.descale = descale
+        self.deterministic = deterministic
 
 
 class Needs(NamedTuple):

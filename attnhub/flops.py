@@ -36,7 +36,7 @@ def _pairs(q: Tensor, k: Tensor, data: Sequence[Tensor], spec: str, sizes: Seque
     """Pairs of query and key, summed over the batch, for one head."""
     tensor, size = 0, 0
     for name, _ in parse(spec):
-        if name == "varlen":
+        if name == "varlen" and "block_table" not in spec.split():
             return _packed_pairs(data[tensor], data[tensor + 1], sizes[size], sizes[size + 1])
         if name == "block_table":
             return q.shape[0] * q.shape[2] * data[tensor].shape[1] * k.shape[2]

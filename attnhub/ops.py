@@ -342,10 +342,10 @@ class EagerAttention(_SingleLevelFunction):
         again = None if repeat is None else repeat(q, k, v)
         out, lse = chosen.forward(call) if again is None else again
         mask = call.mask
-        spec, sizes, data = flat.encode(mask, call.softcap, call.dropout_p, call.rng, call.varlen, call.block_table)
+        spec, sizes, data = flat.encode(mask, call.softcap, call.dropout_p, call.rng, call.varlen, call.block_table, None, call.deterministic)
         ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *data)
         # A mask that holds tensors must not be kept: they have to be saved as tensors are.
-        ctx.static = (spec, sizes, call.softmax_scale, call.softcap, None if data or bias is not None else mask, chosen)
+        ctx.static = (spec, sizes, call.softmax_scale, call.softcap, None if data or bias is not None or call.deterministic else mask, chosen)
         ctx.set_materialize_grads(False)
         return (out, lse) if want_lse else out
 

@@ -14,6 +14,11 @@ _M0, _M1, _W0, _W1 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 
 
+def draw(device: torch.device) -> Tensor:
+    """(seed, offset) of one call, int64 [2], from torch's generator of the device."""
+    return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device)
+
+
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list[Tensor]:
     """Four words in [0, 2^32) as int64. counter: int64 tensors that broadcast; seed: int64 scalar tensor."""
     c0, c1, c2, c3 = counter

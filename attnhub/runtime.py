@@ -147,6 +147,12 @@ def last_decision() -> Optional[Decision]:
     return None if chosen is None else _with_plan(chosen.decision, chosen.plan)
 
 
+def last_backend() -> Optional[str]:
+    """Who served the last attention call that ran in this thread: `last_decision`'s choice, without asking the plan to describe itself."""
+    chosen = _served.chosen
+    return None if chosen is None else chosen.backend
+
+
 def _with_plan(decision: Decision, plan: Plan) -> Decision:
     """The decision with its plan as that is now: a plan may know more after its first call."""
     described = {"backend": decision.chosen, **plan.describe()}
@@ -174,8 +180,9 @@ def _facts(call: Call, need_backward: bool, grads: int) -> tuple[int, int, int, 
         batch, seqlen_q, seqlen_k = call.varlen.cu_seqlens_q.shape[0] - 1, call.varlen.max_seqlen_q, call.varlen.max_seqlen_k
     if call.block_table is not None:
         flags |= _PAGED
-        page_size, seqlen_k = seqlen_k, call.block_table.shape[1] * seqlen_k
-    if torch.are_deterministic_algorithms_enabled():
+        page_size = call.k.shape[2]
+        seqlen_k = call.block_table.shape[1] * page_size
+    if call.deterministic or torch.are_deterministic_algorithms_enabled():
         flags |= _DETERMINISTIC
     return batch, seqlen_q, seqlen_k, page_size, flags
 

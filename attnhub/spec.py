@@ -45,12 +45,13 @@ WORDS: dict[str, tuple[int, int]] = {
     "q_descale": (0, 1),
     "k_descale": (0, 1),
     "v_descale": (0, 1),
+    "deterministic": (0, 0),
 }
 
 
 def encode(
     mask: Mask, softcap: float, dropout_p: float, rng: Optional[Tensor], varlen: Optional[Varlen], block_table: Optional[Tensor],
-    descale: Optional[Descale] = None,
+    descale: Optional[Descale] = None, deterministic: bool = False,
 ) -> tuple[str, list[int], list[Tensor]]:  # fmt: skip
     """(spec, sizes, data) of a call. Traceable: makes no tensor and reads no value of one."""
     words: list[str] = []
@@ -108,6 +109,8 @@ def encode(
             if value is not None:
                 words.append(name)
                 data.append(value)
+    if deterministic:
+        words.append("deterministic")
     return " ".join(words), sizes, data
 
 
@@ -156,6 +159,8 @@ def decode(
             call.softcap = value
         elif name == "dropout":
             call.dropout_p, call.rng = value, next(tensor)
+        elif name == "deterministic":
+            call.deterministic = True
         elif name.endswith("_descale"):
             call.descale = (call.descale or Descale())._replace(**{name[0]: next(tensor)})
         else:

@@ -63,8 +63,8 @@ def warmup(
     for name, optional in (("seqlen_k", seqlen_k), ("kv_heads", kv_heads), ("v_head_dim", v_head_dim)):
         if optional is not None and (not isinstance(optional, int) or optional < 1):
             raise ValueError(f"{name}={optional!r}: a whole number above 0 is needed, or None for that of q")
-    if page_size and (packed or need_backward):
-        raise ValueError(f"page_size={page_size}: a paged cache has no backward pass and no packed queries; leave out packed and need_backward")
+    if page_size and need_backward:
+        raise ValueError(f"page_size={page_size}: a paged cache has no backward pass; leave out need_backward")
     if set(descale) - set("qkv"):
         raise ValueError(f"descale={descale!r}: letters of 'qkv' are needed, one for each tensor that comes with factors")
     length, heads, v_dim = seqlen_k or seqlen_q, kv_heads or q_heads, v_head_dim or head_dim
@@ -84,8 +84,8 @@ def warmup(
         settings["kv_cache"] = cache
     else:
         inputs = (q, zeros(heads, length, head_dim), zeros(heads, length, v_dim))
-        if packed:
-            settings["varlen"] = Varlen.from_lengths(*(torch.full((batch,), n, dtype=torch.int32, device=where) for n in (seqlen_q, length)))
+    if packed:
+        settings["varlen"] = Varlen.from_lengths(*(torch.full((batch,), n, dtype=torch.int32, device=where) for n in (seqlen_q, length)))
 
     def call() -> float:
         started = time.perf_counter()

@@ -31,10 +31,15 @@ def count(module: nn.Module, name: Optional[str] = None) -> None:
     if report is None:
         return
     if name is None:
-        decision = runtime.last_decision()
-        name = (decision.chosen if decision is not None else None) or "none (nothing to compute)"
+        name = served_by()
     report.calls += 1
     report.backends[name] = report.backends.get(name, 0) + 1
+
+
+def served_by() -> str:
+    """The backend of this thread's last decision."""
+    decision = runtime.last_decision()
+    return (decision.chosen if decision is not None else None) or "none (nothing to compute)"
 
 
 def count_weights(module: nn.Module, asked_by: str) -> None:

@@ -69,9 +69,9 @@ def test_the_ring_is_larger_than_the_cache() -> None:
 def test_a_slow_peer_gets_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(measure, "time_turn", lambda step, calls, device: (5.0, None))
-        assert measure._plan(lambda: None, CPU, measure.Settings(3, 0.1, 12.0)) == (2, 1)
-        assert measure._plan(lambda: None, CPU, measure.Settings(3, 0.1, 60.0)) == (3, 1)
-        assert measure._plan(lambda: None, CPU, measure.Settings(3, 0.1, 2.0)) == (0, 1)
+        assert measure.plan(lambda: None, CPU, measure.Settings(3, 0.1, 12.0)) == (2, 1)
+        assert measure.plan(lambda: None, CPU, measure.Settings(3, 0.1, 60.0)) == (3, 1)
+        assert measure.plan(lambda: None, CPU, measure.Settings(3, 0.1, 2.0)) == (0, 1)
     slow = peers.Peer("slow", lambda q, k, v: peers.naive(q, k, v, False))
     (row,) = measure.run_case(Case(16), peers.inputs(Case(16), CPU), [slow], measure.Settings(3, 1e-6, 1e-9))
     assert len(row["seconds_rounds"]) == 1 and row["seconds"] > 0
@@ -241,7 +241,7 @@ def test_a_graph_needs_a_gpu() -> None:
 
 
 def test_seconds_of_a_graph_are_those_of_one_call() -> None:
-    runner = measure._Runner({}, peers.Peer("x", lambda q, k, v: q), lambda: time.sleep(0.02), 1, 1, lambda: None, 20)
+    runner = measure.Runner({}, peers.Peer("x", lambda q, k, v: q), lambda: time.sleep(0.02), 1, 1, lambda: None, 20)
     runner.turn(CPU)
     assert 0.001 <= runner.times[0] < 0.01
 
@@ -358,14 +358,24 @@ def test_results_are_kept_case_by_case(tmp_path: pathlib.Path, monkeypatch: pyte
 # -- ONNX Runtime --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [Case(48, heads=4, head_dim=32), Case(48, batch=2, heads=4, kv_heads=2, head_dim=32, causal=True)], ids=str)
-def test_onnxruntime_computes_the_same(case: Case) -> None:
+@pytest.mark.parametrize(
+    ("name", "case", "node"),
+    [
+        ("onnxruntime", Case(48, heads=4, head_dim=32), "MultiHeadAttention"),
+        ("onnxruntime", Case(48, batch=2, heads=4, kv_heads=2, head_dim=32, causal=True), "GroupQueryAttention"),
+        ("onnxruntime-mha", Case(48, batch=2, heads=4, head_dim=32, causal=True), "MultiHeadAttention"),
+        ("onnxruntime-graph", Case(48, batch=2, heads=4, head_dim=32, causal=True), "MatMul, Softmax, MatMul"),
+        ("onnxruntime-graph", Case(48, batch=2, heads=4, head_dim=32), "MatMul, Softmax, MatMul"),
+    ],
+    ids=str,
+)
+def test_onnxruntime_computes_the_same(name: str, case: Case, node: str) -> None:
     pytest.importorskip("onnxruntime")
     tensors = peers.inputs(case, CPU)
-    (peer,) = peers.assemble(case, tensors, ("onnxruntime",), ())
+    (peer,) = peers.assemble(case, tensors, (name,), ())
     assert isinstance(peer, peers.Peer), peer
     (row,) = measure.run_case(case, tensors, [peer], measure.Settings(1, 1e-4))
-    assert row["max_error"] < 1e-5 and row["node"] == ("GroupQueryAttention" if case.causal else "MultiHeadAttention")
+    assert row["max_error"] < 1e-5 and row["node"] == node
 
 
 def test_the_model_is_what_onnx_reads() -> None:

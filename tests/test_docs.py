@@ -78,12 +78,14 @@ def test_the_readme_example_runs(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
 
 
 def test_the_quickstart_examples_run() -> None:
-    call, cache, eight = _blocks("docs/quickstart.md")[:3]
+    call, cache, layer, eight = _blocks("docs/quickstart.md")[:4]
     namespace: dict[str, Any] = {}
     exec(compile(call, "quickstart.md", "exec"), namespace)
     assert namespace["lse"].shape == (2, 16, 1024)
     exec(compile(cache, "quickstart.md", "exec"), namespace)
     assert namespace["cache"].cache_seqlens.tolist() == [11, 11]
+    exec(compile(layer, "quickstart.md", "exec"), namespace)
+    assert namespace["layer"].position.tolist() == [9, 9]
     exec(compile(eight, "quickstart.md", "exec"), namespace)
     wanted = attnhub.attention(namespace["q"], namespace["k"], namespace["v"], backend="sdpa")
     assert namespace["out"].dtype == torch.bfloat16

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.resources
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -70,6 +72,55 @@ def test_a_part_of_the_conformance_suite(name: str) -> None:
         check.run()
 
 
+#: Distributions that onnxruntime brings, by what they put beside it.
+RUNTIME = ("numpy", "numpy.libs", "onnxruntime", "flatbuffers", "google", "packaging")
+
+
+def test_serving_needs_neither_torch_nor_onnx(tmp_path: pathlib.Path) -> None:
+    """An environment of its own that holds attnhub, numpy and onnxruntime: a file runs by the native kernel there."""
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    import numpy
+    import onnx
+
+    from attnhub.backends.onnx.model import one_node
+    from attnhub.backends.onnx.node import Form
+
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    command = [python, "-c", "import site; print(site.getsitepackages()[0])"]
+    site = pathlib.Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    for package in RUNTIME:
+        found = [pathlib.Path(module.__file__).parent.parent / package for module in (numpy, runtime) if module.__file__]
+        for source in [path for path in found if path.exists()][:1]:
+            (site / package).symlink_to(source)
+    unwanted = shutil.ignore_patterns("__pycache__", "backends", "integrations")
+    shutil.copytree(pathlib.Path(attnhub.__file__).parent, site / "attnhub", ignore=unwanted)
+    # Of an editable installation the libraries lie in a folder of their own.
+    for folder in importlib.import_module("attnhub.backends").__path__:
+        shutil.copytree(folder, site / "attnhub/backends", ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+
+    q, k, v = (torch.randn(2, heads, 9, 16) for heads in (4, 2, 2))
+    onnx.save(one_node(Form(is_causal=True), onnx.TensorProto.FLOAT), tmp_path / "model.onnx")
+    numpy.savez(tmp_path / "inputs.npz", Q=q.numpy(), K=k.numpy(), V=v.numpy())
+    program = """if True:
+        import importlib.util, numpy, onnxruntime
+        import attnhub.onnx
+        assert not [name for name in ("torch", "onnx", "onnxscript", "rich", "transformers") if importlib.util.find_spec(name)]
+        options = attnhub.onnx.register(attnhub.onnx.register())
+        found = onnxruntime.InferenceSession("model.onnx", options).run(None, dict(numpy.load("inputs.npz")))
+        assert attnhub.onnx.native_calls() == 1 and attnhub.onnx.library_path().endswith(".so")
+        numpy.save("out.npy", found[0])
+    """
+    # Nothing of this process's environment, through which another attnhub could be found.
+    environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    subprocess.run([python, "-c", program], check=True, cwd=tmp_path, env=environment)
+    want = attnhub.attention(q, k, v, attnhub.Causal(), backend="reference")
+    torch.testing.assert_close(torch.from_numpy(numpy.load(tmp_path / "out.npy")), want, rtol=0, atol=2e-6)
+    done = subprocess.run([python, "-m", "attnhub", "doctor"], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert "Traceback" not in done.stdout + done.stderr and "torch" in done.stdout
+
+
 def test_training_works() -> None:
     q, k, v = (torch.randn(1, 4, 24, 32, requires_grad=True) for _ in range(3))
     out = attnhub.attention(q, k, v, attnhub.Causal())
@@ -83,6 +134,16 @@ def test_compiled_and_eager_agree() -> None:
     q = torch.randn(1, 4, 24, 32)
     compiled = torch.compile(lambda x: attnhub.attention(x, x, x, attnhub.Causal()), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(q), attnhub.attention(q, q, q, attnhub.Causal()))
+
+
+def test_stand_ins_and_the_layer_are_there() -> None:
+    q = torch.randn(1, 6, 2, 8)
+    with attnhub.install_as_flash_attn(), attnhub.replace_sdpa(strict=True) as report:
+        out = importlib.import_module("flash_attn").flash_attn_func(q, q, q, causal=True)
+        same = torch.nn.functional.scaled_dot_product_attention(*(q.transpose(1, 2),) * 3, is_causal=True)
+    assert report.calls == 1
+    torch.testing.assert_close(out, same.transpose(1, 2))
+    torch.testing.assert_close(attnhub.nn.CachedAttention(2, head_dim=8, max_seqlen=8)(q, q, q), out)
 
 
 def test_the_command_line() -> None:

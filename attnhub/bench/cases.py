@@ -194,6 +194,13 @@ def _limits(device: str) -> list[Case]:
     return cases
 
 
+def _onnx(device: str) -> list[Case]:
+    """Prefill in fp32: the shape of the target, causal and not, with grouped heads, and shorter ones."""
+    shapes = ((32, 2048, 128), (12, 256, 32), (8, 512, 64))
+    cases = [Case(length, heads=heads, head_dim=dim, causal=causal) for heads, length, dim in shapes for causal in (True, False)]
+    return [*cases, Case(2048, heads=32, kv_heads=8, head_dim=128, causal=True)]
+
+
 def _kylin(device: str) -> list[Case]:
     return [Case(length, batch=batch) for batch, length in ((1, 128), (4, 128), (16, 128), (1, 1024), (4, 1024), (1, 4096), (1, 8192))]
 
@@ -277,6 +284,10 @@ PRESETS = {
     "limits": Preset(
         "what CPU kernels are held to: prefill, decode and training steps beside torch, ONNX Runtime and the machine's ceilings", _limits,
         peers=("sdpa", "onnxruntime"), backends=("auto",),
+    ),
+    "onnx": Preset(
+        "attnhub's node in ONNX Runtime beside its own attention nodes and the exported graph, fp32 on CPU", _onnx,
+        peers=("sdpa", "onnxruntime", "onnxruntime-mha", "onnxruntime-graph"), backends=("onnx", "cpu"), one_table=True,
     ),
     "kylin": Preset(
         "scenarios of the Kylin CPU engine report: 128 to 8192 tokens, batch 1 to 16", _kylin,

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any, Optional, Protocol, Union
 
 import torch
 from torch import Tensor
@@ -48,12 +48,22 @@ class Settings:
     peer_seconds: float = 12.0
 
 
+class Named(Protocol):
+    """What a turn needs of a peer: its name, and a context in which its calls are made."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def context(self) -> Callable[[], Any]: ...
+
+
 @dataclass
-class _Runner:
+class Runner:
     """A peer at its case: what is called, how often, and what came of it (seconds of a call, processor seconds of a second)."""
 
     row: dict[str, Any]
-    peer: Peer
+    peer: Named
     step: Callable[[], Any]
     rounds: int
     calls: int
@@ -85,7 +95,7 @@ def run_case(
     truth = _truth(case, tensors)
     ring = _ring(case, tensors)
     rows: list[dict[str, Any]] = []
-    runners: list[_Runner] = []
+    runners: list[Runner] = []
     for peer in peers:
         row: dict[str, Any] = {**case.to_json(), "peer": peer.name}
         rows.append(row)
@@ -106,23 +116,15 @@ def run_case(
                     row["max_grad_error"] = None if truth is None else truth.grad_error(step)
                 if case.graph:
                     step = captured(single, device)
-                rounds, calls = _plan(step, device, settings)
+                rounds, calls = plan(step, device, settings)
         except Exception as error:
             # A peer that fails (out of memory, a shape it lacks) is a row like any other; the others go on.
             row["skipped"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             continue
-        runners.append(_Runner(row, peer, step, rounds, calls, single, _GRAPH_CALLS if case.graph else 1))
+        runners.append(Runner(row, peer, step, rounds, calls, single, _GRAPH_CALLS if case.graph else 1))
     limits = CaseCeilings(ceilings, case)
     limits.sample()
-    for r in range(settings.rounds):
-        # Each round begins with another peer: nobody always runs behind the same neighbour.
-        first = r % max(1, len(runners))
-        for runner in runners[first:] + runners[:first]:
-            if tick:
-                tick(runner.peer.name)
-            if r < runner.rounds:
-                runner.turn(device)
-        limits.sample()
+    interleave(runners, settings, device, tick, limits.sample)
     for runner in runners:
         with runner.peer.context():
             runner.row["extra_mib"], seconds, cpu_use = extra_memory(runner.single, device)
@@ -135,7 +137,22 @@ def run_case(
     return rows
 
 
-def _fill(runner: _Runner, case: Case, limits: CaseCeilings, copies: int) -> None:
+def interleave(
+    runners: list[Runner], settings: Settings, device: torch.device, tick: Optional[Callable[[str], None]] = None,
+    after: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    """The rounds, ``after`` behind each. Each begins with another peer: nobody always runs behind the same neighbour."""
+    for r in range(settings.rounds):
+        first = r % max(1, len(runners))
+        for runner in runners[first:] + runners[:first]:
+            if tick:
+                tick(runner.peer.name)
+            if r < runner.rounds:
+                runner.turn(device)
+        after()
+
+
+def _fill(runner: Runner, case: Case, limits: CaseCeilings, copies: int) -> None:
     """The figures of a row that follow from its times."""
     row, seconds = runner.row, statistics.median(runner.times)
     row["seconds"] = seconds
@@ -245,7 +262,7 @@ def _truth(case: Case, tensors: Inputs) -> Optional[Truth]:
         return None
 
 
-def _plan(step: Callable[[], Any], device: torch.device, settings: Settings) -> tuple[int, int]:
+def plan(step: Callable[[], Any], device: torch.device, settings: Settings) -> tuple[int, int]:
     """(rounds, calls in each). The first calls also compile and fill caches. No rounds: one call is all that there is time for."""
     first = time_turn(step, 1, device)[0]
     if first > settings.peer_seconds:

@@ -49,7 +49,7 @@ class Absent:
 
 
 #: Names for ``--peers``.
-NAMES = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "v1", "onnxruntime")
+NAMES = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "v1", "onnxruntime", "onnxruntime-mha", "onnxruntime-graph")
 
 
 def default_names(device: torch.device) -> tuple[str, ...]:
@@ -203,10 +203,13 @@ def _flex(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
     return peer(case, tensors)
 
 
-def _onnxruntime(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
-    from attnhub.bench.onnxruntime_peer import peer
+def _onnxruntime(which: str) -> Callable[[Case, Inputs], Union[Peer, Absent]]:
+    def made(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
+        from attnhub.bench.onnxruntime_peer import peer
 
-    return peer(case, tensors)
+        return peer(case, tensors, which)
+
+    return made
 
 
 def _keys_outer(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
@@ -217,7 +220,8 @@ def _keys_outer(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
 
 _MAKE: dict[str, Callable[[Case, Inputs], Union[Peer, Absent]]] = {
     "naive": _naive, "sdpa": _sdpa, "flash": _flash, "cudnn": _kernel("F.sdpa cuDNN", "CUDNN_ATTENTION"),
-    "efficient": _kernel("F.sdpa efficient", "EFFICIENT_ATTENTION"), "flex": _flex, "v1": _keys_outer, "onnxruntime": _onnxruntime,
+    "efficient": _kernel("F.sdpa efficient", "EFFICIENT_ATTENTION"), "flex": _flex, "v1": _keys_outer, "onnxruntime": _onnxruntime(""),
+    "onnxruntime-mha": _onnxruntime("mha"), "onnxruntime-graph": _onnxruntime("graph"),
 }  # fmt: skip
 
 

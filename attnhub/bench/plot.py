@@ -9,6 +9,7 @@ from typing import Any
 
 from attnhub.bench import results
 from attnhub.bench.cases import Case
+from attnhub.bench.models import SUITE
 from attnhub.bench.peers import BASELINE
 
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
@@ -19,6 +20,8 @@ def draw(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
     The grid's cases are lines instead: TFLOP/s over the length, a panel for each pass, head_dim and mask.
     """
+    if result["suite"] == SUITE:
+        raise ValueError("a file of the suite models is shown as a table (`attnhub docs`), not drawn")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
+from attnhub.bench import models
 from attnhub.bench.cases import PRESETS, Case
+from attnhub.bench.models import ModelCase, case_of
 
 AIM, GATE, MISSED, ABSENT = "aim met", "gate met", "MISSED", "not in this file"
 #: The verdict on what is only aimed at.
@@ -50,7 +52,7 @@ class Target:
     gate: float
     aim: float
     measure: Measure
-    holds: Callable[[Case], bool]
+    holds: Callable[[Any], bool]
     form: str = "{:.2f}x"
     at_most: bool = False
     fraction: bool = False
@@ -236,6 +238,52 @@ _H200 = (
 )  # fmt: skip
 
 
+# -- whole models --------------------------------------------------------------------------------------------------------
+
+
+def _over_memory(rows: Rows, mine: dict[str, Any]) -> Optional[float]:
+    """The peak of memory as a part of the baseline's, to a tenth of a percent."""
+    theirs, ours = rows.get(models.BASELINE, {}).get("extra_mib"), mine.get("extra_mib")
+    return round(ours / theirs, 3) if theirs and ours is not None else None
+
+
+def _task(task: str, longer: bool | None = None) -> Callable[[ModelCase], bool]:
+    """Cases of a task; longer: only those where attention has a large part of the work, or only the others."""
+    return lambda c: c.task == task and (longer is None or (c.length >= 2048) == longer)
+
+
+_PATCHED, _MEMORY_OF = _over(models.BASELINE), ("training step's peak memory of sdpa's", 1.0, 1.0, _over_memory, _task("training"), "{:.1%}", True)
+#: By the preset.
+MODELS: dict[str, tuple[Target, ...]] = {
+    "cpu": (
+        Target("embeddings' largest difference", 1e-5, 1e-5, _figure("difference"), _task("embed"), "{:.1e}", at_most=True),
+        Target("sentences/s over sdpa", 0.97, 1.0, _PATCHED, _task("embed"), every=True),
+        Target("12-layer encoder over sdpa", 0.97, 1.0, _PATCHED, _task("encode", False), every=True),
+        Target("12-layer encoder at 2048 over sdpa", 1.0, 1.0, _PATCHED, _task("encode", True), every=True),
+        Target("prefill over sdpa", 1.0, 1.0, _PATCHED, _task("prefill"), every=True),
+        Target("decode over sdpa", 0.97, 1.0, _PATCHED, _task("decode"), every=True),
+        Target(*_MEMORY_OF),
+    ),
+    "gpu": (
+        Target("prefill over sdpa", 0.0, 1.0, _PATCHED, _task("prefill"), every=True),
+        Target("prefill over flex", 0.0, 1.0, _over("flex"), _task("prefill"), every=True),
+        Target("decode over sdpa", 0.0, 1.0, _PATCHED, _task("decode"), every=True),
+        Target("decode over flex", 0.0, 1.0, _over("flex"), _task("decode"), every=True),
+        Target("training step over sdpa", 0.0, 1.0, _PATCHED, _task("training"), every=True),
+        Target(*_MEMORY_OF),
+    ),
+}
+
+
+def targets_of(result: dict[str, Any]) -> tuple[Target, ...]:
+    """The targets of a result file. ValueError where there are none."""
+    if result["suite"] != models.SUITE:
+        return table(result["environment"], result["preset"])
+    if result["preset"] not in MODELS:
+        raise ValueError(f"there are targets for the presets {', '.join(MODELS)} of whole models; this file is of {result['preset']}")
+    return MODELS[result["preset"]]
+
+
 def table(environment: dict[str, Any], preset: str = "limits") -> tuple[Target, ...]:
     """The targets of a result file's device and preset. ValueError where there are none."""
     device = environment["device"]
@@ -248,38 +296,49 @@ def table(environment: dict[str, Any], preset: str = "limits") -> tuple[Target, 
 
 def judge(result: dict[str, Any]) -> list[Verdict]:
     """A verdict for every target of the file's device."""
-    cases: dict[Case, Rows] = {}
+    return [_verdict(target, _by_case(result), _judged(result)) for target in targets_of(result)]
+
+
+def _by_case(result: dict[str, Any]) -> dict[Any, Rows]:
+    """The rows that were timed, by case and peer."""
+    cases: dict[Any, Rows] = {}
     for row in result["rows"]:
         if "seconds" in row:
-            cases.setdefault(Case.of(row), {})[row["peer"]] = row
-    judged = _JUDGED if result["environment"]["device"]["type"] == "cpu" else _JUDGED_ON_GPUS
-    return [_verdict(target, cases, judged) for target in table(result["environment"], result["preset"])]
+            cases.setdefault(case_of(result["suite"], row), {})[row["peer"]] = row
+    return cases
+
+
+def _judged(result: dict[str, Any]) -> tuple[str, ...]:
+    on_gpu = result["environment"]["device"]["type"] != "cpu" and result["suite"] != models.SUITE
+    return _JUDGED_ON_GPUS if on_gpu else _JUDGED
 
 
 def unjudged(result: dict[str, Any]) -> list[str]:
     """Why a GPU's verdicts say less than they seem to: cases of the preset that are not in the file, or without the peers that a target compares.
 
-    Of a CPU nothing is said: which peers are installed there differs.
+    Of single calls on a CPU nothing is said: which peers are installed there differs. Nor of what is only aimed at in whole models,
+    where a peer may not run.
     """
-    if result["environment"]["device"]["type"] == "cpu":
+    whole = result["suite"] == models.SUITE
+    if result["environment"]["device"]["type"] == "cpu" and not whole:
         return []
-    rows: dict[Case, Rows] = {}
-    for row in result["rows"]:
-        if "seconds" in row:
-            rows.setdefault(Case.of(row), {})[row["peer"]] = row
+    rows = _by_case(result)
+    expected: tuple[Union[Case, ModelCase], ...] = (
+        models.PRESETS[result["preset"]].cases if whole else tuple(PRESETS[result["preset"]].make("cuda"))
+    )
     found = []
-    for case in PRESETS[result["preset"]].make("cuda"):
-        mine = next((rows.get(case, {}).get(name) for name in _JUDGED_ON_GPUS if name in rows.get(case, {})), None)
+    for case in expected:
+        mine = next((rows.get(case, {}).get(name) for name in _judged(result) if name in rows.get(case, {})), None)
         if mine is None:
             found.append(f"{case}: not measured")
             continue
-        for target in table(result["environment"], result["preset"]):
-            if target.holds(case) and target.measure(rows[case], mine) is None:
-                found.append(f"{case}: {target.text} has nothing to compare with")
+        for target in targets_of(result):
+            if target.holds(case) and (target.gate or not whole) and target.measure(rows[case], mine) is None:
+                found.append(f"{case}: {target.name} has nothing to compare with")
     return found
 
 
-def _verdict(target: Target, cases: dict[Case, Rows], judged: tuple[str, ...]) -> Verdict:
+def _verdict(target: Target, cases: dict[Any, Rows], judged: tuple[str, ...]) -> Verdict:
     found: list[tuple[float, str]] = []
     for case, rows in cases.items():
         mine = next((rows[name] for name in judged if name in rows), None)

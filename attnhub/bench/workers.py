@@ -25,18 +25,20 @@ def jobs() -> int:
 
 
 def ask(
-    command: tuple[str, ...], questions: list[Any], count: int, tick: Optional[Callable[[str], None]] = None, limit: float = 0.0, patience: float = 180.0
-) -> list[Optional[Any]]:
+    command: tuple[str, ...], questions: list[Any], count: int, tick: Optional[Callable[[str], None]] = None, limit: float = 0.0, patience: float = 180.0,
+    heard: Optional[Callable[[int, Optional[Any]], None]] = None,
+) -> list[Optional[Any]]:  # fmt: skip
     """The answers of ``count`` processes ``command`` to JSON-ready questions, in their order.
 
     None where there is none: its process ended, said nothing for ``patience`` seconds, or the time limit (seconds, 0: none) had passed.
-    A process that ended is replaced. ``tick`` is called after each question.
+    A process that ended is replaced. ``tick`` is called after each question, ``heard`` (by one thread at a time) with its number and answer.
     """
     answers: list[Optional[Any]] = [None] * len(questions)
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     for n in range(len(questions)):
         todo.put(n)
     stop = time.monotonic() + limit if limit else float("inf")
+    one_at_a_time = threading.Lock()
 
     def serve() -> None:
         process: Optional[_Process] = None
@@ -56,6 +58,9 @@ def ask(
                     process = None
                 else:
                     answers[n] = json.loads(answer)
+                if heard:
+                    with one_at_a_time:
+                        heard(n, answers[n])
         finally:
             if process is not None:
                 process.end()

@@ -18,10 +18,12 @@ COMMANDS = {
     "explain": ("explain", "which backend serves a problem, and every reason why the others do not"),
     "matrix": ("matrix", "the support matrix, generated from the backends' declarations"),
     "warmup": ("warmup", "compile and load the kernels for given shapes before they are asked for"),
-    "bench": ("bench", "time attnhub beside its peers: cpu, gpu, or the overhead of one call"),
+    "bench": ("bench", "time attnhub beside its peers: cpu, gpu, whole models, or the overhead of one call"),
     "tune": ("tune", "measure tile sizes of the triton backend on this GPU and write them into a table"),
     "export": ("export", "export a model to ONNX with one attention node per layer"),
+    "onnx": ("onnx", "ONNX files: convert their attention into attnhub's node, lower it to a runtime's own operators, check"),
     "demo": ("demo", "a real model, patched, generated from and exported, every step checked"),
+    "coverage": ("coverage", "try every model class of the installed transformers by eager attention and by attnhub, and write the page"),
     "new-backend": ("new_backend", "write a new backend as a distribution that works and passes conformance"),
     "docs": ("docs", "write the generated pages of a checkout, or check that they are fresh"),
 }

@@ -9,25 +9,29 @@ import time
 from typing import Any, Optional
 
 from attnhub.bench import cases as bench_cases
+from attnhub.bench import models as bench_models
 from attnhub.cli import CommandError, console, files, progress
 
-_PEERS = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "v1", "onnxruntime")
+_PEERS = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "v1", "onnxruntime", "onnxruntime-mha", "onnxruntime-graph")
 
 #: Cases up to which a picture is drawn without being asked: it grows with every one of them.
 _DRAWN = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", choices=("cpu", "gpu", "overhead", "plot", "judge"),
-                        help="plot draws --input again, judge holds it against the targets of its processor; neither measures")  # fmt: skip
+    parser.add_argument("suite", choices=("cpu", "gpu", "models", "overhead", "plot", "judge"),
+                        help="models times whole models; plot draws --input again, judge holds it against the targets of its processor; neither measures")  # fmt: skip
     presets = "; ".join(f"{name}: {preset.text}" for name, preset in bench_cases.PRESETS.items())
-    parser.add_argument("--preset", choices=tuple(bench_cases.PRESETS), default="standard", help=presets)
+    of_models = "; ".join(f"{name}: {preset.text}" for name, preset in bench_models.PRESETS.items())
+    parser.add_argument("--preset", choices=(*bench_cases.PRESETS, *bench_models.PRESETS), default=None,
+                        help=f"default: standard. {presets}. Of the suite models, default: cpu. {of_models}")  # fmt: skip
     parser.add_argument("--lengths", type=_numbers, default=(), help="keep only the cases with these numbers of keys")
     parser.add_argument("--dtypes", type=_names, default=(), help="time every case in these dtypes instead of its own")
     parser.add_argument("--modes", type=_names, default=(), help="keep only forward, backward or training cases")
-    parser.add_argument("--peers", type=_names, default=None, help=f"joined by commas: {', '.join(_PEERS)}; default: the preset's")
+    parser.add_argument("--peers", type=_names, default=None, help=f"joined by commas: {', '.join(_PEERS)}; of models: {', '.join(bench_models.PEERS)}; default: the preset's")
     parser.add_argument("--backends", type=_names, default=None, help="attnhub backends (auto is the automatic choice); default: the preset's, or all that accept")
     parser.add_argument("--only", action="append", default=[], help="keep only the cases whose text (as --list shows it) holds this; may be repeated")
+    parser.add_argument("--scale", choices=bench_models.SCALES, default="full", help="models: tiny ones run the whole path in seconds; their figures say nothing")
     parser.add_argument("--list", action="store_true", help="measure nothing; show the cases, who takes part, and about how long it takes")
     parser.add_argument("--rounds", type=int, default=None, help="interleaved rounds, whose median counts; default: the preset's on a GPU, else 3")
     parser.add_argument("--seconds", type=float, default=None, help="length of a peer's turn in a round; default: the preset's on a GPU, else 0.1")
@@ -36,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=-1, help="processes that compile kernels ahead on a GPU; default: by the processors, 0: none")
     parser.add_argument("--peer-seconds", type=float, default=12.0, help="what a peer's turns at one case may take: slower ones get fewer rounds")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch and of ONNX Runtime; part of the result file's name")
-    parser.add_argument("--device", default="", help="overhead: cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--device", default="", help="overhead, models: cpu or cuda; default: cuda where there is one, and the preset's")
     parser.add_argument("--output", default="", help="result file; a folder (ending in /) gets <device>/<suite>-<preset>[-<threads>t].json")
     parser.add_argument("--input", default="", help="plot, judge: a result file")
     parser.add_argument("--plot", default="", help="picture (PNG); with --output the default is beside the result file")
@@ -47,6 +51,13 @@ def run(args: argparse.Namespace) -> int:
         return _plot(args)
     if args.suite == "judge":
         return _judge(args)
+    if args.suite == bench_models.SUITE:
+        from attnhub.cli.bench_models import run as run_models
+
+        return run_models(args)
+    args.preset = "standard" if args.preset is None else args.preset
+    if args.preset not in bench_cases.PRESETS:
+        raise CommandError(f"--preset {args.preset} is one of the suite models; {args.suite} has {', '.join(bench_cases.PRESETS)}")
     import torch
 
     from attnhub.bench import results
@@ -225,7 +236,7 @@ def _judge(args: argparse.Namespace) -> int:
     from attnhub.bench import pages, results, targets
 
     if not args.input:
-        raise CommandError("judge needs --input FILE, a result file of `attnhub bench cpu` or `attnhub bench gpu`")
+        raise CommandError("judge needs --input FILE, a result file of `attnhub bench cpu`, `gpu` or `models`")
     try:
         result = results.load(args.input)
         verdicts, unjudged = targets.judge(result), targets.unjudged(result)

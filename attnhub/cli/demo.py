@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    folder = _model_folder()
+    folder = model_folder()
     forbid_hub()
     _quieten()
     checks = Checks(args.json)
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if held == len(checks.rows) else 1
 
 
-def _model_folder() -> pathlib.Path:
+def model_folder() -> pathlib.Path:
     """The model's folder in site-packages; the package itself is not imported, because it brings its own serving stack."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:

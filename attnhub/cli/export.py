@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import inspect
 import os
@@ -14,11 +15,22 @@ from attnhub.cli import CommandError, console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a folder with a HuggingFace model (config.json), or module:attribute: an nn.Module, a class without arguments, or a function")
+    parser.add_argument(
+        "model",
+        help="a folder with a HuggingFace model (config.json), or module:attribute: an nn.Module, a class without arguments, or a function",
+    )
     parser.add_argument("output", help="the ONNX file")
-    parser.add_argument("--inputs", default="", help="example inputs of module:attribute, as SHAPE[:DTYPE] joined by commas: 1x8x16x64:float32,1x8x16x64")
-    parser.add_argument("--auto-class", default="AutoModel", help="transformers' class that loads the folder, AutoModelForCausalLM for instance")
+    parser.add_argument(
+        "--inputs", default="", help="example inputs of module:attribute, as SHAPE[:DTYPE] joined by commas: 1x8x16x64:float32,1x8x16x64"
+    )
+    parser.add_argument(
+        "--auto-class", default="AutoModel", help="transformers' class that loads the folder, AutoModelForCausalLM for instance"
+    )
     parser.add_argument("--opset", type=int, default=18)
+    parser.add_argument(
+        "--kv-cache", action="store_true", help="of a HuggingFace decoder or encoder-decoder: past keys and values as inputs and outputs"
+    )
+    parser.add_argument("--fp16", action="store_true", help="export a float16 copy of the model")
     parser.add_argument("--static", action="store_true", help="fix all sizes; default: batch and length of a HuggingFace model are free")
     parser.add_argument("--no-verify", action="store_true", help="do not run the file in ONNX Runtime and compare it with torch")
 
@@ -27,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     import attnhub
 
     folder = pathlib.Path(args.model)
+    if args.kv_cache and (args.static or not (folder / "config.json").is_file()):
+        raise CommandError("--kv-cache is for the folder of a HuggingFace model, and without --static")
     if (folder / "config.json").is_file():
         model, inputs, shapes = _huggingface(folder, args)
     elif ":" in args.model:
@@ -35,11 +49,20 @@ def run(args: argparse.Namespace) -> int:
     else:
         raise CommandError(f"{args.model}: neither a folder with a config.json nor module:attribute")
     try:
-        report = attnhub.onnx.export(model, inputs, args.output, dynamic_shapes=shapes, opset=args.opset, verify=not args.no_verify)
+        report = attnhub.onnx.export(
+            model,
+            inputs,
+            args.output,
+            dynamic_shapes=shapes,
+            opset=args.opset,
+            kv_cache=args.kv_cache,
+            fp16=args.fp16,
+            report=not args.no_verify,
+        )
     except ValueError as error:
         raise CommandError(str(error)) from error
     if args.json:
-        console.emit_json({**vars(report), "path": os.fspath(report.path)})
+        console.emit_json(dataclasses.asdict(report))
     else:
         console.say(str(report))
     return 0
@@ -63,11 +86,27 @@ def _huggingface(folder: pathlib.Path, args: argparse.Namespace) -> tuple[Any, t
     if report.skipped and not args.json:
         console.say(str(report))
     tokens = torch.arange(2 * 16).reshape(2, 16) % model.config.get_text_config().vocab_size
-    inputs = (tokens, torch.ones_like(tokens))
+    inputs: tuple[Any, ...] = (tokens, torch.ones_like(tokens))
+    if args.kv_cache:
+        return model, _for_cache(model, tokens), None
     if args.static:
         return _first_output(model), inputs, None
     shape = {0: torch.export.Dim("batch", min=2, max=4096), 1: torch.export.Dim("length", min=2, max=_longest(model.config))}
     return _first_output(model), inputs, (shape, shape)
+
+
+def _for_cache(model: Any, tokens: Any) -> Any:
+    """Example inputs of a model that is exported with its K/V cache, by name."""
+    import torch
+
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if model.main_input_name == "input_ids":
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "decoder_input_ids": tokens}
+    if model.main_input_name == "input_features":
+        config = model.config
+        return {"input_features": torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions), "decoder_input_ids": tokens}
+    raise CommandError(f"--kv-cache: a model that takes {model.main_input_name} is exported by attnhub.onnx.export(..., kv_cache=True)")
 
 
 def _longest(config: Any) -> int:

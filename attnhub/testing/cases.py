@@ -24,7 +24,8 @@ from attnhub.problem import FORWARD_ONLY, Feature
 class Case:
     """One problem, reproducible from its fields: ``Case(...)`` as printed by a failure builds the same tensors.
 
-    parts: names of mask parts (see `_PARTS`). lengths_q, lengths_k: packed sequences when not empty. scale_q: factor on q,
+    parts: names of mask parts (see `_PARTS`). lengths_q, lengths_k: packed sequences when not empty; lengths_q alone with page_size: packed queries
+    over pages. scale_q: factor on q,
     for peaky scores. layout ``strided`` cuts q, k, v out of larger buffers that hold NaN. descale: which of ``qkv`` come with factors
     (fp8 only), one for each sequence and K/V head; those tensors are stored the larger by as much. ``1`` among them: one for all.
     """
@@ -147,7 +148,7 @@ _PART_FEATURES: dict[str, tuple[Feature, ...]] = {
 
 def _part(name: str, case: Case, device: torch.device, random_: torch.Generator, leaves: dict[str, Tensor]) -> Mask:
     batch = len(case.lengths_q) or case.batch
-    sq, sk = (max(case.lengths_q), max(case.lengths_k)) if case.lengths_q else (case.seqlen_q, case.seqlen_k)
+    sq, sk = max(case.lengths_q, default=case.seqlen_q), max(case.lengths_k, default=case.seqlen_k)
     heads = case.q_heads
 
     def ints(low: int, high: int, *shape: int) -> Tensor:
@@ -238,7 +239,12 @@ def _build(case: Case, device: torch.device) -> Inputs:
     v_dim = case.v_head_dim or case.head_dim
     leaves: dict[str, Tensor] = {}
     kwargs: dict[str, Any] = {name: factor for name, factor in descale.items() if factor is not None}
-    if case.lengths_q:
+    if case.lengths_q and case.page_size:
+        q = tensor(sum(case.lengths_q), case.q_heads, case.head_dim, factor=case.scale_q * q_size)
+        k = tensor(len(case.lengths_q), case.kv_heads, case.seqlen_k, case.head_dim, factor=k_size)
+        v = tensor(len(case.lengths_q), case.kv_heads, case.seqlen_k, v_dim, factor=v_size)
+        kwargs["varlen"] = Varlen.from_lengths(torch.tensor(case.lengths_q, device=device))
+    elif case.lengths_q:
         q = tensor(sum(case.lengths_q), case.q_heads, case.head_dim, factor=case.scale_q * q_size)
         k = tensor(sum(case.lengths_k), case.kv_heads, case.head_dim, factor=k_size)
         v = tensor(sum(case.lengths_k), case.kv_heads, v_dim, factor=v_size)
@@ -350,6 +356,9 @@ def _all(level: str) -> Iterator[Case]:
         Case(page_size=16, seqlen_q=1, seqlen_k=77, q_heads=4, backward=False), Case(page_size=1, seqlen_q=3, seqlen_k=19, parts=("causal",), backward=False),
         Case(page_size=16, seqlen_q=6, seqlen_k=100, q_heads=8, head_dim=64, dtype="bfloat16", parts=("causal",), backward=False),
         Case(page_size=5, seqlen_q=1, seqlen_k=33, parts=("window_left", "causal"), backward=False),
+        Case(page_size=16, lengths_q=(5, 0, 17, 1), seqlen_k=70, q_heads=4, parts=("causal",), backward=False),
+        Case(page_size=5, lengths_q=(1, 1, 9), seqlen_k=33, q_heads=8, head_dim=64, dtype="bfloat16", parts=("causal", "window_left"), sinks=True, backward=False),
+        Case(page_size=16, lengths_q=(1, 1, 1), seqlen_k=300, q_heads=8, kv_heads=1, head_dim=64, parts=("alibi",), softcap=20.0, backward=False),
         Case(parts=("causal", "block_sparse"), q_heads=4, seqlen_q=40, seqlen_k=70), Case(parts=("block_sparse", "seqlens"), seqlen_q=3, seqlen_k=70, q_heads=4),
         Case(lengths_q=(5, 0, 33), lengths_k=(8, 3, 40), parts=("block_sparse",), q_heads=4), Case(parts=("block_sparse", "bias_row"), dropout_p=0.2),
         Case(lengths_q=(5, 0, 17), lengths_k=(8, 3, 40), parts=("causal",), q_heads=4, dropout_p=0.4), Case(seqlen_q=1, seqlen_k=150, q_heads=4, dropout_p=0.4),

@@ -177,7 +177,8 @@ def _mask_parts(call: Call) -> tuple[library.Mask, list[Tensor]]:
         parts.sinks = pointer(call.sinks.detach().to(torch.float32).contiguous())
     if call.varlen is not None:
         parts.cu_seqlens_q = pointer(call.varlen.cu_seqlens_q.contiguous())
-        parts.cu_seqlens_k = pointer(call.varlen.cu_seqlens_k.contiguous())
+        if call.block_table is None:
+            parts.cu_seqlens_k = pointer(call.varlen.cu_seqlens_k.contiguous())
         parts.num_sequences = call.varlen.cu_seqlens_q.shape[0] - 1
     if call.block_table is not None:
         strided("block_table", call.block_table)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
     from attnhub.backends.onnx.export import ExportReport
+    from attnhub.backends.onnx.inspect import Problem as FileProblem
+    from attnhub.backends.onnx.rewrite.convert import ConversionReport
 
 
 class OnnxBackend(Backend):
@@ -73,9 +75,11 @@ class OnnxBackend(Backend):
         """See `attnhub.onnx.library_path`."""
         return library.library_path()
 
-    def register(self, session_options: Optional[onnxruntime.SessionOptions] = None) -> onnxruntime.SessionOptions:
+    def register(
+        self, session_options: Optional[onnxruntime.SessionOptions] = None, *, backend: Optional[str] = None, device: Optional[str] = None
+    ) -> onnxruntime.SessionOptions:
         """See `attnhub.onnx.register`."""
-        return library.register(session_options)
+        return library.register(session_options, backend=backend, device=device)
 
     def native_calls(self) -> int:
         """See `attnhub.onnx.native_calls`."""
@@ -86,6 +90,24 @@ class OnnxBackend(Backend):
         from attnhub.backends.onnx.export import export
 
         return export(*args, **kwargs)
+
+    def check_file(self, *args: Any, **kwargs: Any) -> tuple[FileProblem, ...]:
+        """See `attnhub.onnx.check`."""
+        from attnhub.backends.onnx.inspect import check
+
+        return check(*args, **kwargs)
+
+    def convert(self, *args: Any, **kwargs: Any) -> ConversionReport:
+        """See `attnhub.onnx.convert`."""
+        from attnhub.backends.onnx.rewrite.convert import convert
+
+        return convert(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> ConversionReport:
+        """See `attnhub.onnx.lower`."""
+        from attnhub.backends.onnx.rewrite.lowering import lower
+
+        return lower(*args, **kwargs)
 
 
 backend = OnnxBackend()

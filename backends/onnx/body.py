@@ -13,31 +13,33 @@ from typing import Any, Union
 import onnx
 from onnx import TensorProto, helper
 
-from attnhub.backends.onnx.node import DEFAULTS, DOMAIN, OP, Form
+from attnhub.backends.onnx.node import DOMAIN, OP, Form
 
-#: Operator sets whose operators have, as used here, one meaning; a body must have its model's version.
+#: Operator sets that export writes.
 OPSETS = (18, 21, 22)
+#: Operator sets whose operators have, as used here, one meaning; a body must have its model's version.
+BODY_OPSETS = range(15, 26)
 
 _Constant = Union[float, int, list[int]]
 
 
-def function_body(form: Form, opset: int) -> onnx.FunctionProto:
-    """The function ``attnhub::FlashAttention`` of one form, told apart from those of other forms by its ``overload``.
+def function_body(form: Form, opset: int, domain: str = DOMAIN) -> onnx.FunctionProto:
+    """The function ``attnhub::FlashAttention`` of one form, told apart from those of other forms by its domain (and ``overload``).
 
-    Raises ValueError for an opset that is not one of `OPSETS`.
+    Raises ValueError for an opset that is not one of `BODY_OPSETS`.
     """
-    if opset not in OPSETS:
-        raise ValueError(f"opset={opset}: allowed are {OPSETS}")
-    ops = _Ops()
+    if opset not in BODY_OPSETS:
+        raise ValueError(f"opset={opset}: allowed are {BODY_OPSETS.start} to {BODY_OPSETS.stop - 1}")
+    ops = _Ops(opset=opset)
     outputs = _attention(ops, form)
     function = helper.make_function(
-        DOMAIN,
+        domain,
         OP,
         [name or f"absent_{i}" for i, name in enumerate(form.inputs())],
         outputs,
         ops.nodes,
         [helper.make_opsetid("", opset)],
-        list(DEFAULTS),
+        [],  # a body is of one form and reads none; onnx.reference would want every one that is named here
     )
     function.overload = form.overload()
     return function
@@ -46,9 +48,10 @@ def function_body(form: Form, opset: int) -> onnx.FunctionProto:
 class _Ops:
     """Writes nodes: ``ops("Add", a, b)`` appends one and returns its output's name. Numbers become constants."""
 
-    def __init__(self, prefix: str = "") -> None:
+    def __init__(self, prefix: str = "", opset: int = 18) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self._prefix = prefix
+        self._opset = opset
 
     def __call__(self, op: str, *inputs: Union[str, _Constant], **attributes: Any) -> str:
         names = [name if isinstance(name, str) else self.constant(name) for name in inputs]
@@ -92,7 +95,9 @@ class _Ops:
         ONNX Runtime returns an empty tensor with its axes unreduced, so that the empty case has to be a branch of its own.
         """
         full, empty = _Ops(prefix=f"{op}_{len(self.nodes)}_"), _Ops(prefix=f"{op}_{len(self.nodes)}_empty_")
-        reduced = full(op, value, [-1], keepdims=1)
+        # The axes of ReduceMax became an input at 18, those of ReduceSum at 13.
+        as_input = op == "ReduceSum" or self._opset >= 18
+        reduced = full(op, value, [-1], keepdims=1) if as_input else full(op, value, axes=[-1], keepdims=1)
         shape = empty("Concat", *rows, [1], axis=0)
         filled = empty("ConstantOfShape", shape, value=helper.make_tensor("", TensorProto.FLOAT, [1], [otherwise]))
         is_empty = self("Equal", self("Size", value), 0)

@@ -10,6 +10,8 @@ from attnhub.backends.onnx.node import DOMAIN, OP, VERSION, Form
 
 #: Newer defaults of the onnx package do not load in ONNX Runtime; 10 is the first that has overloads of functions.
 IR_VERSION = 10
+#: Weights beyond this many bytes go to a file beside the model: protobuf ends at 2 GiB.
+EXTERNAL_BYTES = 1_500_000_000
 
 _RANKS = {"nonpad_kv_seqlen": 1, "sinks": 1, "leftpad": 1, "lse": 3}
 _SIZES = {

@@ -14,6 +14,8 @@ from typing import Any, Optional
 DOMAIN = "attnhub"
 VERSION = 1
 OP = "FlashAttention"
+#: ``attnhub``, ``attnhub.2``, ... ``attnhub.32``: names of one operator, for bodies of several forms in one file (bodies.py).
+MAX_DOMAINS = 32
 
 #: In the order of ai.onnx Attention-24, then ours.
 INPUTS = ("Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen", "sinks", "leftpad", "alibi_slopes")
@@ -36,6 +38,19 @@ DEFAULTS: dict[str, Any] = {
     "window_right": -1,
     "chunk": 0,
 }
+
+
+def domain_of(number: int) -> str:
+    """The domain of the number-th form of a file, from 0."""
+    return DOMAIN if number == 0 else f"{DOMAIN}.{number + 1}"
+
+
+_DOMAINS = frozenset(domain_of(number) for number in range(MAX_DOMAINS))
+
+
+def is_ours(domain: str, op_type: str) -> bool:
+    """Whether this is the node, under any of its domains."""
+    return op_type == OP and domain in _DOMAINS
 
 
 @dataclass(frozen=True)

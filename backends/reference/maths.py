@@ -14,6 +14,7 @@ where ``keep`` is the dropout mask divided by 1 - p.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Optional
 
@@ -92,6 +93,9 @@ def sequences(call: Call) -> Iterator[tuple[Optional[Call], int, tuple[int, int]
         )  # fmt: skip
         yield one, 0, (0, call.q.shape[2]), (0, k.shape[2])
         return
+    if call.block_table is not None:
+        yield from _paged_sequences(call, call.varlen.cu_seqlens_q.tolist(), call.block_table)
+        return
     starts_q, starts_k = call.varlen.cu_seqlens_q.tolist(), call.varlen.cu_seqlens_k.tolist()
     for n in range(len(starts_q) - 1):
         (q0, q1), (k0, k1) = starts_q[n : n + 2], starts_k[n : n + 2]
@@ -110,6 +114,23 @@ def sequences(call: Call) -> Iterator[tuple[Optional[Call], int, tuple[int, int]
         )  # fmt: skip
     if starts_q[-1] < call.q.shape[2]:
         yield None, len(starts_q) - 1, (starts_q[-1], call.q.shape[2]), (0, 0)
+
+
+def _paged_sequences(
+    call: Call, starts: list[int], block_table: Tensor
+) -> Iterator[tuple[Optional[Call], int, tuple[int, int], tuple[int, int]]]:
+    """`sequences` of packed queries over pages."""
+    for n, (q0, q1) in enumerate(itertools.pairwise(starts)):
+        if q0 == q1:
+            continue
+        k, v = (gather_pages(t, block_table[n : n + 1]) for t in (call.k, call.v))
+        one = Call(
+            call.q[:, :, q0:q1], k, v, dense.select_sequence(call.mask, n, q1 - q0, k.shape[2]), call.softmax_scale, call.softcap, call.sinks, call.dropout_p,
+            call.rng, need_lse=call.need_lse, descale=None if call.descale is None else Descale(*(None if t is None else t[n : n + 1] for t in call.descale)),
+        )  # fmt: skip
+        yield one, n, (q0, q1), (0, k.shape[2])
+    if starts[-1] < call.q.shape[2]:
+        yield None, len(starts) - 1, (starts[-1], call.q.shape[2]), (0, 0)
 
 
 def gather_pages(pages: Tensor, block_table: Tensor) -> Tensor:
@@ -286,7 +307,7 @@ def _add_into(
         v[:, :, slice(*k_range)] += part["v"]
     else:
         for total, grad in ((k, part["k"]), (v, part["v"])):
-            _scatter_pages(total, grad, call.block_table)
+            _scatter_pages(total, grad, call.block_table if call.varlen is None else call.block_table[index : index + 1])
     if bias is not None and part["bias"] is not None:
         if call.varlen is not None:
             into = bias[index : index + 1] if bias.shape[0] > 1 else bias

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Optional
 
 import torch
@@ -15,6 +17,17 @@ from attnhub.problem import Feature
 #: The version whose backward was run from another kernel's lse.
 _CUDNN = 91900
 _CAUSAL = frozenset({Feature.CAUSAL_TOP_LEFT, Feature.CAUSAL_BOTTOM_RIGHT})
+
+
+@contextmanager
+def torch_deterministic() -> Iterator[None]:
+    """torch's switch for deterministic algorithms, which its kernels read when they are called, on for one call of them."""
+    before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=warn_only or not before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def flash_backward(call: Call, grad_out: Tensor, grad_lse: Optional[Tensor], out: Tensor, lse: Tensor, needs: Needs) -> Optional[Gradients]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Optional
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 from attnhub import dense
 from attnhub.backend import Call, Gradients, Needs, Plan
 from attnhub.backends.reference import maths
-from attnhub.backends.sdpa.backward import all_heads, flash_backward
+from attnhub.backends.sdpa.backward import all_heads, flash_backward, torch_deterministic
 from attnhub.backends.sdpa.blocks import BLOCK_ELEMENTS, MOST_HEADS, row_blocks, without_padding
 from attnhub.layouts import in_order, lse_dtype
 from attnhub.problem import Feature, Problem
 
+#: torch's own F.scaled_dot_product_attention, whoever may have put a function of theirs there (`attnhub.replace_sdpa` does).
+torch_sdpa = torch._C._nn.scaled_dot_product_attention
 #: Beyond F.scaled_dot_product_attention: softcap and sinks change the maths, dropout there draws its own random numbers
 #: (ours is shared by all backends), and packed or paged K/V are layouts that it lacks.
 _NOT_EXPRESSIBLE = frozenset({Feature.SOFTCAP, Feature.SINKS, Feature.DROPOUT, Feature.VARLEN, Feature.PAGED})
@@ -40,22 +43,33 @@ def _too_many_heads(problem: Problem) -> bool:
 def plan(problem: Problem) -> Plan:
     """The plan for a problem class."""
     if problem.features & _NOT_EXPRESSIBLE or _too_many_heads(problem):
-        return TiledPlan()
-    if problem.need_backward and not problem.features & {Feature.BIAS_GRAD, Feature.LSE_GRAD}:
+        return TiledPlan(problem)
+    # torch's autograd asks torch's own switch alone whether a backward has to be repeatable; `TiledPlan.backward` can set it.
+    own_backward = problem.features & {Feature.BIAS_GRAD, Feature.LSE_GRAD} or _repeatable(problem)
+    if problem.need_backward and not own_backward:
         return TrainingPlan(problem)
     if Feature.LSE in problem.features:
-        return LsePlan(problem) if _has_lse_kernel(problem) else TiledPlan()
+        return LsePlan(problem) if _has_lse_kernel(problem) else TiledPlan(problem)
     return TorchPlan(problem)
+
+
+def _repeatable(problem: Problem) -> bool:
+    """Whether repeatable results were asked for where torch's kernels do not give them anyway."""
+    return Feature.DETERMINISTIC in problem.features and problem.device.type != "cpu"
 
 
 class TiledPlan(Plan):
     """The definition over blocks of rows: memory linear in the sequence length."""
 
+    def __init__(self, problem: Problem) -> None:
+        self._repeatable = _repeatable(problem)
+
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
         return maths.forward(call, _block_rows(call), torch.promote_types(call.q.dtype, torch.float32), exact_nan=False)
 
     def backward(self, call: Call, grad_out: Tensor, grad_lse: Optional[Tensor], out: Tensor, lse: Tensor, needs: Needs) -> Gradients:
-        fast = flash_backward(call, grad_out, grad_lse, out, lse, needs)
+        with torch_deterministic() if self._repeatable else nullcontext():
+            fast = flash_backward(call, grad_out, grad_lse, out, lse, needs)
         if fast is not None:
             return fast
         dtype = torch.promote_types(call.q.dtype, torch.float32)
@@ -69,6 +83,7 @@ class TorchPlan(TiledPlan):
     """F.scaled_dot_product_attention, over blocks of rows where the mask is structure that has to be made dense."""
 
     def __init__(self, problem: Problem) -> None:
+        TiledPlan.__init__(self, problem)
         self._maskless = problem.features <= _MASKLESS | {Feature.LSE}
         # enable_gqa reads K/V at 2 to 16% of the read bandwidth in decode on CPU; the same heads as rows of one K/V head are 2-12 times faster.
         # On an H200 it is the other way round, several times at batch 1: torch's CUDA kernels split long K/V for single rows only.
@@ -83,7 +98,7 @@ class TorchPlan(TiledPlan):
 
     @staticmethod
     def _plain(call: Call) -> tuple[Tensor, Optional[Tensor]]:
-        out = F.scaled_dot_product_attention(call.q, call.k, call.v, scale=call.softmax_scale)
+        out = torch_sdpa(call.q, call.k, call.v, scale=call.softmax_scale)
         return out if call.q.is_cpu else in_order(out, call.q), None
 
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
@@ -94,7 +109,7 @@ class TorchPlan(TiledPlan):
                 causal = False
             if not causal or self._top_left or q.shape[2] == k.shape[2]:
                 if self._in_order:
-                    return F.scaled_dot_product_attention(q, k, v, None, 0.0, causal, scale=call.softmax_scale), None
+                    return torch_sdpa(q, k, v, None, 0.0, causal, scale=call.softmax_scale), None
                 return in_order(self._torch(q, k, v, None, causal, call.softmax_scale), q), None
         return in_order(self._masked(call), q), None
 
@@ -105,21 +120,21 @@ class TorchPlan(TiledPlan):
         if self._dv_differs:
             return self._padded(q, k, v, attn_mask, causal, scale)
         if not self._gqa:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, causal, scale=scale)
+            return torch_sdpa(q, k, v, attn_mask, 0.0, causal, scale=scale)
         if self._fold_heads and (attn_mask is None or attn_mask.shape[1] == 1):
             # With one query row, causal (either alignment) is decided by the caller; top-left sees the first key alone.
             batch, heads, _, dim = q.shape
             grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], dim)
             if causal:
                 k, v = k[:, :, :1], v[:, :, :1]
-            return F.scaled_dot_product_attention(grouped, k, v, attn_mask, scale=scale).reshape(batch, heads, 1, v.shape[3])
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, causal, scale=scale, enable_gqa=True)
+            return torch_sdpa(grouped, k, v, attn_mask, scale=scale).reshape(batch, heads, 1, v.shape[3])
+        return torch_sdpa(q, k, v, attn_mask, 0.0, causal, scale=scale, enable_gqa=True)
 
     def _padded(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor], causal: bool, scale: float) -> Tensor:
         """torch's flash kernels want one head_dim: zeros in q and k change no score, and zeros in v are cut off again."""
         width = max(q.shape[3], v.shape[3])
         q, k = F.pad(q, (0, width - q.shape[3])), F.pad(k, (0, width - k.shape[3]))
-        out = F.scaled_dot_product_attention(
+        out = torch_sdpa(
             q, k, F.pad(v, (0, width - v.shape[3])), attn_mask, 0.0, causal, scale=scale, enable_gqa=self._gqa
         )  # fmt: skip
         return out[..., : v.shape[3]]
@@ -159,7 +174,7 @@ class TrainingPlan(TorchPlan):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self._lse_plan = LsePlan(problem) if _has_lse_kernel(problem) else TiledPlan()
+        self._lse_plan = LsePlan(problem) if _has_lse_kernel(problem) else TiledPlan(problem)
 
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
         return self._lse_plan.forward(call) if call.need_lse else super().forward(call)
@@ -169,6 +184,7 @@ class LsePlan(TiledPlan):
     """torch's flash kernels called by their aten names, which also return lse."""
 
     def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
         self._on_cpu = problem.device.type == "cpu"
 
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
@@ -189,7 +205,7 @@ class LsePlan(TiledPlan):
 
 def _has_lse_kernel(problem: Problem) -> bool:
     """Whether an aten kernel gives (out, lse) for the problem: full or causal, head_dims alike, a dtype that it has."""
-    plain = {Feature.LSE, Feature.LSE_GRAD, Feature.GQA, Feature.CAUSAL_TOP_LEFT, Feature.CAUSAL_BOTTOM_RIGHT}
+    plain = {Feature.LSE, Feature.LSE_GRAD, Feature.GQA, Feature.CAUSAL_TOP_LEFT, Feature.CAUSAL_BOTTOM_RIGHT, Feature.DETERMINISTIC}
     if not problem.features <= plain:
         return False
     if problem.device.type == "cpu":
@@ -200,6 +216,6 @@ def _has_lse_kernel(problem: Problem) -> bool:
 
 def _block_rows(call: Call) -> int:
     seqlen_k = call.k.shape[2] if call.block_table is None else call.block_table.shape[1] * call.k.shape[2]
-    if call.varlen is not None:
+    if call.varlen is not None and call.block_table is None:
         seqlen_k = call.varlen.max_seqlen_k
     return max(16, BLOCK_ELEMENTS // max(1, call.q.shape[0] * call.q.shape[1] * seqlen_k))

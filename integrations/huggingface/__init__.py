@@ -13,7 +13,8 @@ from attnhub.patching import ModuleReport
 
 
 class HuggingFaceIntegration:
-    """Routes every attention module that asks transformers' AttentionInterface; reports the others with the reason."""
+    """Routes every attention module that asks transformers' AttentionInterface, reads the operations of those that do not, and
+    reports the others with the reason."""
 
     name = "huggingface"
 
@@ -28,6 +29,7 @@ class HuggingFaceIntegration:
         """Route what can be routed. Modules that were patched before keep their report and their counts."""
         from attnhub.integrations.calls import reports
         from attnhub.integrations.huggingface.modules import find_attention
+        from attnhub.integrations.huggingface.own import take_over
         from attnhub.integrations.huggingface.routing import route
 
         reason = register()
@@ -36,25 +38,33 @@ class HuggingFaceIntegration:
         for entry in found:
             report = reports.get(entry.module)
             if report is None:
-                why = reason or entry.reason
+                why = reason or ("" if entry.own else entry.reason)
                 if not why and only is not None and not only(entry.name, entry.module):
                     why = "left out by only="
                 report = ModuleReport(entry.name, type(entry.module).__name__, self.name, not why, why)
                 if not why:
                     reports[entry.module] = report
-                    routed.append(entry.module)
+                    if entry.own:
+                        take_over(entry.module, entry.reason if entry.asks else "")
+                    else:
+                        routed.append(entry.module)
             result.append(report)
-        route(model, [entry.module for entry in found if entry.module in routed or entry.module not in reports], routed)
+        # What computes attention itself reads the masks that its model makes for it.
+        chosen = {id(module) for module in routed}
+        rest = [e.module for e in found if id(e.module) in chosen or e.own or e.module not in reports]
+        route(model, rest, routed)
         return result
 
     def unpatch(self, model: Any) -> int:
         """Put the configs back; how many attention modules were routed."""
         from attnhub.integrations.calls import reports
+        from attnhub.integrations.huggingface.own import give_back
         from attnhub.integrations.huggingface.routing import restore
 
         ours = [module for module in model.modules() if module in reports and reports[module].integration == self.name]
         for module in ours:
             del reports[module]
+            give_back(module)
         restore(model)
         return len(ours)
 

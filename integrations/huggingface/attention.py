@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from attnhub.api import attention
 from attnhub.integrations.calls import count, count_weights
 from attnhub.integrations.huggingface.compact import CompactMask
+from attnhub.integrations.huggingface.routing import FOREIGN_MASKS
 from attnhub.integrations.weights import attention_with_weights
 from attnhub.layouts import Varlen
 from attnhub.mask import FULL, Bias, BoolMask, Causal, Mask
@@ -41,7 +42,7 @@ def attention_forward(
     """transformers' contract: query [B, Hq, Sq, D], key [B, Hk, Sk, D], value [B, Hk, Sk, Dv] -> ([B, Sq, Hq, Dv], weights or None).
 
     attention_mask: a `CompactMask`, a bool tensor (True attends), an additive floating tensor, or None: then, as in
-    transformers' sdpa attention, is_causal (default: the module's) decides, aligned at the top left. position_bias is added to
+    transformers' sdpa attention, is_causal (default: the module's; without one, False) decides, aligned at the top left. position_bias is added to
     the scores (T5). s_aux, sinks: [Hq], or [B, Hq, Sq, 1] for one sink per query. ``sliding_window`` in kwargs repeats what the
     mask says and is not read. The weights are computed, by plain maths and after saying so once, only where output_attentions asks.
 
@@ -54,8 +55,8 @@ def attention_forward(
         )
     if cache is not None:
         raise ValueError(
-            "attnhub: continuous batching hands over its paged cache, which this function does not read: transformers routes "
-            'generate_batch to "paged|eager", "sdpa" or flash kernels only. Unpatch the model first.'
+            "attnhub: continuous batching hands over its paged cache, which this function does not read: run generate_batch in the scope "
+            "attnhub.integrations.huggingface.paged.paged(model), or unpatch the model first."
         )
     if s_aux is None:
         s_aux = sinks
@@ -68,7 +69,7 @@ def attention_forward(
         key, value = key[:, :, :keys], value[:, :, :keys]
     if position_bias is not None:
         mask = mask & Bias(position_bias[..., :keys] if position_bias.shape[-1] > keys else position_bias)
-    if _wants_weights(module, output_attentions):
+    if wants_weights(module, output_attentions):
         out, weights = attention_with_weights(
             query, key, value, mask, softmax_scale=scaling, softcap=softcap or 0.0, sinks=s_aux, dropout_p=dropout
         )
@@ -106,7 +107,8 @@ def _mask_of(
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     if attention_mask is None:
         if is_causal is None:
-            is_causal = getattr(module, "is_causal", True)
+            # attnhub's masks say it where a model is causal; those for sdpa attention leave it to the module, and that to a default.
+            is_causal = getattr(module, "is_causal", getattr(module, FOREIGN_MASKS, False))
         if not is_causal or seqlen_q == 1:
             return FULL, seqlen_k
         # More keys than queries are the unused rest of a static cache.
@@ -149,7 +151,7 @@ def _packs(query: Tensor, mask: Mask, position_bias: Optional[Tensor]) -> bool:
 # -- weights -------------------------------------------------------------------------------------------------------------
 
 
-def _wants_weights(module: nn.Module, output_attentions: Optional[bool]) -> bool:
+def wants_weights(module: nn.Module, output_attentions: Optional[bool]) -> bool:
     if output_attentions is not None:
         return bool(output_attentions)
     if torch.compiler.is_compiling():

@@ -80,7 +80,7 @@ def attnhub_mask(
     if cache_position is not None:
         q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
     assert q_length is not None
-    tracing = _is_tracing()
+    tracing = is_tracing()
     pattern = None
     if not use_vmap and (attention_mask is None or attention_mask.ndim == 2):
         if tracing:
@@ -103,6 +103,8 @@ def attnhub_mask(
     )
     if use_vmap:
         sizes["use_vmap"] = True
+    # Some models pass it down themselves. A shortcut would give None, and attention without a mask may be causal.
+    kwargs.pop("allow_is_bidirectional_skip", None)
     dense: Optional[Tensor] = masking_utils.sdpa_mask(
         batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
         local_size=local_size, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **sizes, **kwargs,
@@ -337,7 +339,7 @@ def _can_take_lengths(mask: Mask, seqlen_q: int, keys: int) -> bool:
 # -- reading -------------------------------------------------------------------------------------------------------------
 
 
-def _is_tracing() -> bool:
+def is_tracing() -> bool:
     """Whether a graph is being made (dynamo, export, jit) or values are not there (fake tensors, functorch)."""
     return bool(
         torch.compiler.is_compiling()

@@ -15,18 +15,23 @@ from torch import nn
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 #: Attention by its class name. Pieces of one (dropouts, biases, masks, poolers) carry the word without computing attention.
 _NAMED = re.compile(r"Attention|SelfAttn|CrossAttn")
-_PIECE = re.compile(r"Dropout|Mask|Bias$|Embedding|Output$|Norm$")
+_PIECE = re.compile(r"Dropout|Mask$|Bias$|Embedding|Output$|Norm$")
 #: Models that select keys themselves compare the implementation with this pair, and hand indices to everything else.
 _SPARSE = ("eager", "sdpa")
+#: Names in the code of a method that asks whether its mask is a tensor and appends columns to it (DeepSeek-V4).
+_MASK_TYPE = {"isinstance", "Tensor", "attention_mask", "pad"}
 
 
 @dataclass(frozen=True)
 class Found:
-    """An attention module: its name in the model, itself, and why it cannot be routed ("" if it can)."""
+    """An attention module: its name in the model, itself, why the interface cannot route it ("" if it can), whether it asks the interface
+    at all, and whether it may write attention out in operations of its own, which `reading` reads."""
 
     name: str
     module: nn.Module
     reason: str = ""
+    asks: bool = True
+    own: bool = False
 
 
 def find_attention(model: nn.Module) -> list[Found]:
@@ -35,9 +40,12 @@ def find_attention(model: nn.Module) -> list[Found]:
     for name, module in _inside_transformers(model):
         cls = type(module)
         if _consults(cls):  # type: ignore[arg-type]
-            found.append(Found(name, module, _obstacle(module)))
+            reason = _obstacle(module)
+            found.append(Found(name, module, reason, True, bool(reason)))
         elif _looks_like_attention(module):
-            found.append(Found(name, module, f"{cls.__name__} computes attention itself and never asks transformers' attention interface"))
+            own = _takes_softmax(cls)  # type: ignore[arg-type]
+            reason = f"{cls.__name__} never asks transformers' attention interface" + ("" if own else " and takes no softmax")
+            found.append(Found(name, module, reason, False, own))
     return found
 
 
@@ -59,6 +67,8 @@ def _obstacle(module: nn.Module) -> str:
         return f"{cls.__name__} holds no config of its own, so its implementation cannot be set"
     if _constants(cls) & {_SPARSE}:  # type: ignore[arg-type]
         return f"{cls.__name__} selects its keys itself and applies the selection only for the implementations eager and sdpa"
+    if any({*code.co_names, *code.co_varnames} >= _MASK_TYPE for code in _codes(cls)):  # type: ignore[arg-type]
+        return f"{cls.__name__} widens the additive mask of eager attention itself, and would misread any other"
     return ""
 
 
@@ -94,6 +104,18 @@ def _looks_like_attention(module: nn.Module) -> bool:
 def _consults(cls: Any) -> bool:
     """Whether a method of the class reads the attention interface. By its code, so it also holds for code from the Hub."""
     return any(_INTERFACE in code.co_names for code in _codes(cls))
+
+
+@functools.cache
+def _takes_softmax(cls: Any) -> bool:
+    """Whether the class, or a function that it names, mentions a softmax or torch's attention."""
+    space = vars(inspect.getmodule(cls) or inspect)
+    names = {name for code in _codes(cls) for name in code.co_names}
+    for name in list(names):
+        code = getattr(inspect.unwrap(space[name]), "__code__", None) if callable(space.get(name)) else None
+        if code is not None:
+            names.update(n for inner in _nested(code) for n in inner.co_names)
+    return any("softmax" in name.lower() or "scaled_dot_product" in name or "multi_head_attention" in name for name in names)
 
 
 @functools.cache

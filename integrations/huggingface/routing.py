@@ -8,9 +8,10 @@ routed, since others could not read attnhub's masks; otherwise it keeps making t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,8 @@ from attnhub.integrations.huggingface.modules import is_config
 
 NAME = "attnhub"
 _IMPLEMENTATION = "_attn_implementation_internal"
+#: Set on a routed module whose masks are made for another implementation, because other modules of its config read them.
+FOREIGN_MASKS = "_attnhub_foreign_masks"
 
 #: module -> attribute -> (config before the patch, the private copy in its place).
 _swapped: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
@@ -30,10 +33,14 @@ def route(model: nn.Module, attention: Iterable[nn.Module], routed: Iterable[nn.
     if not chosen:
         return
     plan = _Plan()
+    names = {id(module): name for name, module in model.named_modules()}
     for module in attention:
-        if is_config(module.__dict__.get("config")):
-            plan.note(module.__dict__["config"], id(module) in chosen)
+        config = _nearest_config(model, names.get(id(module), ""))
+        if config is not None:
+            plan.note(config, id(module) in chosen)
     for module in model.modules():
+        if id(module) in chosen and plan.is_shared(module.__dict__.get("config")):
+            module.__dict__[FOREIGN_MASKS] = True
         for attribute, config in list(module.__dict__.items()):
             if not is_config(config):
                 continue
@@ -49,6 +56,7 @@ def restore(model: nn.Module) -> None:
     """Put every config back. What was changed in a private copy meanwhile (a vocabulary resized, say) moves to the original."""
     pairs: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
+        module.__dict__.pop(FOREIGN_MASKS, None)
         for attribute, (before, private) in _swapped.pop(module, {}).items():
             pairs[id(private)] = (before, private)
             if module.__dict__.get(attribute) is private:
@@ -57,6 +65,35 @@ def restore(model: nn.Module) -> None:
         for key, value in private.__dict__.items():
             if key != _IMPLEMENTATION and id(value) not in pairs and before.__dict__.get(key, _swapped) is not value:
                 before.__dict__[key] = value
+
+
+@contextlib.contextmanager
+def renamed(model: nn.Module, name: str) -> Iterator[None]:
+    """A patched model whose configs name another of attnhub's functions for a while. ValueError where that cannot be done."""
+    from attnhub.integrations.huggingface.modules import find_attention
+
+    private = {id(c): c for m in model.modules() for _, c in _swapped.get(m, {}).values()}
+    ours = {key: c for key, c in private.items() if c.__dict__.get(_IMPLEMENTATION) == NAME}
+    for found in find_attention(model):
+        if id(found.module.__dict__.get("config")) not in ours or found.own:
+            what = found.reason or "it is not patched"
+            raise ValueError(f"attnhub: {found.name or type(model).__name__} cannot take part: {what}. Call attnhub.patch(model) first.")
+    for config in ours.values():
+        config.__dict__[_IMPLEMENTATION] = name
+    try:
+        yield
+    finally:
+        for config in ours.values():
+            config.__dict__[_IMPLEMENTATION] = NAME
+
+
+def _nearest_config(model: nn.Module, name: str) -> Any:
+    """The config of a module, or of the closest module around it that has one: whoever that is makes its masks."""
+    while True:
+        config = model.get_submodule(name).__dict__.get("config")
+        if is_config(config) or not name:
+            return config if is_config(config) else None
+        name = name.rpartition(".")[0]
 
 
 class _Plan:
@@ -72,6 +109,10 @@ class _Plan:
     def note(self, config: Any, routed: bool) -> None:
         self._configs[id(config)] = config
         (self._routed if routed else self._unrouted).add(id(config))
+
+    def is_shared(self, config: Any) -> bool:
+        """Whether modules that are not routed read the masks of this config too."""
+        return is_config(config) and bool({id(c) for c in _with_nested(config)} & self._unrouted)
 
     def switched(self, config: Any) -> Any:
         """The copy for routed modules: it names attnhub."""

@@ -29,7 +29,7 @@ class MhaIntegration:
         from attnhub.integrations.calls import reports
         from attnhub.integrations.mha.attention import MultiheadAttentionMixin
         from attnhub.integrations.mha.layers import EncoderLayerMixin
-        from attnhub.integrations.mha.swap import swap
+        from attnhub.integrations.swap import swap
 
         result = []
         for name, module in model.named_modules():
@@ -55,7 +55,7 @@ class MhaIntegration:
         from torch import nn
 
         from attnhub.integrations.calls import reports
-        from attnhub.integrations.mha.swap import unswap
+        from attnhub.integrations.swap import unswap
 
         restored = 0
         for module in model.modules():

@@ -11,7 +11,7 @@ from torch import Tensor
 from attnhub.api import attention
 from attnhub.integrations.calls import count, count_weights
 from attnhub.integrations.mha.nested import from_packed, to_packed
-from attnhub.integrations.mha.swap import Swapped
+from attnhub.integrations.swap import Swapped
 from attnhub.integrations.weights import attention_with_weights
 from attnhub.mask import FULL, Bias, BoolMask, Causal, Mask
 

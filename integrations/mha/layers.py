@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnhub.integrations.mha.swap import Swapped
+from attnhub.integrations.swap import Swapped
 
 
 class EncoderLayerMixin(Swapped):

@@ -250,13 +250,15 @@ def test_forms_are_told_apart() -> None:
         ({"window_left": -2}, "window_left is -2"),
         ({"window_right": "3"}, "window_right must be an integer"),
         ({"chunk": -1}, "chunk is -1"),
+        ({"version": 2}, "attribute version is 2; this library knows the versions 1 to 1: update attnhub"),
     ],
     ids=str,
 )
 def test_wrong_attributes(attributes: dict[str, Any], reason: str) -> None:
     model = one_node(Form(), FLOAT, body=False)
+    model.graph.node[0].name = "named"
     model.graph.node[0].attribute.extend(onnx.helper.make_attribute(name, value) for name, value in attributes.items())
-    with pytest.raises(Exception, match=reason):
+    with pytest.raises(Exception, match=f"attnhub::FlashAttention 'named': .*{reason}"):
         session(model, True)
 
 
@@ -324,6 +326,85 @@ def test_registering_twice_is_harmless() -> None:
     assert attnhub.onnx.native_calls() == before + 2
 
 
+@pytest.mark.parametrize("form", BOTH_WAYS, ids=Form.overload)
+@pytest.mark.parametrize("backend_name", ["reference", "auto"])
+def test_a_backend_called_back(form: Form, backend_name: str, calls: list[str]) -> None:
+    """The node by attnhub's dispatcher: every feature, on memory of ONNX Runtime's that is not copied, the native kernel not run."""
+    inputs = tensors(form)
+    want = dict(zip(("Y", "lse"), definition(form, inputs)))
+    options = attnhub.onnx.register(backend=backend_name)
+    options.log_severity_level = 4
+    session = ort.InferenceSession(one_node(form, FLOAT, body=False).SerializeToString(), options)
+    calls.clear()
+    before = attnhub.onnx.native_calls()
+    found = dict(zip([n for n in form.outputs() if n], run_all(session, inputs)))
+    assert attnhub.onnx.native_calls() == before and calls == [backend_name]
+    for name in found.keys() & want.keys():
+        torch.testing.assert_close(found[name].double(), want[name], atol=2e-6, rtol=2e-6)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Backends that `attnhub.attention` was asked for by the callback, in order; q must lie in ONNX Runtime's memory."""
+    from attnhub.backends.onnx import callback
+
+    found: list[str] = []
+    right = callback.attention
+
+    def counted(q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found.append(kwargs["backend"])
+        return right(q, *args, **kwargs)
+
+    monkeypatch.setattr(callback, "attention", counted)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_backend_called_back_in_16_bits(dtype: torch.dtype) -> None:
+    form = Form(is_causal=True, alibi=True)
+    inputs = tensors(form, dtype=dtype)
+    kind = onnx.TensorProto.FLOAT16 if dtype == torch.float16 else onnx.TensorProto.BFLOAT16
+    found = run_all(
+        ort.InferenceSession(one_node(form, kind, body=False).SerializeToString(), attnhub.onnx.register(backend="cpu")), inputs
+    )
+    torch.testing.assert_close(found[0].double(), definition(form, inputs)[0], atol=2e-2, rtol=2e-2)
+
+
+def test_a_callback_copies_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnhub.backends.onnx import callback
+
+    seen: list[int] = []
+
+    def only_look(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.extend(t.data_ptr() for t in (q, k, v))
+        return torch.zeros(q.shape[:3] + v.shape[3:])
+
+    monkeypatch.setattr(callback, "attention", only_look)
+    inputs = tensors(Form())
+    run_all(ort.InferenceSession(one_node(Form(), FLOAT).SerializeToString(), attnhub.onnx.register(backend="reference")), inputs)
+    assert seen == [inputs[name].data_ptr() for name in "QKV"]
+
+
+def test_a_callback_that_fails() -> None:
+    """What Python raised is the session's error, with the node's name; options keep the backend that they have."""
+    model = one_node(Form(lse=True), FLOAT, body=False)
+    model.graph.node[0].name = "layer.0"
+    session = ort.InferenceSession(model.SerializeToString(), attnhub.onnx.register(backend="triton"))
+    with pytest.raises(Exception, match=r"attnhub::FlashAttention 'layer.0': .*triton"):
+        run_all(session, tensors(Form()))
+    with pytest.raises(ValueError, match="backend='none': none unknown; there are auto, "):
+        attnhub.onnx.register(backend="none")
+    with pytest.raises(ValueError, match="device='cuda' without backend"):
+        attnhub.onnx.register(device="cuda")
+    options = attnhub.onnx.register(attnhub.onnx.register(backend="cpu"), backend="cpu")
+    with pytest.raises(ValueError, match="registered with another backend"):
+        attnhub.onnx.register(options)
+    options = ort.SessionOptions()
+    options.add_session_config_entry("attnhub.callback", "12345")
+    with pytest.raises(Exception, match=r"attnhub.callback is '12345', which attnhub_onnx_add_callback did not give"):
+        options.register_custom_ops_library(attnhub.onnx.library_path())
+
+
 def test_serving_without_torch(tmp_path: pathlib.Path) -> None:
     """A process that cannot import torch, nor onnx, registers the library and runs a file by the native kernel."""
     form = Form(is_causal=True)
@@ -353,11 +434,38 @@ def test_serving_without_torch(tmp_path: pathlib.Path) -> None:
     torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "out.npy")).double(), want, atol=2e-6, rtol=0)
 
 
-def test_the_interface_is_the_official_one(tmp_path: pathlib.Path) -> None:
-    """Our declaration of ONNX Runtime's C interface against its header, where that is installed."""
+def _headers_and_compiler() -> tuple[str, str]:
+    """The folder of onnxruntime_c_api.h, and a C++ compiler; skips where one is missing."""
     folders = [os.environ.get("ATTNHUB_ORT_INCLUDE", ""), "/usr/include/onnxruntime", "/usr/local/include/onnxruntime"]
     found = next((f for f in folders if f and os.path.exists(os.path.join(f, "onnxruntime_c_api.h"))), None)
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if found is None or compiler is None:
         pytest.skip("needs a C++ compiler and onnxruntime_c_api.h (libonnxruntime-dev, or ATTNHUB_ORT_INCLUDE naming its folder)")
+    return found, compiler
+
+
+def test_the_interface_is_the_official_one() -> None:
+    """Our declaration of ONNX Runtime's C interface against its header, where that is installed."""
+    found, compiler = _headers_and_compiler()
     subprocess.run([compiler, "-std=c++17", "-fsyntax-only", "-isystem", found, str(KERNELS / "abi_check.cpp")], check=True)
+
+
+def test_from_cpp(tmp_path: pathlib.Path) -> None:
+    """The example, built against the runtime of the Python package and run without Python."""
+    found, compiler = _headers_and_compiler()
+    source = pathlib.Path(__file__).resolve().parents[2] / "examples/onnx-cpp/main.cpp"
+    runtime = next(pathlib.Path(ort.__file__).parent.glob("capi/libonnxruntime.so.1*"), None)
+    if runtime is None:
+        pytest.skip("this onnxruntime package holds no libonnxruntime.so")
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (tmp_path / name).symlink_to(runtime)
+    link = [f"-L{tmp_path}", "-lonnxruntime", f"-Wl,-rpath,{tmp_path}"]
+    subprocess.run([compiler, "-std=c++17", "-Wall", "-isystem", found, str(source), *link, "-o", str(tmp_path / "main")], check=True)
+    form = Form(is_causal=True)
+    onnx.save(one_node(form, FLOAT, body=False), tmp_path / "model.onnx")  # without the library it would not load
+    command = [tmp_path / "main", tmp_path / "model.onnx", attnhub.onnx.library_path()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    got = torch.tensor([float(line) for line in done.stdout.split()]).view(1, 2, 5, 8)
+    x = (0.01 * torch.arange(80, dtype=torch.float32)).view(1, 2, 5, 8)
+    torch.testing.assert_close(got.double(), definition(form, {"Q": x, "K": x, "V": x})[0], atol=2e-6, rtol=0)
+    assert subprocess.run([*command[:1], "none.onnx", command[2]], capture_output=True, check=False).returncode == 1

@@ -16,8 +16,9 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from attnhub.backends.onnx import export as exporting  # noqa: E402
+from attnhub.backends.onnx import bodies  # noqa: E402
 from attnhub.backends.onnx.session import run_all  # noqa: E402
+from attnhub.backends.onnx.verify import ExportMismatch  # noqa: E402
 
 BATCH, LENGTH = torch.export.Dim("batch"), torch.export.Dim("length")
 
@@ -233,7 +234,7 @@ def test_bfloat16(tmp_path: pathlib.Path) -> None:
 
     q, k, v = (torch.randn(1, 2, 9, 8).bfloat16() for _ in range(3))
     report = attnhub.onnx.export(attend, (q, k, v), tmp_path / "bf16.onnx")
-    assert report.native_calls == 1 and report.native_difference is not None and report.native_difference < 2e-2
+    assert report.native_calls == 2 and report.native_difference is not None and report.native_difference < 2e-2
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -281,18 +282,33 @@ def test_what_is_turned_away(model: Any, args: tuple[Tensor, ...], reason: str, 
 
 def test_verification_can_fail(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A body that scales 1.5 times too much is found."""
-    right = exporting.function_body
+    right = bodies.function_body
 
-    def wrong(form: Any, opset: int) -> Any:
+    def wrong(form: Any, opset: int, domain: str) -> Any:
         import dataclasses
 
-        body = right(dataclasses.replace(form, scale=form.scale * 1.5), opset)
+        body = right(dataclasses.replace(form, scale=form.scale * 1.5), opset, domain)
         body.overload = form.overload()
         return body
 
-    monkeypatch.setattr(exporting, "function_body", wrong)
-    with pytest.raises(exporting.ExportMismatch, match=r"with ONNX Runtime alone: output .* differs from torch by"):
+    monkeypatch.setattr(bodies, "function_body", wrong)
+    with pytest.raises(ExportMismatch, match=r"with ONNX Runtime alone at .*: output .* differs from torch by"):
         attnhub.onnx.export(Attention(), torch.randn(2, 7, 32) * 5, tmp_path / "model.onnx")
+
+
+class FrozenLength(Attention):
+    """What went wrong where a length became a number while tracing: right on the example, wrong everywhere else."""
+
+    def forward(self, x: Tensor, *data: Tensor) -> Any:
+        return super().forward(x) * (7.0 if torch.compiler.is_exporting() else float(x.shape[1]))
+
+
+def test_verification_reaches_other_lengths(tmp_path: pathlib.Path) -> None:
+    shapes = ({0: BATCH, 1: LENGTH},)
+    with pytest.raises(ExportMismatch, match=r"with attnhub's library at x \[5, 12, 32\]: output .* differs from torch by"):
+        attnhub.onnx.export(FrozenLength().eval(), torch.randn(2, 7, 32) * 5, tmp_path / "model.onnx", dynamic_shapes=shapes)
+    report = attnhub.onnx.export(FrozenLength().eval(), torch.randn(2, 7, 32), tmp_path / "model.onnx", dynamic_shapes=shapes, report=False)
+    assert report.native_difference is None and report.verified == ()
 
 
 class Encoder(torch.nn.Module):
@@ -326,7 +342,7 @@ def test_minilm(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None
     report = attnhub.onnx.export(
         Encoder(model).eval(), example, path, dynamic_shapes={"input_ids": shape, "attention_mask": shape}, input_names=list(inputs[2][0])
     )
-    assert report.nodes == report.native_calls == model.config.num_hidden_layers == 6
+    assert report.nodes * 2 == report.native_calls == 12 and report.verified[1] == "input_ids [5, 14], attention_mask [5, 14]"
     kinds = collections.Counter(node.op_type for node in onnx.load(str(path)).graph.node)
     assert kinds["FlashAttention"] == 6 and not kinds["Softmax"]
     for feed, want in inputs.values():

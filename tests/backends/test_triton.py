@@ -445,7 +445,7 @@ def test_head_dims_in_halves(dims: tuple[int, int], monkeypatch: pytest.MonkeyPa
     """As where a product of fp32 is three in tf32: main part and rest may be equal, and each of q/k and v may have a rest alone."""
     from attnhub.backends.triton import arguments
 
-    monkeypatch.setattr(arguments, "precision", lambda q, v_head_dim: "tf32x3")
+    monkeypatch.setattr(arguments, "precision", lambda q, v_head_dim, lengths: "tf32x3")
     monkeypatch.setattr(tiles, "TF32X3_PART", 16)
     width = tiles.widths(*dims, 16, 16, 16)
     assert width.main == width.v_main and width.rest + width.v_rest > 0

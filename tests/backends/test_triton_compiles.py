@@ -239,7 +239,7 @@ def test_hopper_loops_keep_their_state_in_registers(dim: int, causal: bool, monk
 @pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (128, 128), *(pytest.param(*d, marks=pytest.mark.long) for d in ((256, 256), (192, 128), (32, 32)))])
 def test_fp32_runs_on_tensor_cores(dim: int, v_dim: int, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     """Every product of fp32 on Hopper is one of tf32, the first tiles fit, and their fast loops spill few registers."""
-    monkeypatch.setattr(arguments, "precision", lambda q, v_head_dim: "tf32x3")
+    monkeypatch.setattr(arguments, "precision", lambda q, v_head_dim, lengths: "tf32x3")
     bias = Bias(torch.zeros(1, 4, 256, 256))
     q, k, v = qkv(256, dim, torch.float32, v_dim)
     made = [*launches(Call(q, k, v, Causal(), 0.1), (9, 0), monkeypatch), *launches(Call(q[:, :, :1], k, v, FULL, 0.1), (9, 0), monkeypatch)]

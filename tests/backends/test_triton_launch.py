@@ -404,9 +404,9 @@ def test_backward_launches_what_triton_would(gpu: Gpu, monkeypatch: pytest.Monke
 
 
 def test_every_part_of_a_call_is_in_the_key() -> None:
-    """A new field of Call or Mask must be put into `_key` or `_inputs`, and here."""
+    """A new field of Call or Mask must be put into `_key` or `_inputs`, and here. `deterministic` changes nothing: all kernels are repeatable."""
     assert set(Call.__slots__) == {
-        "q", "k", "v", "mask", "softmax_scale", "softcap", "sinks", "dropout_p", "rng", "varlen", "block_table", "need_lse", "descale",
+        "q", "k", "v", "mask", "softmax_scale", "softcap", "sinks", "dropout_p", "rng", "varlen", "block_table", "need_lse", "descale", "deterministic",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(Mask)} == {
         "causal", "align", "window", "chunk", "prefix", "segments", "blocks", "seqused_k", "leftpad", "bool_mask", "bias", "alibi",

@@ -98,7 +98,7 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "varlen 4-D": (lambda: attention(Q, K, V, varlen=LENGTHS), ("varlen", "[T, H, D]", "(2, 4, 5, 8)")),
     "varlen tuple": (lambda: attention(PACKED, PACKED, PACKED, varlen=(1, 2)), ("varlen", "tuple", "Varlen")),  # type: ignore[arg-type]
     "varlen device": (lambda: attention(*(t.to(META) for t in (PACKED, PACKED, PACKED)), varlen=LENGTHS), ("cu_seqlens", "cpu", "meta", "move")),
-    "varlen and cache": (lambda: attention(PACKED, PACKED, PACKED, varlen=LENGTHS, kv_cache=CACHE), ("kv_cache", "varlen", "together")),
+    "varlen, cache and new": (lambda: attention(PACKED, PACKED, PACKED, varlen=LENGTHS, kv_cache=CACHE), ("kv_cache", "varlen", "append_kv", "no k and v")),
     "cache tuple": (lambda: attention(Q, K, V, kv_cache=(K, V)), ("kv_cache", "tuple", "KVCache")),  # type: ignore[arg-type]
     "cache half": (lambda: attention(Q, K, kv_cache=CACHE), ("kv_cache", "both k and v")),
     "cache batch": (lambda: attention(Q[:1], kv_cache=CACHE), ("batch 1", "cache_seqlens", "2")),

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 import attnhub
 from attnhub import KVCache, append_kv, apply_rotary
+from attnhub.registry import registry
 
 HEADS, DIM = 2, 8
 KINDS = ["contiguous", "bshd", "batch_idx", "paged", "paged_bshd", "paged_shuffled"]
@@ -320,3 +321,70 @@ def test_a_refused_call_writes_nothing(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad)).replace("softmax_scale", "softmax_scale").replace("mask", "leftpad")):
         attnhub.attention(q, q[:, :2], q[:, :2], kv_cache=cache, **bad)
     assert torch.equal(cache.k_cache, before)
+
+
+# -- packed queries ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "cpu"])
+@pytest.mark.parametrize("mask", [None, attnhub.Causal() & attnhub.Window(4), attnhub.ALiBi(torch.rand(4)), attnhub.LeftPad(torch.tensor([1, 2]))], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_queries_over_a_cache(kind: str, mask: Optional[attnhub.Mask], backend: str) -> None:
+    """As each sequence alone. Two tokens behind the last sequence give 0, and varlen's own keys are not read."""
+    if backend == "cpu" and registry.candidates()["cpu"].probe:
+        pytest.skip("the cpu backend is not built")
+    lengths = [3, 10]
+    cache = _cache(kind, lengths=lengths, v_dim=6)
+    empty = attnhub.KVCache(cache.k_cache, cache.v_cache, torch.zeros(2, dtype=torch.int32), cache.block_table, cache.cache_batch_idx, cache.layout)
+    append_kv(empty, torch.randn(2, HEADS, 3, DIM), torch.randn(2, HEADS, 3, 6))
+    empty.advance(3)
+    append_kv(empty, torch.randn(2, HEADS, 7, DIM), torch.randn(2, HEADS, 7, 6))
+    q = torch.randn(8, 4, DIM)
+    nonsense = torch.tensor([0, 90, 7], dtype=torch.int32)
+    for counts in ([4, 2], [0, 6], [6, 0], [1, 1]):
+        cu = torch.tensor([0, counts[0], sum(counts)], dtype=torch.int32)
+        out, lse = attnhub.attention(q, None, None, mask, varlen=attnhub.Varlen(cu, nonsense, max(counts), 5), kv_cache=cache, return_lse=True, backend=backend)
+        assert out.shape == (8, 4, 6) and lse.shape == (4, 8)
+        assert not out[sum(counts) :].any() and (lse[:, sum(counts) :] == -math.inf).all()
+        for b, (first, last) in enumerate([(0, counts[0]), (counts[0], sum(counts))]):
+            if first == last:
+                continue
+            keys, values = (torch.stack([_read(cache, b, t)[i] for t in range(lengths[b])], 1)[None] for i in range(2))
+            own = None if mask is None else attnhub.Mask(**{**vars(mask), "leftpad": mask.leftpad[b : b + 1]}) if mask.leftpad is not None else mask
+            want, want_lse = attnhub.attention(q[None, first:last].transpose(1, 2), keys, values, own, return_lse=True, backend="reference")
+            torch.testing.assert_close(out[first:last], want[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(lse[:, first:last], want_lse[0], rtol=1e-5, atol=1e-5)
+
+
+def test_packed_queries_are_explained_compiled_and_counted() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cache = KVCache.empty(2, HEADS, 24, DIM, page_size=4)
+    append_kv(cache, torch.randn(2, HEADS, 9, DIM), torch.randn(2, HEADS, 9, DIM))
+    cache.advance(9)
+    q, varlen = torch.randn(5, 4, DIM), attnhub.Varlen.from_lengths(torch.tensor([3, 2]))
+    decision = attnhub.explain(q, mask=attnhub.Causal(), varlen=varlen, kv_cache=cache)
+    assert {attnhub.Feature.VARLEN, attnhub.Feature.PAGED, attnhub.Feature.SEQLENS} <= decision.problem.features
+    assert decision.problem.page_size == 4 and decision.problem.seqlen_k == 32 and decision.problem.batch == 2
+
+    def call(q: Tensor) -> Any:
+        return attnhub.attention(q, None, None, attnhub.Causal(), varlen=varlen, kv_cache=cache)
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(q), call(q))
+    with FlopCounterMode(display=False) as counter:
+        call(q)
+    assert counter.get_total_flops() == 2 * 4 * 5 * 24 * (DIM + DIM), "of the table's capacity"
+
+
+def test_packed_queries_that_do_not_fit() -> None:
+    cache, q = KVCache.empty(2, HEADS, 24, DIM), torch.randn(5, 4, DIM)
+    varlen = attnhub.Varlen.from_lengths(torch.tensor([4, 1]))
+    with pytest.raises(ValueError, match=r"append_kv.*pass no k and v"):
+        attnhub.attention(q, torch.randn(5, HEADS, DIM), torch.randn(5, HEADS, DIM), varlen=varlen, kv_cache=cache)
+    with pytest.raises(ValueError, match=r"q has batch 3 .* 2 entries"):
+        attnhub.attention(q, varlen=attnhub.Varlen.from_lengths(torch.tensor([3, 1, 1])), kv_cache=cache)
+    with pytest.raises(ValueError, match="packed tokens"):
+        attnhub.attention(q[None], varlen=varlen, kv_cache=cache)
+    with pytest.raises(ValueError, match="no gradient"):
+        attnhub.attention(q.requires_grad_(), varlen=varlen, kv_cache=cache)

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo.testing
 from torch import Tensor
 
 import attnhub
@@ -80,47 +79,76 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> bool:
 
 # -- what cannot be routed is reported -------------------------------------------------------------------------------------
 
-OWN_ATTENTION = {
-    "BloomModel": ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB}),
-    "GPTJModel": ("GPTJConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "rotary_dim": 4}),
-    "GPTNeoModel": ("GPTNeoConfig", {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB, "attention_types": [[["global"], 2]]}),
-    "CodeGenModel": ("CodeGenConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "rotary_dim": 4}),
-    "MptModel": ("MptConfig", {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": VOCAB}),
-    "FalconModel": ("FalconConfig", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}),
-    "DebertaV2Model": ("DebertaV2Config", SMALL),
-    "LongformerModel": ("LongformerConfig", {**SMALL, "attention_window": 8}),
+#: What no route serves: sliding chunks, hashes, products without a softmax.
+OTHER_ATTENTION = {
+    "LongformerModel": ("LongformerConfig", {**SMALL, "attention_window": 8}, "computes something else than softmax"),
+    "YosoModel": ("YosoConfig", SMALL, "takes no softmax"),
+}
+#: These select keys and hand indices to every implementation but eager and sdpa.
+SPARSE = {
+    **LLAMA, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12,
+    "n_routed_experts": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "first_k_dense_replace": 2, "moe_intermediate_size": 16, "index_topk": 6,
+    "index_n_heads": 4, "index_head_dim": 16,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OWN_ATTENTION)
-def test_own_attention_is_reported_and_never_claimed(name: str) -> None:
-    configuration, options = OWN_ATTENTION[name]
+@pytest.mark.parametrize("name", OTHER_ATTENTION)
+def test_other_attention_is_reported_and_never_claimed(name: str) -> None:
+    configuration, options, reason = OTHER_ATTENTION[name]
     model = build(name, config(configuration, **options))
+    torch.manual_seed(4)
     before = logits(model)
     report = attnhub.patch(model)
-    if getattr(model, "_supports_attention_backend", False):
-        # GPT-J and CodeGen ask the interface since transformers 5.24: then they must be served.
-        assert len(report.patched) == 2 and not report.skipped
-        torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
-        assert report.calls == 2
-        return
-    assert not report.patched and len(report.skipped) == 2
-    assert all("never asks transformers' attention interface" in m.reason for m in report.skipped)
+    torch.manual_seed(4)
     assert torch.equal(logits(model), before) and report.calls == 0
+    assert not report.patched and len(report.skipped) == 2 and all(reason in m.reason for m in report.skipped)
     assert model.config._attn_implementation == "eager"
-    with pytest.raises(PatchError):
+
+
+def test_strict_raises_for_what_is_known_before_a_run() -> None:
+    model = build("YosoModel", config("YosoConfig", **SMALL))
+    with pytest.raises(PatchError, match="takes no softmax"):
         attnhub.patch(model, strict=True)
 
 
-def test_sparse_selectors_are_reported() -> None:
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_sparse_selectors_are_served_with_their_own_selection(implementation: str) -> None:
     if not hasattr(transformers, "DeepseekV32Config"):
         pytest.skip("this transformers has no DeepSeek-V3.2")
-    options = {
-        **LLAMA, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12,
-        "n_routed_experts": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "first_k_dense_replace": 2, "moe_intermediate_size": 16,
-    }  # fmt: skip
-    report = attnhub.patch(build("DeepseekV32Model", config("DeepseekV32Config", **options)))
-    assert not report.patched and all("selects its keys itself" in m.reason for m in report.skipped)
+    model = build("DeepseekV32Model", config("DeepseekV32Config", implementation, **SPARSE))
+    theirs = logits(model)
+    report = attnhub.patch(model)
+    assert close(logits(model), theirs) and model.config._attn_implementation == implementation
+    assert len(report.patched) == 2 and report.calls == 2
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_no_mask_and_no_word_of_causality(foreign: bool) -> None:
+    """A module without is_causal that gets no mask attends to all, as in eager attention; unless its masks are sdpa's, where None may be causal."""
+    from attnhub.integrations.huggingface.attention import attention_forward
+    from attnhub.integrations.huggingface.routing import FOREIGN_MASKS
+
+    module = torch.nn.Module().eval()
+    if foreign:
+        setattr(module, FOREIGN_MASKS, True)
+    q, k, v = (torch.randn(2, 4, 5, 8) for _ in range(3))
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=foreign).transpose(1, 2)
+    torch.testing.assert_close(attention_forward(module, q, k, v, None)[0], theirs)
+    model = llama("sdpa")
+    report = attnhub.patch(model, only=lambda name, _: ".1." in name)
+    assert len(report.patched) == 1 and [FOREIGN_MASKS in vars(layer.self_attn) for layer in model.model.layers] == [False, True]
+    attnhub.unpatch(model)
+    attnhub.patch(model)
+    assert not any(FOREIGN_MASKS in vars(layer.self_attn) for layer in model.model.layers)
+
+
+def test_masks_for_attention_that_holds_no_config() -> None:
+    """The image encoder of GIT is routed; its text attention adds the mask itself, and must get the additive one."""
+    text = {**SMALL, "vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 24, "patch_size": 8}}
+    model = build("GitModel", config("GitConfig", **text))
+    theirs = logits(model)
+    report = attnhub.patch(model)
+    assert close(logits(model), theirs) and report.calls == 2 and len(report.patched) == 4
 
 
 def test_a_model_without_attention_is_an_error() -> None:
@@ -378,62 +406,6 @@ def test_packed_documents() -> None:
     report = attnhub.patch(model)
     ours = logits(model, None, position_ids=positions)
     assert close(ours, theirs) and not close(ours, alone, 0.01) and report.calls == 2
-
-
-# -- graphs ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pad", ["none", "left"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "bert"])
-def test_compiles_into_one_graph(name: str, pad: str) -> None:
-    if name == "bert":
-        model = bert()
-    elif name == "llama":
-        model = llama()
-    else:
-        model = build("MistralForCausalLM", config("MistralConfig", **{**LLAMA, "sliding_window": 6}))
-    mask = None if pad == "none" else LEFT
-    theirs = logits(model, mask)
-    report = attnhub.patch(model)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        out = (
-            compiled(input_ids=IDS, attention_mask=mask, use_cache=False)
-            if name != "bert"
-            else compiled(input_ids=IDS, attention_mask=mask)
-        )
-    ours = (out.logits if name != "bert" else out.last_hidden_state)[LEFT.bool()]
-    assert close(ours, theirs)
-    assert report.calls == 0, "calls are counted outside tracing"
-
-
-def test_compiled_graph_serves_every_length() -> None:
-    model = llama(num_hidden_layers=1)
-    attnhub.patch(model)
-    torch._dynamo.reset()
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, backend=graphs, fullgraph=True, dynamic=True)
-    counts = []
-    with torch.no_grad():
-        for length in (9, 12, 17, 21):
-            torch.testing.assert_close(
-                compiled(input_ids=IDS[:, :length].contiguous(), use_cache=False).logits,
-                model(input_ids=IDS[:, :length]).logits,
-                atol=1e-5,
-                rtol=1e-5,
-            )
-            counts.append(graphs.frame_count)
-    assert counts[0] > 0 and counts == counts[:1] * 4
-
-
-def test_exports() -> None:
-    model = bert()
-    theirs = logits(model)
-    attnhub.patch(model)
-    exported = torch.export.export(model, (), {"input_ids": IDS, "attention_mask": LEFT}, strict=False)
-    assert sum("attnhub.forward" in str(node.target) for node in exported.graph.nodes) == 2
-    assert close(exported.module()(input_ids=IDS, attention_mask=LEFT).last_hidden_state[LEFT.bool()], theirs)
 
 
 def test_report_reads_well() -> None:

@@ -36,6 +36,7 @@ void count_parts(const Problem &p, Coverage &coverage) {
   coverage.count("sinks", m.sinks);
   coverage.count("packed", m.cu_seqlens_q);
   coverage.count("paged", m.block_table);
+  coverage.count("packed_over_pages", m.block_table && m.cu_seqlens_q);
   coverage.count("softcap", c.softcap > 0);
   coverage.count("dropout", c.dropout_p > 0);
   coverage.count("groups", c.q_heads > c.kv_heads);

@@ -228,6 +228,18 @@ std::vector<Case> cases() {
          x.page();
          x.table[0] = -1;
        }},
+      {"packed keys and pages", "cu_seqlens_k must be null",
+       [](Valid &x) {
+         x.page();
+         x.pack();
+       }},
+      {"packed queries over a page too far", "block_table[1, 0] is 2",
+       [](Valid &x) {
+         x.page();
+         x.pack();
+         x.mask.cu_seqlens_k = nullptr;
+         x.table[1] = 2;
+       }},
       {"longer than its pages", "seqused_k",
        [](Valid &x) {
          x.page();

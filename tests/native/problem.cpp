@@ -72,7 +72,7 @@ class Maker {
     c.q_heads = c.kv_heads * r_.pick(groups);
     const double kind = r_.uniform();
     packed_ = kind < 0.25;
-    paged_ = kind >= 0.25 && kind < 0.45 && !backward_;
+    paged_ = kind >= 0.17 && kind < 0.45 && !backward_;  // below 0.25 both: packed queries over pages
     len_q_ = some_length(300);
     len_k_ = some_length(300);
     if (r_.chance(0.25)) len_q_ = r_.between(1, 3);
@@ -126,9 +126,11 @@ class Maker {
       c.seqlen_q = cu_q.back() + (r_.chance(0.4) ? r_.between(1, 6) : 0);
       c.seqlen_k = cu_k.back() + (r_.chance(0.4) ? r_.between(1, 6) : 0);
       p_.cu_seqlens_q = ints(cu_q);
-      p_.cu_seqlens_k = ints(cu_k);
       m.cu_seqlens_q = p_.cu_seqlens_q.as<int32_t>();
-      m.cu_seqlens_k = p_.cu_seqlens_k.as<int32_t>();
+      if (!paged_) {
+        p_.cu_seqlens_k = ints(cu_k);
+        m.cu_seqlens_k = p_.cu_seqlens_k.as<int32_t>();
+      }
       m.num_sequences = p_.sequences = count;
     } else {
       c.seqlen_q = max_q_ = len_q_;
@@ -166,9 +168,9 @@ class Maker {
     for (size_t n = free.size(); n > 1; --n) std::swap(free[n - 1], free[static_cast<size_t>(r_.between(0, static_cast<int64_t>(n) - 1))]);
     Freedom freedom;
     freedom.tight = tight_;
-    p_.block_table = Buffer(r_, kInt32, {{1, 1, c.batch, m.max_pages}}, freedom);
+    p_.block_table = Buffer(r_, kInt32, {{1, 1, static_cast<int64_t>(rooms.size()), m.max_pages}}, freedom);
     p_.block_table.set_each([&](int64_t, int64_t, int64_t, int64_t) { return static_cast<double>(r_.between(-5, 1 << 30)); });
-    for (int64_t b = 0; b < c.batch; ++b) {
+    for (int64_t b = 0; b < static_cast<int64_t>(rooms.size()); ++b) {
       for (int64_t page = 0; page * c.seqlen_k < rooms[static_cast<size_t>(b)]; ++page) {
         const bool shared = b > 0 && page == 0 && rooms[0] > 0 && r_.chance(0.2);  // a common prefix
         p_.block_table.set(0, 0, b, page, shared ? p_.block_table.get(0, 0, 0, 0) : static_cast<double>(free.back()));

@@ -196,6 +196,8 @@ Span span_of(const attnhub_cpu_call &c, const attnhub_cpu_mask &m, int64_t n) {
     s.batch = 0;
     s.q_begin = m.cu_seqlens_q[n];
     s.len_q = m.cu_seqlens_q[n + 1] - s.q_begin;
+  }
+  if (m.cu_seqlens_k) {
     s.k_begin = m.cu_seqlens_k[n];
     s.len_k = m.cu_seqlens_k[n + 1] - s.k_begin;
   }

@@ -14,7 +14,8 @@
  * that belong to no sequence get out 0 and lse -inf.
  *
  * Paged K/V: k is [num_pages, kv_heads, page_size, head_dim] (its "batch" stride is the page's), seqlen_k is page_size,
- * and attnhub_cpu_mask.block_table [batch, max_pages] names the pages of each sequence; seqused_k is then required.
+ * and attnhub_cpu_mask.block_table [batch, max_pages] names the pages of each sequence; seqused_k is then required. With
+ * cu_seqlens_q, cu_seqlens_k being null, queries are packed over pages: block_table and seqused_k are those of the sequences.
  *
  * A row without any key: out 0, lse -inf (with a sink: lse = sink). Pairs that the mask removes are selected away: NaN or
  * Inf in masked or padded K/V reaches no result. lse is the natural logarithm of the whole denominator, sink included.

@@ -55,15 +55,15 @@ const char *check_pointers(const attnhub_cpu_call &c, bool keys) {
 }
 
 const char *check_packed(const attnhub_cpu_call &c, const attnhub_cpu_mask &m) {
-  if (!m.cu_seqlens_q != !m.cu_seqlens_k) return fail("cu_seqlens_q and cu_seqlens_k go together");
+  if (m.block_table && m.cu_seqlens_k) return fail("packed keys and a block_table exclude each other: cu_seqlens_k must be null");
+  if (!m.cu_seqlens_q != !m.cu_seqlens_k && !m.block_table) return fail("cu_seqlens_q and cu_seqlens_k go together");
   if (!m.cu_seqlens_q) return nullptr;
   if (c.batch != 1) return fail("batch is %lld; packed sequences need 1", (long long)c.batch);
-  if (m.block_table) return fail("packed sequences and a block_table exclude each other");
   if (m.num_sequences < 0) return fail("num_sequences is %lld", (long long)m.num_sequences);
   const int32_t *const arrays[] = {m.cu_seqlens_q, m.cu_seqlens_k};
   const int64_t tokens[] = {c.seqlen_q, c.seqlen_k};
   const char *const names[] = {"cu_seqlens_q", "cu_seqlens_k"};
-  for (int a = 0; a < 2; ++a) {
+  for (int a = 0; a < (m.block_table ? 1 : 2); ++a) {
     if (arrays[a][0] != 0) return fail("%s[0] is %d; it must be 0", names[a], arrays[a][0]);
     for (int64_t n = 0; n < m.num_sequences; ++n) {
       if (arrays[a][n + 1] < arrays[a][n]) return fail("%s decreases behind entry %lld", names[a], (long long)n);
@@ -101,7 +101,6 @@ const char *check_mask(const attnhub_cpu_call &c, const attnhub_cpu_mask &m) {
   if (!m.block_q != !m.block_k) return fail("block_q and block_k go together");
   if (m.bias && (m.bias_dtype < ATTNHUB_CPU_FP32 || m.bias_dtype > ATTNHUB_CPU_FP16)) return fail("bias_dtype %lld is unknown", (long long)m.bias_dtype);
   if (m.block_sparse && (m.block_sparse_rows < 1 || m.block_sparse_keys < 1)) return fail("block_sparse needs positive block_sparse_rows and block_sparse_keys");
-  if (m.block_table && m.cu_seqlens_k) return fail("packed sequences and a block_table exclude each other");
   (void)c;
   return nullptr;
 }

@@ -32,6 +32,8 @@ SAME_SLOT(ReleaseStatus, ReleaseStatus);
 SAME_SLOT(ReleaseTensorInfo, ReleaseTensorTypeAndShapeInfo);
 SAME_SLOT(AddSessionConfigEntry, AddSessionConfigEntry);
 SAME_SLOT(HasSessionConfigEntry, HasSessionConfigEntry);
+SAME_SLOT(GetSessionConfigEntry, GetSessionConfigEntry);
+SAME_SLOT(GetNodeName, KernelInfo_GetNodeName);
 SAME_SLOT(ParallelFor, KernelContext_ParallelFor);
 
 SAME_FIELD(version, version);

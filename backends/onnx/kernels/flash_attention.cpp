@@ -18,6 +18,9 @@ namespace {
 constexpr const char* kNames[kInputs] = {"Q",          "K",          "V",     "attn_mask", "past_key",
                                          "past_value", "nonpad_kv_seqlen", "sinks", "leftpad",   "alibi_slopes"};
 
+// The newest version of the node that is served. A node of a later one says so by its attribute `version`.
+constexpr int64_t kVersion = 1;
+
 struct Sizes {
     int64_t batch, q_heads, kv_heads, seqlen_q, past, total, head_dim, v_head_dim;
 };
@@ -160,9 +163,13 @@ void run_in_pool(void* pool_pointer, int64_t count, attnhub_cpu_task task, void*
 
 }  // namespace
 
-FlashAttention::FlashAttention(const Api& api, const KernelInfo* info) : api_(api) {
+FlashAttention::FlashAttention(const Api& api, const KernelInfo* info, const std::string& name, Callback callback)
+    : api_(api), name_(name), callback_(callback) {
     const Attributes attributes(api_, info);
-    int64_t is_causal = 0;
+    int64_t is_causal = 0, version = kVersion;
+    attributes.read("version", &version);
+    if (version < 1 || version > kVersion)
+        reject("attribute version is ", version, "; this library knows the versions 1 to ", kVersion, ": update attnhub");
     std::string alignment = "bottom_right";
     attributes.read("is_causal", &is_causal);
     attributes.read("alignment", &alignment);
@@ -266,6 +273,11 @@ void FlashAttention::compute(KernelContext* context) const {
     call.k = gather(inputs[kPastKey], inputs[kK], present_key, &key_scratch);
     call.v = gather(inputs[kPastValue], inputs[kV], present_value, &value_scratch);
 
+    if (callback_ != nullptr) {
+        char reason[1024] = "";
+        if (callback_(&call, reason, sizeof(reason)) != 0) throw std::runtime_error(reason);
+        return;
+    }
     const int32_t status = attnhub_cpu_forward(&call);
     check(pool.failure);
     if (status == ATTNHUB_CPU_NO_MEMORY) throw std::bad_alloc();

@@ -59,6 +59,8 @@ using ReleaseStatus = Slot<93, void(Status* status)>;
 using ReleaseTensorInfo = Slot<99, void(TensorInfo* info)>;
 using AddSessionConfigEntry = Slot<130, Status*(SessionOptions* options, const char* key, const char* value)>;
 using HasSessionConfigEntry = Slot<237, Status*(const SessionOptions* options, const char* key, int* out)>;
+using GetSessionConfigEntry = Slot<238, Status*(const SessionOptions* options, const char* key, char* out, std::size_t* size)>;
+using GetNodeName = Slot<244, Status*(const KernelInfo* info, char* out, std::size_t* size)>;
 using ParallelFor = Slot<274, Status*(const KernelContext* context, void (*task)(void*, std::size_t), std::size_t total, std::size_t batches, void* user)>;
 
 using ApiTable = const void* const*;

@@ -32,28 +32,48 @@ inline void check(Status* status) {
 template <class... Parts>
 [[noreturn]] void reject(const Parts&... parts) {
     std::ostringstream text;
-    text << "attnhub::FlashAttention: ";
     (text << ... << parts);
     throw InvalidArgument(text.str());
 }
 
-// Runs `body`; no exception crosses the C boundary.
+// "attnhub::FlashAttention 'name': reason"
+inline std::string describe(const std::string& node, const char* reason) {
+    return "attnhub::FlashAttention" + (node.empty() ? std::string() : " '" + node + "'") + ": " + reason;
+}
+
+// Runs `body`; no exception crosses the C boundary. `node` is the name that errors give.
 template <class Body>
-Status* guard(const Api& api, Body&& body) noexcept {
+Status* guard(const Api& api, const std::string& node, Body&& body) noexcept {
     try {
-        body();
-        return nullptr;
-    } catch (const RuntimeFailure& failure) {
-        return failure.status;
-    } catch (const InvalidArgument& error) {
-        return api.call<CreateStatus>(static_cast<int>(kInvalidArgument), error.what());
-    } catch (const std::bad_alloc&) {
-        return api.call<CreateStatus>(static_cast<int>(kRuntimeException), "attnhub::FlashAttention: out of memory");
-    } catch (const std::exception& error) {
-        return api.call<CreateStatus>(static_cast<int>(kRuntimeException), error.what());
+        try {
+            body();
+            return nullptr;
+        } catch (const RuntimeFailure& failure) {
+            return failure.status;
+        } catch (const InvalidArgument& error) {
+            return api.call<CreateStatus>(static_cast<int>(kInvalidArgument), describe(node, error.what()).c_str());
+        } catch (const std::bad_alloc&) {
+            return api.call<CreateStatus>(static_cast<int>(kRuntimeException), describe(node, "out of memory").c_str());
+        } catch (const std::exception& error) {
+            return api.call<CreateStatus>(static_cast<int>(kRuntimeException), describe(node, error.what()).c_str());
+        }
     } catch (...) {
-        return api.call<CreateStatus>(static_cast<int>(kRuntimeException), "attnhub::FlashAttention: unknown error");
+        return api.call<CreateStatus>(static_cast<int>(kRuntimeException), "attnhub::FlashAttention: out of memory, or an unknown error");
     }
+}
+
+// The text that a runtime's function writes: first its size is asked, then the characters. Empty where it fails.
+template <class Ask>
+std::string read_text(const Api& api, Ask&& ask) {
+    std::size_t size = 0;
+    if (Status* status = ask(static_cast<char*>(nullptr), &size)) api.call<ReleaseStatus>(status);
+    if (size == 0) return {};
+    std::vector<char> text(size + 1, '\0');
+    if (Status* status = ask(text.data(), &size)) {
+        api.call<ReleaseStatus>(status);
+        return {};
+    }
+    return text.data();
 }
 
 // TensorInfo that is released with its scope.

@@ -91,7 +91,7 @@ def tile_place(index, place, cu, sequences, longest, HEADS: gl.constexpr, BLOCK:
     in which blocks come in the order of their numbers or, with LAST_FIRST, in the reverse: what a causal mask makes longest starts first.
     Packed sequence b has the slots from cu[b] // BLOCK + b on, enough for its blocks wherever it begins.
     """
-    pairs, section, total = place
+    pairs, section, _ = place
     if cu is None:
         blocks = gl.cdiv(longest, BLOCK)
         part = index // (section * blocks)

@@ -1,0 +1,118 @@
+"""``attnhub bench models``: whole models with and without attnhub, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import time
+from typing import Any, Optional
+
+from attnhub.bench import models
+from attnhub.cli import CommandError, console, files, progress
+from attnhub.cli.offline import forbid_hub
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time the cases of a preset. The result file is written after each of them, so that a stop loses nothing."""
+    started = time.monotonic()
+    names, todo = _chosen(args)
+    if args.list:
+        return _list(args, names, todo)
+    if importlib.util.find_spec("transformers") is None:
+        raise CommandError("models are those of transformers: pip install 'attnhub[hf]'")
+    import torch
+
+    from attnhub.bench import pages, results
+    from attnhub.bench.measure import Settings
+    from attnhub.bench.model_runs import run_case
+    from attnhub.bench.zoo import Zoo
+
+    forbid_hub()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = _device(args)
+    preset = models.PRESETS[args.preset]
+    turns = (1, 0.001) if args.scale == models.TINY else preset.turns
+    settings = Settings(turns[0] if args.rounds is None else args.rounds, turns[1] if args.seconds is None else args.seconds, args.peer_seconds)
+    if settings.rounds < 1 or settings.round_seconds <= 0 or settings.peer_seconds <= 0:
+        raise CommandError("--rounds must be at least 1, --seconds and --peer-seconds above 0")
+    told = {
+        "rounds": settings.rounds, "round_seconds": settings.round_seconds, "peer_seconds": settings.peer_seconds, "scale": args.scale,
+        **({"threads": args.threads} if args.threads else {}),
+    }  # fmt: skip
+    # Figures of tiny models must not lie where those of real ones do.
+    name = args.preset if args.scale == "full" else f"{args.preset}-{args.scale}"
+    result = results.document(models.SUITE, name, device, told, [])
+    result["environment"]["transformers"] = importlib.import_module("transformers").__version__
+    path = results.target(args.output, result) if args.output else None
+    if args.resume and path is not None and path.exists():
+        try:
+            result["rows"] = results.continued(path, result)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+        known = {models.ModelCase.of(row) for row in result["rows"]}
+        todo = [case for case in todo if case not in known]
+    zoo = Zoo(device, args.scale)
+    for n, case in enumerate(todo):
+        if args.limit and time.monotonic() - started > args.limit:
+            result["unmeasured"] = [str(left) for left in todo[n:]]
+            print(f"--limit {args.limit:g}: {len(todo) - n} cases are not measured; --resume measures them", file=sys.stderr)
+            break
+        began = time.monotonic()
+        with progress.bar(f"[{n + 1}/{len(todo)}] {case}", len(names) * (settings.rounds + 1), args.json) as tick:
+            rows = run_case(case, zoo, names, settings, tick)
+        result["rows"].extend(rows)
+        if path is not None:
+            files.write_json(path, result)
+        if not args.json:
+            console.table(f"{case} ({time.monotonic() - began:.0f} s)", *pages.model_table(rows), right=pages.NUMERIC)
+    # A run that measured nothing replaces no file that holds something.
+    if path is not None and (result["rows"] or not path.exists()):
+        files.write_json(path, result)
+        print(f"written: {path}", file=sys.stderr)
+    if args.json:
+        console.emit_json(result)
+    return 0
+
+
+def _chosen(args: argparse.Namespace) -> tuple[tuple[str, ...], list[models.ModelCase]]:
+    """(peers, cases). The baseline and attnhub always take part."""
+    if args.preset is None:
+        args.preset = "gpu" if args.device.startswith("cuda") else "cpu"
+    if args.preset not in models.PRESETS:
+        raise CommandError(f"--preset {args.preset} is none of the suite models; it has {', '.join(models.PRESETS)}")
+    if args.lengths or args.dtypes or args.modes:
+        raise CommandError("--lengths, --dtypes and --modes are of single calls; --only chooses among the cases of models")
+    wanted = models.PRESETS[args.preset].peers if args.peers is None else args.peers
+    if unknown := [name for name in wanted if name not in models.PEERS]:
+        raise CommandError(f"--peers: unknown {', '.join(unknown)}; models know {', '.join(models.PEERS)}")
+    ours = ["attnhub" if name == "auto" else f"attnhub {name}" for name in args.backends or ("auto",)]
+    names = tuple(dict.fromkeys((models.BASELINE, *wanted, *ours)))
+    todo = models.select(args.preset, args.scale, args.only)
+    if not todo:
+        raise CommandError("--only leaves no case of this preset")
+    return names, todo
+
+
+def _device(args: argparse.Namespace) -> Any:
+    """The preset's, unless another is asked for: a tiny gpu preset runs anywhere."""
+    import torch
+
+    wanted = args.device or models.PRESETS[args.preset].device
+    if wanted.split(":")[0] != "cuda":
+        return torch.device(wanted)
+    if not torch.cuda.is_available():
+        raise CommandError("torch finds no CUDA device here; `attnhub bench models --preset cpu` needs none")
+    return torch.device("cuda", torch.cuda.current_device()) if wanted == "cuda" else torch.device(wanted)
+
+
+def _list(args: argparse.Namespace, names: tuple[str, ...], todo: list[models.ModelCase]) -> int:
+    if args.json:
+        console.emit_json({"cases": [str(case) for case in todo], "peers": list(names)})
+        return 0
+    for case in todo:
+        absent: Optional[str] = ", ".join(name for name in names if models.left_out(case, name, models.PRESETS[args.preset].device))
+        console.say(f"{case}{f' (without {absent})' if absent else ''}")
+    console.say(f"{len(todo)} cases, {', '.join(names)}")
+    return 0
