@@ -193,6 +193,7 @@ template <class Type> void taint(unsigned& taint, unsigned pair, unsigned) {
 }
 template <class... T> void unknown(T&&...) { std::abort(); }
 inline void exp2(float& y, float x) { y = std::exp2(x); }
+inline void widen(float& y, unsigned short x) { y = Half::widen(x); }
 inline void reciprocal(float& y, float x) { y = 1.f / x; }
 
 // Runs `blocks` blocks of `threads`.

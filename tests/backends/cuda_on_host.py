@@ -32,6 +32,7 @@ _FUNCTIONS = {
     "fma.rn.f16x2": "taint<host::Half>",
     "ex2.approx": "exp2",
     "rcp.approx": "reciprocal",
+    "cvt.f32.f16": "widen",
 }
 
 
@@ -52,7 +53,7 @@ def _call(statement: str) -> str:
         return "(void)0"  # tells a compiler something
     name = next((name for beginning, name in _FUNCTIONS.items() if first[1].startswith(beginning)), "unknown")
     operands, at = [], 0
-    while found := re.compile(r'"[=+]?[rfln]"(\()').search(statement, at):
+    while found := re.compile(r'"[=+]?[rflnh]"(\()').search(statement, at):
         at = _closing(statement, found.start(1))
         operands.append(statement[found.start(1) + 1 : at])
     return f"host::{name}({', '.join(operands)})"
@@ -79,11 +80,16 @@ extern "C" void run(const attnhub::Params* params, unsigned blocks, unsigned thr
 
 def build(folder: Path, variant: Any) -> Any:
     """The library of a variant's kernel: ``run(params, blocks, threads, shared_bytes)``."""
-    for name, text in {**compile.sources(), **variant.generated()}.items():
+    defines = [option for option in variant.options() if option.startswith("-D")]
+    return compile_host(folder, {**compile.sources(), **variant.generated()}, f'#include "{variant.main}"\n{_MAIN}', defines)
+
+
+def compile_host(folder: Path, sources: dict[str, str], main: str, defines: list[str]) -> Any:
+    """The library of ``main``, C++ that includes some of the sources."""
+    for name, text in sources.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(translate(text))
-    defines = [option for option in variant.options() if option.startswith("-D")]
-    (folder / "main.cpp").write_text(f'#include "cuda_on_host.h"\n#include "{variant.main}"\n{_MAIN}')
+    (folder / "main.cpp").write_text(f'#include "cuda_on_host.h"\n{main}')
     library = folder / "kernel.so"
     command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{folder}", f"-I{Path(__file__).parent}", *defines, "main.cpp", "-o", library]
     subprocess.run(command, cwd=folder, check=True)
