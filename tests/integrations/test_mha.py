@@ -420,3 +420,15 @@ def test_compiles_into_one_graph() -> None:
         ours = torch.compile(model, backend="aot_eager", fullgraph=True)(x, src_key_padding_mask=padding)
     assert gap(ours[~padding], theirs[~padding]) <= TOLERANCE
     assert report.calls == 0, "calls are counted outside tracing"
+
+
+def test_counting_a_call_asks_no_plan_to_describe_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes as long as a small call."""
+    made = module("plain").eval()
+    report = attnhub.patch(made)
+    (query, _, _), _ = inputs(made, "none", "self")
+    with attnhub.use("sdpa"), torch.no_grad():
+        made(query, query, query, need_weights=False)
+        monkeypatch.setattr(attnhub.runtime, "_with_plan", lambda *_: pytest.fail("a plan was asked"))
+        made(query, query, query, need_weights=False)
+    assert report.modules[0].backends == {"sdpa": 2}
