@@ -38,8 +38,8 @@ def count(module: nn.Module, name: Optional[str] = None) -> None:
 
 def served_by() -> str:
     """The backend of this thread's last decision."""
-    decision = runtime.last_decision()
-    return (decision.chosen if decision is not None else None) or "none (nothing to compute)"
+    # Not from `last_decision`, which asks the plan to describe itself: as long as a small call takes.
+    return runtime.last_backend() or "none (nothing to compute)"
 
 
 def count_weights(module: nn.Module, asked_by: str) -> None:

@@ -51,6 +51,8 @@ class Mask(ctypes.Structure):
 #: q, k, v, out, lse; batch, q_heads, kv_heads, seqlen_q, seqlen_k, head_dim, v_head_dim; strides of q, k, v, out (3 each);
 #: softmax_scale, softcap; dropout_p, dropout_seed, dropout_offset; mask; parallel_for, parallel_ctx.
 CALL = struct.Struct("=5q5Q7q12q2dd2QQ2Q")
+#: Its parts that differ where a call is repeated: the number of threads, and behind it the addresses of q, k, v, out and lse.
+THREADS, ADDRESSES, ADDRESSES_AT = struct.Struct("=q"), struct.Struct("=5Q"), 40
 
 #: attnhub_cpu_gradients. In order: grad_out and its 3 strides, grad_lse; grad_q, grad_k, grad_v and 3 strides each; grad_bias and its 4
 #: strides, grad_sinks.

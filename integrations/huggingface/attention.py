@@ -75,10 +75,8 @@ def attention_forward(
         )
         count_weights(module, "output_attentions=True")
         return out.transpose(1, 2).contiguous(), weights
-    per_query_sinks = s_aux is not None and s_aux.ndim > 1
     options: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap or 0.0, "dropout_p": dropout}
-    if per_query_sinks:
-        assert s_aux is not None
+    if s_aux is not None and s_aux.ndim > 1:
         out, lse = attention(query, key, value, mask, return_lse=True, **options)
         # A sink adds exp(sink) to the denominator exp(lse): out * exp(lse) / (exp(lse) + exp(sink)).
         out = (out * torch.sigmoid(lse.unsqueeze(-1) - s_aux.to(lse.dtype))).to(query.dtype)
@@ -154,9 +152,15 @@ def _packs(query: Tensor, mask: Mask, position_bias: Optional[Tensor]) -> bool:
 def wants_weights(module: nn.Module, output_attentions: Optional[bool]) -> bool:
     if output_attentions is not None:
         return bool(output_attentions)
+    config = getattr(module, "config", None)
     if torch.compiler.is_compiling():
-        return bool(getattr(getattr(module, "config", None), "output_attentions", False))
-    return bool(getattr(getattr(module, "config", None), "output_attentions", False)) or _is_collecting()
+        return bool(getattr(config, "output_attentions", False))
+    try:
+        # Where transformers' property reads it; that way it costs a small model as much as the call's bookkeeping.
+        wanted = object.__getattribute__(config, "__dict__")["_output_attentions"]
+    except (AttributeError, KeyError):
+        wanted = getattr(config, "output_attentions", False)
+    return bool(wanted) or _is_collecting()
 
 
 def _is_collecting() -> bool:

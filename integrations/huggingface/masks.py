@@ -316,6 +316,9 @@ def _pad(mask: Mask, attention_mask: Tensor, kv_offset: int, keys: int, batch: i
     if tokens.shape[1] < keys:
         tokens = torch.nn.functional.pad(tokens, (0, keys - tokens.shape[1]))
     if not unread and _is_readable(tokens, seqlen_q):
+        if tokens.is_cpu and bool(tokens.all()):
+            # Mostly so. Where looking costs no wait, it is looked at first.
+            return mask
         lengths = tokens.sum(1, dtype=torch.int32)
         j = torch.arange(keys, device=tokens.device)
         left = tokens == (j >= keys - lengths[:, None])

@@ -5,7 +5,7 @@ See docs/mha.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
 from attnhub.patching import ModuleReport
@@ -66,15 +66,32 @@ class MhaIntegration:
 
 
 def _obstacle(module: Any) -> str:
+    import torch
     from torch import nn
 
     from attnhub.integrations.mha.attention import MultiheadAttentionMixin
 
     cls = type(module)
-    if isinstance(module, MultiheadAttentionMixin) or cls.forward is nn.MultiheadAttention.forward:
+    if isinstance(module, MultiheadAttentionMixin):
         return ""
-    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
-    return f"{owner.__name__} computes attention in a forward of its own"
+    if "forward" in module.__dict__:
+        return "a forward was set on the module itself, which goes before that of any class"
+    if cls.forward is not nn.MultiheadAttention.forward:
+        owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+        return f"{owner.__name__} computes attention in a forward of its own"
+    for name, weight in _weights(module):
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+            kind = str(weight.dtype) if isinstance(weight, torch.Tensor) else "no tensor"
+            return f"{name} is {kind}: quantised weights are read by the module that holds them, and attention asks none for its product"
+    return ""
+
+
+def _weights(module: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of the weights that its products take."""
+    for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        if (weight := getattr(module, name, None)) is not None:
+            yield name, weight
+    yield "out_proj.weight", getattr(module.out_proj, "weight", None)
 
 
 integration = MhaIntegration()

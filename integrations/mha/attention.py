@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnhub.api import attention
 from attnhub.integrations.calls import count, count_weights
-from attnhub.integrations.mha.nested import from_packed, to_packed
+from attnhub.integrations.mha.nested import from_packed, to_packed, to_padded
 from attnhub.integrations.swap import Swapped
 from attnhub.integrations.weights import attention_with_weights
 from attnhub.mask import FULL, Bias, BoolMask, Causal, Mask
@@ -48,11 +48,11 @@ class MultiheadAttentionMixin(Swapped):
     ) -> tuple[Tensor, Optional[Tensor]]:
         """As torch.nn.MultiheadAttention.forward: in its masks True (or -inf) means *not* to attend.
 
-        Nested tensors are served as self- or cross-attention without masks or weights (ValueError otherwise). Weights are
-        computed by plain maths, which is said once.
+        Nested tensors are served as self- or cross-attention without masks (ValueError otherwise); their weights are padded with zeros,
+        as torch's are. Weights are computed by plain maths, which is said once.
         """
         if query.is_nested or key.is_nested or value.is_nested:
-            return self._forward_nested(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal), None
+            return self._forward_nested(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         batched = _is_batched(query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
             raise RuntimeError(
@@ -144,11 +144,12 @@ class MultiheadAttentionMixin(Swapped):
         if is_causal and not need_weights and (key_padding_mask is None or not extra):
             mask = Causal("bottom_right" if seqlen_q == seqlen_k else "top_left")
         elif attn_mask is not None:
-            full = attn_mask if attn_mask.ndim == 2 else attn_mask.view(batch, heads, *attn_mask.shape[1:])
-            if full.shape[-2:] != (seqlen_q, seqlen_k - extra):
+            if attn_mask.shape not in ((seqlen_q, seqlen_k - extra), (batch * heads, seqlen_q, seqlen_k - extra)):
                 raise ValueError(
-                    f"MultiheadAttention: attn_mask has shape {tuple(attn_mask.shape)}; [{seqlen_q}, {seqlen_k - extra}] is needed, or [batch * heads, ...]"
+                    f"MultiheadAttention: attn_mask has shape {tuple(attn_mask.shape)}; [{seqlen_q}, {seqlen_k - extra}] is needed, or one for each "
+                    f"sequence and head: [{batch * heads}, {seqlen_q}, {seqlen_k - extra}]"
                 )
+            full = attn_mask if attn_mask.ndim == 2 else attn_mask.view(batch, heads, *attn_mask.shape[1:])
             mask = _as_part(F.pad(full, (0, extra)) if extra else full)
         if key_padding_mask is not None:
             if key_padding_mask.shape != (batch, seqlen_k - extra):
@@ -167,10 +168,11 @@ class MultiheadAttentionMixin(Swapped):
         key_padding_mask: Optional[Tensor],
         need_weights: bool,
         attn_mask: Optional[Tensor],
+        average_attn_weights: bool,
         is_causal: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Optional[Tensor]]:
         refused = {
-            "key_padding_mask": key_padding_mask is not None, "attn_mask": attn_mask is not None, "is_causal": is_causal, "need_weights=True": need_weights,
+            "key_padding_mask": key_padding_mask is not None, "attn_mask": attn_mask is not None, "is_causal": is_causal,
             "a query, key or value that is not nested": not (query.is_nested and key.is_nested and value.is_nested),
             "add_bias_kv or add_zero_attn": self.bias_k is not None or self.add_zero_attn, "batch_first=False": not self.batch_first,
         }  # fmt: skip
@@ -183,10 +185,21 @@ class MultiheadAttentionMixin(Swapped):
         tokens_v = tokens_q if value is query else tokens_k if value is key else to_packed(value)[0]
         q, k, v = self._project(tokens_q, tokens_k, tokens_v, query is key and key is value, key is value)
         q, k, v = (t.view(-1, self.num_heads, self.head_dim) for t in (q, k, v))
-        out = attention(q, k, v, varlen=lengths_q.with_keys(lengths_k), dropout_p=self.dropout if self.training else 0.0)
-        assert isinstance(out, Tensor)
-        count(self)  # type: ignore[arg-type]
-        return from_packed(F.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias), lengths_q)
+        dropout_p = self.dropout if self.training else 0.0
+        weights: Optional[Tensor] = None
+        if need_weights:
+            rows, keys = lengths_q.rows(), lengths_k.rows()
+            mask = BoolMask(rows[:, None, :, None] & keys[:, None, None, :])
+            padded, weights = attention_with_weights(to_padded(q, rows), to_padded(k, keys), to_padded(v, keys), mask, dropout_p=dropout_p)
+            out = padded.transpose(1, 2)[rows]
+            weights = weights.mean(1) if average_attn_weights else weights
+            count_weights(self, "need_weights=True")  # type: ignore[arg-type]
+        else:
+            packed = attention(q, k, v, varlen=lengths_q.with_keys(lengths_k), dropout_p=dropout_p)
+            assert isinstance(packed, Tensor)
+            out = packed
+            count(self)  # type: ignore[arg-type]
+        return from_packed(F.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias), lengths_q), weights
 
 
 def _is_batched(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Optional[Tensor], attn_mask: Optional[Tensor]) -> bool:

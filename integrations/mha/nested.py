@@ -22,6 +22,10 @@ class Lengths:
     def with_keys(self, keys: Lengths) -> Varlen:
         return Varlen(self.cu, keys.cu, self.longest, keys.longest)
 
+    def rows(self) -> Tensor:
+        """bool [N, longest]: where a padded batch holds tokens."""
+        return torch.arange(self.longest, device=self.cu.device) < self.cu.diff()[:, None]
+
 
 def to_packed(nested: Any) -> tuple[Tensor, Lengths]:
     """(tokens [T, E], lengths) of a nested [N, *, E]. Reads the lengths, which a strided nested tensor holds on the host anyway."""
@@ -34,6 +38,12 @@ def to_packed(nested: Any) -> tuple[Tensor, Lengths]:
     sizes = [part.shape[0] for part in parts]
     cu = torch.tensor([0, *sizes]).cumsum(0).to(device=nested.device, dtype=torch.int32)
     return torch.cat(parts), Lengths(cu, max(sizes, default=0), False)
+
+
+def to_padded(tokens: Tensor, rows: Tensor) -> Tensor:
+    """Packed tokens [T, H, D] as [N, H, L, D], zeros behind each sequence; rows: `Lengths.rows`."""
+    padded = tokens.new_zeros(*rows.shape, *tokens.shape[1:])
+    return padded.index_put((rows,), tokens).transpose(1, 2)
 
 
 def from_packed(tokens: Tensor, lengths: Lengths) -> Tensor:

@@ -423,6 +423,40 @@ def test_missing_library_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         library.load.cache_clear()
 
 
+@pytest.mark.parametrize("need_lse", [False, True])
+@pytest.mark.parametrize("mask", [FULL, Causal(), Causal("top_left"), Window(5, 3) & Causal()], ids=str)
+@pytest.mark.parametrize("order", ["heads", "tokens", "expanded", "fused"])
+def test_a_repeated_call_is_the_call(order: str, mask: Mask, need_lse: bool) -> None:
+    """Other tensors of the same layout, by the shorter way: the same bits in the same strides, with any number of threads."""
+    plan = _plan()
+
+    def call(seed: int, v_dim: int = 32) -> Call:
+        q, k, v = _qkv((2, 4, 21, 32), (2, 2, 33, 32), v_dim, seed=seed)
+        if order == "tokens":
+            q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+        elif order == "expanded":
+            q = q[:, :1].expand(2, 4, 21, 32)
+        elif order == "fused":
+            q, k, v = torch.randn(2, 33, 3, 4, 32, generator=torch.Generator().manual_seed(seed)).permute(2, 0, 3, 1, 4)
+        return Call(q, k, v, mask, 0.3, 2.0, need_lse=need_lse)
+
+    for v_dim in (32, 24):
+        again = plan.repeat(call(0, v_dim))
+        assert again is not None
+        for seed, threads in ((0, 1), (1, 2), (2, 1)):
+            torch.set_num_threads(threads)
+            other = call(seed, v_dim)
+            (out, lse), (want, want_lse) = again(other.q, other.k, other.v), plan.forward(other)
+            assert torch.equal(out, want) and out.stride() == want.stride() and (lse is None) == (want_lse is None)
+            assert lse is None or torch.equal(lse, want_lse)
+
+
+def test_calls_with_a_cache_are_not_repeated() -> None:
+    q, k, v = _qkv((1, 2, 4, 16), (1, 2, 4, 16))
+    assert _plan().repeat(Call(q, k, v, SeqLens(torch.tensor([3], dtype=torch.int32)), 0.25)) is None
+    assert _plan().repeat(Call(q, k, v, FULL, 0.25, block_table=torch.zeros(1, 1, dtype=torch.int32))) is None
+
+
 def test_launcher_turns_errors_into_exceptions() -> None:
     q, k, v = _qkv((1, 2, 4, 16), (1, 2, 4, 16))
     with pytest.raises(ValueError, match=r"seqused_k\[0\] is 9"):

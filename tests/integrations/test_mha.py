@@ -11,7 +11,7 @@ from typing import Any, Optional
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import attnhub
 from attnhub.integrations.calls import WEIGHTS
@@ -222,8 +222,37 @@ def test_nested_tensors(layout: torch.layout) -> None:
     for ours, theirs in zip(out.unbind(), alone):
         assert gap(ours, theirs) <= TOLERANCE
     assert report.calls == 1
-    with pytest.raises(ValueError, match="need_weights=True"):
-        made(nested, nested, nested)
+    with pytest.raises(ValueError, match="attn_mask"):
+        made(nested, nested, nested, attn_mask=torch.zeros(6, 6))
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_weights_of_nested_tensors(layout: torch.layout, average: bool) -> None:
+    """Padded with zeros, as torch's fast path gives them for strided ones; it has none for jagged ones."""
+    made = module("plain").eval()
+    parts = [torch.randn(n, EMBED) for n in (4, 1, 6)]
+    nested = torch.nested.nested_tensor(parts, layout=layout)
+    strided = torch.nested.nested_tensor(parts)
+    with torch.no_grad():
+        theirs = made(strided, strided, strided, average_attn_weights=average)
+        report = attnhub.patch(made)
+        ours = made(nested, nested, nested, average_attn_weights=average)
+    assert gap(ours[1], theirs[1]) <= TOLERANCE and ours[0].layout == layout and not ours[1][1, ..., 1:].any()
+    assert all(gap(a, b) <= TOLERANCE for a, b in zip(ours[0].unbind(), theirs[0].unbind())) and report.modules[0].backends == {WEIGHTS: 1}
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_gradients_of_nested_tensors(need_weights: bool) -> None:
+    made = module("plain")
+    attnhub.patch(made)
+    parts = [torch.randn(n, EMBED) for n in (4, 1, 6)]
+    alone = [p.clone().requires_grad_() for p in parts]
+    sum(((made(p[None], p[None], p[None], need_weights=False)[0] ** 2).sum() for p in alone), torch.zeros(())).backward()
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+    (made(nested, nested, nested, need_weights=need_weights)[0].values() ** 2).sum().backward()
+    assert nested.grad is not None
+    assert all(a.grad is not None and gap(b, a.grad) <= 4 * TOLERANCE for a, b in zip(alone, nested.grad.unbind()))
 
 
 def test_bad_arguments_name_the_argument() -> None:
@@ -232,6 +261,8 @@ def test_bad_arguments_name_the_argument() -> None:
     (query, _, _), _ = inputs(made, "none", "self")
     with pytest.raises(ValueError, match="attn_mask has shape"):
         made(query, query, query, attn_mask=torch.zeros(2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"\[12, 7, 7\]"):
+        made(query, query, query, attn_mask=torch.zeros(BATCH, LEN_Q, LEN_Q))
     with pytest.raises(ValueError, match="key_padding_mask has shape"):
         made(query, query, query, key_padding_mask=torch.zeros(BATCH, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"torch\.int64"):
@@ -408,6 +439,119 @@ def test_another_swapper_on_top() -> None:
         assert gap(made(query, query, query, need_weights=False)[0], patched) <= TOLERANCE
 
 
+# -- what cannot be routed, and what looks like it ---------------------------------------------------------------------------
+
+
+def test_a_forward_on_the_module_is_not_bypassed_in_silence() -> None:
+    """As accelerate's hooks set it: the class's forward, ours included, is never called."""
+    made = module("plain")
+    made.forward = lambda query, *args, **kwargs: (query, None)  # type: ignore[method-assign]
+    report = attnhub.patch(nn.ModuleList([made]))
+    assert not report.patched and "set on the module" in report.skipped[0].reason and type(made) is nn.MultiheadAttention
+
+
+def test_quantised_weights_are_reported() -> None:
+    dynamic, packed, whole = module("plain"), module("plain"), torch.ao.nn.quantizable.MultiheadAttention(EMBED, HEADS)
+    dynamic.out_proj = torch.ao.nn.quantized.dynamic.Linear(EMBED, EMBED)
+    packed.in_proj_weight = nn.Parameter(torch.zeros(3 * EMBED, EMBED, dtype=torch.uint8), requires_grad=False)
+    report = attnhub.patch(nn.ModuleDict({"dynamic": dynamic, "packed": packed, "whole": whole, "plain": module("plain")}))
+    reasons = {m.name: m.reason for m in report.skipped}
+    assert [m.name for m in report.patched] == ["plain"] and set(reasons) == {"dynamic", "packed", "whole"}
+    assert "out_proj.weight is no tensor" in reasons["dynamic"] and "in_proj_weight is torch.uint8" in reasons["packed"]
+    assert "forward of its own" in reasons["whole"]
+
+
+@pytest.mark.parametrize("how", ["weight_norm", "out_proj", "old_weight_norm", "pruned"])
+def test_parametrised_weights_are_read_as_they_are(how: str) -> None:
+    made = module("plain").eval()
+    if how == "weight_norm":
+        source = parametrizations.weight_norm(made, "in_proj_weight").parametrizations.in_proj_weight.original0
+    elif how == "out_proj":
+        source = parametrizations.weight_norm(made.out_proj, "weight").parametrizations.weight.original0
+    elif how == "old_weight_norm":
+        source = nn.utils.weight_norm(made, "in_proj_weight").in_proj_weight_g
+    else:
+        source = prune.random_unstructured(made, "in_proj_weight", 0.3).in_proj_weight_orig
+    (query, _, _), _ = inputs(made, "none", "self")
+    keys = list(made.state_dict())
+    theirs = made(query, query, query, need_weights=False)[0]
+    report = attnhub.patch(made)
+    with torch.no_grad():
+        ours = made(query, query, query, need_weights=False)[0]
+        source *= 2.0
+        assert gap(made(query, query, query, need_weights=False)[0], theirs) > 0.1
+    assert gap(ours, theirs) <= TOLERANCE and report.calls == 2 and list(made.state_dict()) == keys
+    assert attnhub.unpatch(made) == 1
+
+
+def test_hooks_see_what_they_saw() -> None:
+    """Forward and backward hooks of the attention, and of layers in eval mode, where torch's own fused layer calls none of its parts."""
+    model, seen = encoder(), []
+    attention = model.layers[0].self_attn
+    attention.register_forward_pre_hook(lambda m, args, kwargs: seen.append(("pre", sorted(kwargs))), with_kwargs=True)
+    attention.register_forward_hook(lambda m, args, out: seen.append(("post", out[0].shape, out[1])))
+    attention.register_full_backward_hook(lambda m, gin, gout: seen.append(("backward", gout[0].shape)))
+    found = []
+    for patched in (False, True):
+        if patched:
+            attnhub.patch(model)
+        for training in (True, False):
+            seen.clear()
+            model.train(training)(torch.randn(BATCH, LEN_Q, EMBED, requires_grad=True)).sum().backward()
+            found.append(list(seen))
+    assert [kind for kind, *_ in found[0]] == ["pre", "post", "backward"]
+    assert found[0] == found[2] == found[1] == found[3]
+
+
+def test_transforms_checkpoints_and_exports() -> None:
+    made = module("plain").eval()
+    (query, _, _), _ = inputs(made, "none", "self")
+    parameters = dict(made.named_parameters())
+
+    def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (torch.func.functional_call(made, values, (x, x, x), {"need_weights": False})[0] ** 2).sum()
+
+    theirs = torch.func.grad(loss)(parameters, query), torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, query[:, None])
+    report = attnhub.patch(made)
+    assert not made.load_state_dict(made.state_dict(), strict=True).missing_keys
+    ours = torch.func.grad(loss)(parameters, query), torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, query[:, None])
+    for mine, right in zip(ours, theirs):
+        assert all(gap(mine[name], right[name]) <= 4 * TOLERANCE for name in parameters)
+    leaf = query.clone().requires_grad_()
+    for reentrant in (True, False):
+        torch.utils.checkpoint.checkpoint(lambda x: (made(x, x, x, need_weights=False)[0] ** 2).sum(), leaf, use_reentrant=reentrant).backward()
+        assert gap(made.in_proj_weight.grad, theirs[0]["in_proj_weight"]) <= 4 * TOLERANCE
+        made.zero_grad()
+    assert report.calls > 0
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = made
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.attention(x, x, x, need_weights=False)[0]
+            return out
+
+    program = torch.export.export(Whole(), (query,), dynamic_shapes=({1: torch.export.Dim("length", min=2, max=64)},))
+    longer = torch.randn(BATCH, 2 * LEN_Q, EMBED)
+    assert gap(program.module()(longer), Whole()(longer)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_mask_compiles_into_one_graph(mask: str, need_weights: bool) -> None:
+    made = module("bias_kv_zero_attn" if mask in ("padding", "none") else "plain").eval()
+    tensors, arguments = inputs(made, mask, "self" if "causal" in mask else "memory")
+    theirs = made(*tensors, need_weights=need_weights, **arguments)
+    report = attnhub.patch(made)
+    torch._dynamo.reset()
+    ours = torch.compile(made, backend="aot_eager", fullgraph=True)(*tensors, need_weights=need_weights, **arguments)
+    assert gap(ours[0], theirs[0]) <= TOLERANCE and gap(ours[1], theirs[1]) <= TOLERANCE and report.calls == 0
+    want, got = (torch.autograd.grad((out[0] ** 2).sum(), made.out_proj.weight)[0] for out in (theirs, ours))
+    assert gap(got, want) <= 4 * TOLERANCE
+
+
 def test_compiles_into_one_graph() -> None:
     model = encoder()
     x = torch.randn(BATCH, LEN_Q, EMBED)
@@ -420,3 +564,15 @@ def test_compiles_into_one_graph() -> None:
         ours = torch.compile(model, backend="aot_eager", fullgraph=True)(x, src_key_padding_mask=padding)
     assert gap(ours[~padding], theirs[~padding]) <= TOLERANCE
     assert report.calls == 0, "calls are counted outside tracing"
+
+
+def test_counting_a_call_asks_no_plan_to_describe_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes as long as a small call."""
+    made = module("plain").eval()
+    report = attnhub.patch(made)
+    (query, _, _), _ = inputs(made, "none", "self")
+    with attnhub.use("sdpa"), torch.no_grad():
+        made(query, query, query, need_weights=False)
+        monkeypatch.setattr(attnhub.runtime, "_with_plan", lambda *_: pytest.fail("a plan was asked"))
+        made(query, query, query, need_weights=False)
+    assert report.modules[0].backends == {"sdpa": 2}
