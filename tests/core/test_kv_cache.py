@@ -327,7 +327,11 @@ def test_a_refused_call_writes_nothing(bad: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "cpu"])
-@pytest.mark.parametrize("mask", [None, attnhub.Causal() & attnhub.Window(4), attnhub.ALiBi(torch.rand(4)), attnhub.LeftPad(torch.tensor([1, 2]))], ids=str)
+@pytest.mark.parametrize(
+    "mask",
+    [None, attnhub.Causal() & attnhub.Window(4), attnhub.ALiBi(torch.tensor([0.1, 0.7, 0.3, 0.9])), attnhub.LeftPad(torch.tensor([1, 2]))],
+    ids=["none", "causal window", "alibi", "leftpad"],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_queries_over_a_cache(kind: str, mask: Optional[attnhub.Mask], backend: str) -> None:
     """As each sequence alone. Two tokens behind the last sequence give 0, and varlen's own keys are not read."""
