@@ -56,13 +56,11 @@ class CudaBackend(Backend):
             reasons.append(
                 Reason(Code.TOO_LARGE, f"up to {blocks} tiles of queries; their numbers are 32-bit integers and serve {_MAX_BLOCKS}")
             )
-        if problem.page_size or Feature.PAGED in problem.features:
+        if problem.page_size:
             from attnhub.backends.cuda import decode
 
             if not decode.serves(problem):
-                reasons.append(
-                    Reason(Code.NO_PAGED, f"pages are served from compute capability 8.0 on, for up to {decode.MOST_QUERIES} queries; there are {problem.seqlen_q}")
-                )
+                reasons.append(Reason(Code.NO_PAGED, "pages are served from compute capability 8.0 on"))
         return tuple(reasons)
 
     def cost(self, problem: Problem) -> float:
@@ -72,7 +70,7 @@ class CudaBackend(Backend):
         from attnhub.backends.cuda import decode, hopper
 
         if decode.serves(problem):
-            return decode.COST
+            return decode.cost(problem)
         if hopper.serves(problem):
             return hopper.cost(problem)
         # There is no split over keys: with few queries most of the GPU idles.

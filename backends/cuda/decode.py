@@ -9,7 +9,7 @@ from attnhub.problem import Feature, Problem
 
 #: Rows of a tile and keys of a block: one product of the matrix unit.
 ROWS = KEYS = 16
-#: Largest class of query lengths that it serves.
+#: Largest class of query lengths that it serves; of any length where keys are in pages, at a price: keys are read once for 16 rows.
 MOST_QUERIES = 16
 #: As many as the weights of all splits that a warp keeps while it merges them.
 MOST_SPLITS = 128
@@ -22,8 +22,6 @@ _FEWEST_BLOCKS = 2
 _EFFICIENCY = 0.95
 #: From this many waves on nothing is split.
 _WAVES = 3.5
-#: Time relative to torch's: not measured yet, hence behind torch's own kernels where these serve, and behind Triton's.
-COST = 1.2
 
 
 @dataclass(frozen=True)
@@ -94,10 +92,14 @@ def _pitch(dim: int) -> int:
 
 def serves(problem: Problem) -> bool:
     """Whether the kernel is for a problem. Pages are served by it alone."""
-    return (
-        problem.device.vendor == "nvidia" and tuple(problem.device.arch) >= (8, 0) and problem.seqlen_q <= MOST_QUERIES
-        and Feature.VARLEN not in problem.features
-    )  # fmt: skip
+    if problem.device.vendor != "nvidia" or tuple(problem.device.arch) < (8, 0):
+        return False
+    return bool(problem.page_size) or (problem.seqlen_q <= MOST_QUERIES and Feature.VARLEN not in problem.features)
+
+
+def cost(problem: Problem) -> float:
+    """`Backend.cost` of a problem that it serves: not measured yet, hence behind torch's own kernels where these serve, and behind Triton's."""
+    return 1.2 if problem.seqlen_q <= MOST_QUERIES else 5.0
 
 
 def choose(problem: Problem) -> DecodeVariant:

@@ -52,7 +52,7 @@ def _codes(problem: Problem) -> set[Code]:
         ({"device": DeviceInfo("cuda", "amd", (9, 4, 2))}, Code.DEVICE_TYPE),
         ({"device": DeviceInfo("cuda", "nvidia", (7, 0))}, Code.ARCH),
         ({"device": DeviceInfo("cuda", "nvidia", (7, 5)), "q_dtype": "bfloat16", "kv_dtype": "bfloat16"}, Code.DTYPE),
-        ({"features": frozenset({Feature.PAGED}), "page_size": 16}, Code.NO_PAGED),
+        ({"device": DeviceInfo("cuda", "nvidia", (7, 5)), "features": frozenset({Feature.PAGED}), "page_size": 16}, Code.NO_PAGED),
         ({"features": frozenset({Feature.DROPOUT})}, Code.NO_DROPOUT),
         ({"features": frozenset({Feature.BOOL_MASK})}, Code.NO_BOOL_MASK),
         ({"seqlen_k": 1 << 31}, Code.TOO_LARGE),
