@@ -56,20 +56,18 @@ class CudaBackend(Backend):
             reasons.append(
                 Reason(Code.TOO_LARGE, f"up to {blocks} tiles of queries; their numbers are 32-bit integers and serve {_MAX_BLOCKS}")
             )
-        if problem.page_size or Feature.PAGED in problem.features:
+        if problem.page_size:
             from attnhub.backends.cuda import decode
 
             if not decode.serves(problem):
-                reasons.append(
-                    Reason(Code.NO_PAGED, f"pages are served from compute capability 8.0 on, for up to {decode.MOST_QUERIES} queries; there are {problem.seqlen_q}")
-                )
+                reasons.append(Reason(Code.NO_PAGED, "pages are served from compute capability 8.0 on"))
         return tuple(reasons)
 
     def cost(self, problem: Problem) -> float:
         """Measured on an H200 against torch's default there, which is cuDNN (README.md): the portable kernel. The kernels for Hopper and for few
         queries are in no result file yet and rank with it, behind torch's own and Triton's: they serve by name.
         """
-        if problem.seqlen_q <= 16:
+        if problem.seqlen_q <= 16 or problem.page_size:
             return 5.0
         return 1.7 if problem.v_head_dim <= 64 else 2.0 if problem.v_head_dim <= 128 else 3.0
 

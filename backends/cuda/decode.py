@@ -9,7 +9,7 @@ from attnhub.problem import Feature, Problem
 
 #: Rows of a tile and keys of a block: one product of the matrix unit.
 ROWS = KEYS = 16
-#: Largest class of query lengths that it serves.
+#: Largest class of query lengths that it serves; of any length where keys are in pages, at a price: keys are read once for 16 rows.
 MOST_QUERIES = 16
 #: As many as the weights of all splits that a warp keeps while it merges them.
 MOST_SPLITS = 128
@@ -92,10 +92,9 @@ def _pitch(dim: int) -> int:
 
 def serves(problem: Problem) -> bool:
     """Whether the kernel is for a problem. Pages are served by it alone."""
-    return (
-        problem.device.vendor == "nvidia" and tuple(problem.device.arch) >= (8, 0) and problem.seqlen_q <= MOST_QUERIES
-        and Feature.VARLEN not in problem.features
-    )  # fmt: skip
+    if problem.device.vendor != "nvidia" or tuple(problem.device.arch) < (8, 0):
+        return False
+    return bool(problem.page_size) or (problem.seqlen_q <= MOST_QUERIES and Feature.VARLEN not in problem.features)
 
 
 def choose(problem: Problem) -> DecodeVariant:

@@ -7,11 +7,11 @@ import struct
 #: (name, format) in order. Q: pointer, q: 64-bit integer, i: 32-bit integer, f: fp32.
 FIELDS: tuple[tuple[str, str], ...] = (
     *((name, "Q") for name in (
-        "q", "k", "v", "out", "lse", "seqused_k", "leftpad", "prefix", "block_table", "sinks", "alibi", "partial", "tickets",
+        "q", "k", "v", "out", "lse", "cu_seqlens_q", "seqused_k", "leftpad", "prefix", "block_table", "sinks", "alibi", "partial", "tickets",
     )),
     *((f"{tensor}_strides.{axis}", "q") for tensor in ("q", "k", "v", "out") for axis in ("batch", "head", "token")),
     *((name, "i") for name in (
-        "q_heads", "kv_heads", "heads_per_kv_head", "seqlen_q", "seqlen_k", "page_size", "pages", "row_tiles", "splits", "causal", "top_left",
+        "sequences", "q_heads", "kv_heads", "heads_per_kv_head", "seqlen_q", "seqlen_k", "page_size", "pages", "row_tiles", "splits", "causal", "top_left",
         "window_left", "window_right", "chunk", "alibi_batch_stride", "negate_q", "out_aligned",
     )),
     *((name, "f") for name in ("scale_log2", "cap_inner", "cap_outer")),

@@ -89,8 +89,12 @@ class Launch:
         seqlen_k = page_size * pages if page_size else k.shape[2]
         out = empty_out(q, v.shape[3])
 
-        row_tiles = -(-group * seqlen_q // decode.ROWS)
-        self.tiles = batch * kv_heads * row_tiles
+        varlen, sequences, longest = call.varlen, batch, seqlen_q
+        if varlen is not None:
+            sequences, longest = varlen.cu_seqlens_q.shape[0] - 1, max(1, min(seqlen_q, varlen.max_seqlen_q))
+        row_tiles = -(-group * longest // decode.ROWS)
+        # Packed: one sequence more for the tokens behind the last one.
+        self.tiles = (sequences + (varlen is not None)) * kv_heads * row_tiles
         splits = decode.split_count(self.tiles, seqlen_k, variant.warps, slots(index, variant.shared_bytes))
         self.grid = (self.tiles * splits, 1, 1)
         #: fp32 values that splits leave: rows of out, and two for each row.
@@ -102,7 +106,7 @@ class Launch:
         whole = v.shape[3] % 4 == 0 and not any(stride % 4 for n, stride in zip(out.shape[:3], out.stride()[:3]) if n > 1)
         self._rest = decode_params.REST.pack(
             *_strides(q), *_strides(k), *_strides(v), *_strides(out),
-            q_heads, kv_heads, group, seqlen_q, seqlen_k, page_size, pages, row_tiles, splits, mask.causal, mask.align == "top_left",
+            sequences, q_heads, kv_heads, group, seqlen_q, seqlen_k, page_size, pages, row_tiles, splits, mask.causal, mask.align == "top_left",
             min(mask.window[0], _FAR), min(mask.window[1], _FAR), min(mask.chunk, _FAR),
             q_heads if mask.alibi is not None and mask.alibi.ndim == 2 else 0, scale < 0, whole,
             size * _LOG2E, 2 * _LOG2E * size / softcap if softcap else 0.0, softcap * _LOG2E,
@@ -135,14 +139,15 @@ class DecodePlan(CubinPlan):
         launch = self._find(call, index)
         kept: list[Tensor] = []
         mask = call.mask
-        data = tuple(pointer(x, kept) for x in (mask.seqused_k, mask.leftpad, mask.prefix, call.block_table, call.sinks, mask.alibi))
+        starts = None if call.varlen is None else call.varlen.cu_seqlens_q
+        data = tuple(pointer(x, kept) for x in (starts, mask.seqused_k, mask.leftpad, mask.prefix, call.block_table, call.sinks, mask.alibi))
         return self._run(launch, call.q, call.k, call.v, call.need_lse, data)
 
     def _find(self, call: Call, index: int) -> Launch:
-        q, k, v, mask, table = call.q, call.k, call.v, call.mask, call.block_table
+        q, k, v, mask, table, varlen = call.q, call.k, call.v, call.mask, call.block_table, call.varlen
         key = (
             index, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), call.softmax_scale, call.softcap, mask.structure,
-            None if table is None else table.shape[1], None if mask.alibi is None else mask.alibi.ndim,
+            None if table is None else table.shape[1], None if varlen is None else (varlen.cu_seqlens_q.shape[0], varlen.max_seqlen_q), None if mask.alibi is None else mask.alibi.ndim,
         )  # fmt: skip
         found = self._launches.get(key)
         if found is None:
@@ -180,7 +185,7 @@ class DecodePlan(CubinPlan):
         ) -> Optional[tuple[Tensor, Optional[Tensor]]]:
             if launch.index != current_device():
                 return None
-            data = (0 if seqused_k is None else seqused_k.data_ptr(), 0, 0, 0 if block_table is None else block_table.data_ptr(), 0, 0)
+            data = (0, 0 if seqused_k is None else seqused_k.data_ptr(), 0, 0, 0 if block_table is None else block_table.data_ptr(), 0, 0)
             return self._run(launch, q, k, v, need_lse, data)
 
         return again

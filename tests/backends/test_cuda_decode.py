@@ -25,7 +25,7 @@ from attnhub.backends.cuda import backend, compile, decode, decode_params, decod
 from attnhub.backends.cuda.decode import DecodeVariant
 from attnhub.backends.cuda.decode_plan import DecodePlan
 from attnhub.capability import Capability, DeviceRange
-from attnhub.layouts import empty_out
+from attnhub.layouts import Varlen, empty_out
 from attnhub.mask import FULL, ALiBi, Causal, Mask, SeqLens, Window
 from attnhub.problem import DeviceInfo, Feature, Problem
 from attnhub.reasons import Code
@@ -53,7 +53,8 @@ class HostPlan(Plan):
         lse = torch.full(launch.lse_shape, float("nan"))
         partial, tickets = torch.full((launch.partial or 1,), float("nan")), torch.zeros(launch.tiles, dtype=torch.int32)
         mask = call.mask
-        pointers = (call.q, call.k, call.v, out, lse, mask.seqused_k, mask.leftpad, mask.prefix, call.block_table, call.sinks, mask.alibi, partial, tickets)
+        starts = None if call.varlen is None else call.varlen.cu_seqlens_q
+        pointers = (call.q, call.k, call.v, out, lse, starts, mask.seqused_k, mask.leftpad, mask.prefix, call.block_table, call.sinks, mask.alibi, partial, tickets)
         kept = [None if x is None else x if i < 4 else x.contiguous() for i, x in enumerate(pointers)]
         argument = launch.argument(*(0 if x is None else x.data_ptr() for x in kept))
         self.library.run(np.frombuffer(argument.tobytes(), np.uint8).ctypes.data_as(cuda_on_host.ctypes.c_void_p), launch.grid[0], self.variant.threads, self.variant.shared_bytes)
@@ -66,7 +67,7 @@ class HostBackend(Backend):
     name = "decode_on_host"
     automatic = False
     capability = Capability(
-        (DeviceRange("cpu", dtypes=frozenset({"float16", "bfloat16"})),), backend.capability.features - {Feature.VARLEN}, (1, 256, 1), align_bytes=16,
+        (DeviceRange("cpu", dtypes=frozenset({"float16", "bfloat16"})),), backend.capability.features, (1, 256, 1), align_bytes=16,
     )  # fmt: skip
 
     def __init__(self, folder: Path) -> None:
@@ -102,6 +103,9 @@ HOST_CASES = [
     testing.Case(**_D64, seqlen_q=5, seqlen_k=40, parts=("top_left", "prefix"), layout="bshd"),
     testing.Case(**_D64, seqlen_q=2, seqlen_k=90, page_size=16, parts=("causal",), q_heads=4),
     testing.Case(**_D64, seqlen_q=1, seqlen_k=200, page_size=48, q_heads=8, sinks=True),
+    testing.Case(**_D64, page_size=16, lengths_q=(5, 0, 17, 1), seqlen_k=70, q_heads=4, parts=("causal",)),
+    testing.Case(**_D64, page_size=48, lengths_q=(1, 1, 9), seqlen_k=133, q_heads=8, parts=("causal", "window_left"), sinks=True),
+    testing.Case(**_D64, page_size=16, seqlen_q=21, seqlen_k=60, parts=("causal",)),
     testing.Case("float16", seqlen_q=3, seqlen_k=100, head_dim=40, v_head_dim=72, page_size=5, q_heads=4, softcap=5.0, parts=("causal", "alibi"), backward=False),
     testing.Case("float16", seqlen_q=1, seqlen_k=77, head_dim=40, v_head_dim=72, page_size=1, q_heads=4, softcap=5.0, parts=("alibi",), backward=False),
 ]  # fmt: skip
@@ -130,6 +134,20 @@ def test_values_that_are_not_finite_reach_only_who_may_see_them(host: HostBacken
     assert torch.equal(bad, expected)
     clean = attnhub.attention(q, *(x.nan_to_num(0.0, 0.0) for x in (k, v)), Causal(), backend="reference")
     assert isinstance(clean, Tensor) and (out - clean)[~bad].abs().max() < 0.02
+
+
+def test_tokens_behind_the_last_packed_sequence_are_zero(host: HostBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_plan, "slots", lambda index, shared_bytes: 12)
+    starts = torch.tensor([0, 2, 2, 7], dtype=torch.int32)
+    k, v = torch.randn(30, 2, 16, 64).bfloat16(), torch.randn(30, 2, 16, 64).bfloat16()
+    cache = attnhub.KVCache(k, v, torch.tensor([150, 3, 160], dtype=torch.int32), torch.randperm(30).int().view(3, 10))
+    q, varlen = torch.randn(11, 4, 64).bfloat16(), Varlen(starts, starts, 5, 5)
+    (mine, lse), (right, right_lse) = (
+        attnhub.attention(q, None, None, Causal(), varlen=varlen, kv_cache=cache, return_lse=True, backend=name) for name in (host.name, "reference")
+    )
+    assert not mine[7:].any() and bool((lse[:, 7:] == float("-inf")).all())
+    torch.testing.assert_close(mine, right, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(lse, right_lse, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("power", [0, 12, 40])
@@ -245,6 +263,7 @@ def test_splits_fill_the_device_once(tiles: int, seqlen_k: int, splits: int) -> 
     [
         ({}, True), ({"seqlen_q": 16}, True), ({"seqlen_q": 32}, False), ({"device": DeviceInfo("cuda", "nvidia", (7, 5))}, False),
         ({"features": frozenset({Feature.VARLEN})}, False), ({"features": frozenset({Feature.PAGED}), "page_size": 16}, True),
+        ({"features": frozenset({Feature.PAGED, Feature.VARLEN}), "page_size": 16, "seqlen_q": 64}, True),
     ],
 )  # fmt: skip
 def test_which_problems_it_is_for(changes: dict[str, Any], serves: bool) -> None:
@@ -252,11 +271,10 @@ def test_which_problems_it_is_for(changes: dict[str, Any], serves: bool) -> None
     assert decode.serves(problem) == serves
 
 
-@pytest.mark.parametrize("changes", [{"seqlen_q": 32}, {"device": DeviceInfo("cuda", "nvidia", (7, 5))}, {"features": frozenset({Feature.PAGED, Feature.VARLEN})}])
-def test_pages_that_nobody_serves_are_refused(changes: dict[str, Any]) -> None:
+def test_pages_of_an_old_device_are_refused() -> None:
     base = Problem(HOPPER, "float16", "float16", 64, 64, 8, 2, 2, 1, 1024, frozenset({Feature.PAGED, Feature.SEQLENS}), page_size=16)
-    assert not backend.check(base)
-    (reason,) = backend.check(dataclasses.replace(base, **changes))
+    assert not backend.check(base) and not backend.check(dataclasses.replace(base, seqlen_q=64))
+    (reason,) = backend.check(dataclasses.replace(base, device=DeviceInfo("cuda", "nvidia", (7, 5))))
     assert reason.code == Code.NO_PAGED
 
 

@@ -27,16 +27,26 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row_tile = blockIdx.x % params.row_tiles, rest = blockIdx.x / params.row_tiles;
     const int split = rest % params.splits, pair = rest / params.splits;
-    const int batch = pair / params.kv_heads, kv_head = pair % params.kv_heads;
+    const int sequence = pair / params.kv_heads, kv_head = pair % params.kv_heads;
+    if (sequence == params.sequences) {  // of packed queries: what lies behind all others
+        if (split == 0) clear_tail<C>(params, kv_head, row_tile);
+        return;
+    }
+    const Queries queries = Queries::of(params, sequence);
+    const int count = min(16, params.heads_per_kv_head * queries.count - row_tile * 16);
+    if (count <= 0) return;
 
-    const Mask mask = Mask::of(params, batch);
-    const Span first = mask.keys(params, 0), last = mask.keys(params, params.seqlen_q - 1);
+    const Mask mask = Mask::of(params, sequence, queries.count);
+    // The first and the last query of the tile, which may go on from one head to the next.
+    const int from = row_tile * 16, to = from + count - 1;
+    const bool one_head = from / queries.count == to / queries.count;
+    const Span first = mask.keys(params, one_head ? from % queries.count : 0), last = mask.keys(params, one_head ? to % queries.count : queries.count - 1);
     const Span some{first.first, last.last}, all{last.first, first.last};
     const int first_block = some.first / kBlock, blocks = some.first < some.last ? (some.last + kBlock - 1) / kBlock - first_block : 0;
     const int stop = first_block + static_cast<int>(static_cast<long long>(split + 1) * blocks / params.splits);
     int block = first_block + static_cast<int>(static_cast<long long>(split) * blocks / params.splits) + warp;
 
-    const auto cache = Cache<C::kPaging>::of(params, batch, kv_head, some);
+    const auto cache = Cache<C::kPaging>::of(params, sequence, kv_head, some);
     const uint32 stages = shared_address(shared) + warp * C::kWarpBytes;
     const auto copy = [&](int ahead, int page, int stage) {
         const uint32 k = stages + stage * C::kStageBytes;
@@ -50,7 +60,7 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
     for (int i = 0; i < C::kStages - 1; ++i) copy(block + i * C::kWarps, pages[i], i);
     int ahead = block + (C::kStages - 1) * C::kWarps, page = pages[C::kStages - 1];
 
-    Rows<C> rows(params, mask, batch, kv_head, row_tile, lane);
+    Rows<C> rows(params, mask, queries, sequence, kv_head, row_tile, lane);
     int stage = 0;
 #pragma unroll 1
     for (; block < stop; block += C::kWarps) {
@@ -62,7 +72,7 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
         const int key = block * kBlock;
         const bool masked = key < all.first || key + kBlock > all.last;
         const uint32 k = stages + stage * C::kStageBytes;
-        rows.attend(params, mask, key, k, k + Block<C::kDepth>::kBytes, masked, masked && params.seqlen_q > 1, lane);
+        rows.attend(params, mask, key, k, k + Block<C::kDepth>::kBytes, masked, masked && queries.count > 1, lane);
         stage = stage + 1 == C::kStages ? 0 : stage + 1;
     }
     wait_copies<0>();
@@ -73,14 +83,13 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
     merge.leave(rows, warp, lane);
     __syncthreads();
     const int tile = pair * params.row_tiles + row_tile;
-    const int count = min(16, params.heads_per_kv_head * params.seqlen_q - row_tile * 16);
     const auto partial = Partial<Merge<C>::kColumns>::of(params, tile);
     for (int at = threadIdx.x; at < count * Merge<C>::kGroups; at += 32 * C::kWarps) {
         const int row = at / Merge<C>::kGroups, group = at % Merge<C>::kGroups;
         float4 sums;
         const Part part = merge.take(row, group, scale, sums);
         if (params.splits == 1) {
-            write_row<C>(params, batch, Row::of(params, kv_head, row_tile * 16 + row), group, part, sums, scale);
+            write_row<C>(params, queries, Row::of(params, queries, kv_head, row_tile * 16 + row), group, part, sums, scale);
         } else {
             reinterpret_cast<float4*>(partial.sums + (split * 16 + row) * Merge<C>::kColumns)[group] = sums;
             if (group == 0) partial.parts[split * 16 + row] = part;
@@ -88,7 +97,7 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
     }
     if (params.splits == 1 || !merge.comes_last(params, tile)) return;
     for (int row = warp; row < count; row += C::kWarps) {
-        merge.merge_splits(params, partial, batch, Row::of(params, kv_head, row_tile * 16 + row), row, scale, warp, lane);
+        merge.merge_splits(params, partial, queries, Row::of(params, queries, kv_head, row_tile * 16 + row), row, scale, warp, lane);
     }
 }
 

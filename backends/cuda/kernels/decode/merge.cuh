@@ -38,7 +38,7 @@ static __device__ __forceinline__ void add(float4& sums, float factor, const flo
 // 4 columns of a finished row of out; with the first of them lse.
 template <class C>
 static __device__ __forceinline__ void write_row(
-    const Params& params, int batch, const Row& row, int group, const Part& part, const float4& sums, float scale) {
+    const Params& params, const Queries& queries, const Row& row, int group, const Part& part, const float4& sums, float scale) {
     using Type = typename C::Type;
     float scaled = part.maximum == -kInfinity ? -kInfinity : part.maximum * scale, sum = part.sum, factor = 1.f;
     if (params.sinks != nullptr) {
@@ -52,7 +52,8 @@ static __device__ __forceinline__ void write_row(
     }
     const float inverse = sum == 0.f ? 0.f : factor / sum;
     const uint32 low = Type::pack(sums.x * inverse, sums.y * inverse), high = Type::pack(sums.z * inverse, sums.w * inverse);
-    Element* out = params.out + batch * params.out_strides.batch + row.head * params.out_strides.head + row.query * params.out_strides.token + 4 * group;
+    Element* out = params.out + queries.batch * params.out_strides.batch + row.head * params.out_strides.head +
+                   (queries.token + row.query) * params.out_strides.token + 4 * group;
     if (params.out_aligned) {
         if (4 * group < C::kWidth) asm volatile("st.global.v2.b32 [%0], {%1,%2};" :: "l"(out), "r"(low), "r"(high) : "memory");
     } else {
@@ -62,8 +63,20 @@ static __device__ __forceinline__ void write_row(
         }
     }
     if (params.lse != nullptr && group == 0) {
-        params.lse[(static_cast<long long>(batch) * params.q_heads + row.head) * params.seqlen_q + row.query] =
+        params.lse[(static_cast<long long>(queries.batch) * params.q_heads + row.head) * params.seqlen_q + queries.token + row.query] =
             sum == 0.f ? -kInfinity : (scaled + log2f(sum)) * kLn2;
+    }
+}
+
+// Tokens behind the last packed sequence belong to none: out 0, lse -inf. By the blocks of a K/V head and tile of rows.
+template <class C>
+static __device__ __forceinline__ void clear_tail(const Params& params, int kv_head, int row_tile) {
+    for (int token = params.cu_seqlens_q[params.sequences] + row_tile; token < params.seqlen_q; token += params.row_tiles) {
+        for (int head = kv_head * params.heads_per_kv_head; head < (kv_head + 1) * params.heads_per_kv_head; ++head) {
+            Element* out = params.out + head * params.out_strides.head + token * params.out_strides.token;
+            for (int column = threadIdx.x; column < C::kWidth; column += 32 * C::kWarps) out[column] = 0;
+            if (params.lse != nullptr && threadIdx.x == 0) params.lse[static_cast<long long>(head) * params.seqlen_q + token] = -kInfinity;
+        }
     }
 }
 
@@ -134,7 +147,7 @@ struct Merge {
 
     // One row of all splits, by a warp.
     __device__ __forceinline__ void merge_splits(
-        const Params& params, const Partial<kColumns>& from, int batch, const Row& target, int row, float scale, int warp, int lane) {
+        const Params& params, const Partial<kColumns>& from, const Queries& queries, const Row& target, int row, float scale, int warp, int lane) {
         float* own = factors + warp * C::kMostSplits;
         float2 parts[C::kMostSplits / 32];  // this lane's: maximum and sum
         Part whole{-kInfinity, 0.f};
@@ -161,7 +174,7 @@ struct Merge {
             const float4* sums = reinterpret_cast<const float4*>(from.sums + row * kColumns) + group;
 #pragma unroll 16
             for (int split = 0; split < params.splits; ++split) add(found, own[split], __ldcg(sums + split * (16 * kGroups)));
-            write_row<C>(params, batch, target, group, whole, found, scale);
+            write_row<C>(params, queries, target, group, whole, found, scale);
         }
         __syncwarp();
     }

@@ -15,23 +15,25 @@ struct Params {
     const Element* v;
     Element* out;
     float* lse;               // [B, Hq, Sq] natural logarithm, or null
-    const int* seqused_k;     // [B], or null
-    const int* leftpad;       // [B], or null
-    const int* prefix;        // [B], or null
-    const int* block_table;   // [B, pages], or null
+    const int* cu_seqlens_q;  // [sequences + 1], or null unless the queries are packed
+    const int* seqused_k;     // [sequences], or null
+    const int* leftpad;       // [sequences], or null
+    const int* prefix;        // [sequences], or null
+    const int* block_table;   // [sequences, pages], or null
     const float* sinks;       // [Hq], or null
     const float* alibi;       // slopes, read at [b * alibi_batch_stride + h]
     float* partial;           // what splits leave for each other, see merge.cuh; null if there is one
     int* tickets;             // a zero for each tile of rows, left as zero; null if there is one split
     Strides q_strides, k_strides, v_strides, out_strides;  // batch of k and v: from page to page, if there are pages
+    int sequences;
     int q_heads;
     int kv_heads;
     int heads_per_kv_head;
-    int seqlen_q;
+    int seqlen_q;             // rows of the tensors: of each sequence, or all tokens when packed
     int seqlen_k;             // what a sequence can hold
     int page_size;
     int pages;                // entries of a sequence in block_table
-    int row_tiles;            // tiles of 16 rows for a K/V head: its query heads' queries
+    int row_tiles;            // tiles of 16 rows for a K/V head: its query heads' queries, of the longest sequence
     int splits;               // blocks that share the keys of a tile of rows
     int causal;
     int top_left;             // alignment of positions; else bottom right

@@ -17,14 +17,14 @@ static __device__ __forceinline__ float across_row(float x, F combine) {
     return combine(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// Row r of a K/V head is query r % Sq of its query head r / Sq.
+// Row r of a K/V head is query r % Sq of its query head r / Sq, for the Sq queries of the sequence.
 struct Row {
     int head, query;
     bool exists;
 
-    static __device__ __forceinline__ Row of(const Params& params, int kv_head, int r) {
-        const int group = r / params.seqlen_q;
-        return {kv_head * params.heads_per_kv_head + group, r - group * params.seqlen_q, group < params.heads_per_kv_head};
+    static __device__ __forceinline__ Row of(const Params& params, const Queries& queries, int kv_head, int r) {
+        const int group = r / queries.count;
+        return {kv_head * params.heads_per_kv_head + group, r - group * queries.count, group < params.heads_per_kv_head};
     }
 };
 
@@ -49,18 +49,22 @@ struct Rows {
     float out[VBlock::kColumns / 8][4];
     float maximum[2], sum[2];  // the sum is this lane's part
 
-    __device__ __forceinline__ Rows(const Params& params, const Mask& mask, int batch, int kv_head, int tile, int lane) {
+    __device__ __forceinline__ Rows(
+        const Params& params, const Mask& mask, const Queries& queries, int sequence, int kv_head, int tile, int lane) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            own[half] = Row::of(params, kv_head, tile * 16 + lane / 4 + 8 * half);
+            own[half] = Row::of(params, queries, kv_head, tile * 16 + lane / 4 + 8 * half);
             spans[half] = mask.keys(params, own[half].query);
             maximum[half] = -kInfinity;
             sum[half] = slope[half] = 0.f;
             if constexpr (C::kAlibi) {
-                if (own[half].exists) slope[half] = params.alibi[batch * params.alibi_batch_stride + own[half].head] * kLog2e;
+                if (own[half].exists) slope[half] = params.alibi[sequence * params.alibi_batch_stride + own[half].head] * kLog2e;
             }
             const Element* row = params.q;
-            if (own[half].exists) row += batch * params.q_strides.batch + own[half].head * params.q_strides.head + own[half].query * params.q_strides.token;
+            if (own[half].exists) {
+                row += queries.batch * params.q_strides.batch + own[half].head * params.q_strides.head +
+                       (queries.token + own[half].query) * params.q_strides.token;
+            }
 #pragma unroll
             for (int step = 0; step < KBlock::kSteps; ++step) {
 #pragma unroll
