@@ -19,7 +19,7 @@ tasks = pytest.importorskip("attnhub.bench.tasks")
 
 CPU = torch.device("cpu")
 ONCE = measure.Settings(1, 1e-4)
-DECODER = "llama-2-layers"
+DECODER = "llama-8-layers"
 TASKS = [
     ModelCase("bert-base", "encode", 16), ModelCase(DECODER, "prefill", 16, 2), ModelCase(DECODER, "decode", 16, 2, cache="dynamic"),
     ModelCase(DECODER, "decode", 16, 2, cache="static"), ModelCase(DECODER, "training", 16), ModelCase("llama-3-1b", "training", 16, dtype="bfloat16"),
@@ -35,7 +35,7 @@ def test_presets_hold_what_they_must() -> None:
     cpu, gpu = ([str(case) for case in models.PRESETS[name].cases] for name in ("cpu", "gpu"))
     assert [f"minilm embed fp32 B{b} S{n}" in cpu for b in (1, 32) for n in (32, 128, 256)] == [True] * 6
     assert {"bert-base encode fp32 B1 S512", "bert-base encode fp32 B1 S2048", "llama-8-layers prefill fp32 B1 S2048"} < set(cpu)
-    assert "llama-8-layers decode fp32 B1 S2048 dynamic cache" in cpu and "llama-2-layers training fp32 B1 S4096" in cpu
+    assert "llama-8-layers decode fp32 B1 S2048 dynamic cache" in cpu and "llama-8-layers training fp32 B1 S4096" in cpu
     assert "llama-3-8b prefill bf16 B1 S8192" in gpu and "llama-3-1b training bf16 B1 S4096" in gpu
     assert [f"llama-3-8b decode bf16 B{b} S2048 static cache" in gpu for b in (1, 16, 64)] == [True] * 3
     assert models.HEADROOM % 128 == 0 and models.config_of("llama-3-8b", "full")[1]["num_hidden_layers"] == 32
@@ -143,6 +143,23 @@ def test_decode_steps_begin_again(kind: str, tiny: Any, monkeypatch: pytest.Monk
     assert all(k.shape[2] == 24 if kind == "static" else k.shape[2] == 16 for k, _ in task.before)
 
 
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_memory_does_not_depend_on_what_lies_free() -> None:
+    """A step that needs 24 MiB at its peak, after others that left holes of all sizes."""
+
+    def step() -> None:
+        held = [torch.ones(1 << 20) for _ in range(5)]
+        held.append(held[0] + held[1])
+
+    found = []
+    for n in range(3):
+        with measure.own_mappings():
+            found.append(measure.extra_memory(step, CPU)[0])
+        holes = [torch.ones(1 << (14 + n + k % 7)) for k in range(40)]
+        del holes[::2]
+    assert all(mib is not None and abs(mib - 24) < 1 for mib in found), found
+
+
 # -- MiniLM --------------------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +205,7 @@ def _both(cpu: bool, ours: float, memory: float = 10.0, **more: Any) -> list[dic
         (_both(True, 1.0, difference=1e-5), set()),
         (_both(True, 0.98, difference=1e-7), {"12-layer encoder at 2048 over sdpa", "prefill over sdpa"}),
         (_both(True, 1.0, difference=1.1e-5), {"embeddings' largest difference"}),
-        (_both(True, 1.0, 10.02, difference=0.0), {"training step's peak memory of sdpa's"}),
+        (_both(True, 1.0, 10.1, difference=0.0), {"training step's peak memory of sdpa's"}),
         (_both(True, 0.96, difference=0.0), {t.name for t in targets.MODELS["cpu"] if "over" in t.name}),
     ],
 )

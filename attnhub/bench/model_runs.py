@@ -68,7 +68,8 @@ def run_case(
     measure.interleave(runners, settings, device, tick)
     for runner in runners:
         row = runner.row
-        row["extra_mib"], seconds, cpu_use = measure.extra_memory(runner.single, device)
+        with measure.own_mappings():
+            row["extra_mib"], seconds, cpu_use = measure.extra_memory(runner.single, device)
         if not runner.times:
             runner.record(seconds, cpu_use)
         row["seconds"], row["seconds_rounds"] = statistics.median(runner.times), runner.times

@@ -30,10 +30,6 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         **_LLAMA, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4,
         "vocab_size": 8192,
     }),
-    "llama-2-layers": ("LlamaConfig", {
-        **_LLAMA, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2,
-        "vocab_size": 1024,
-    }),
     "llama-3-8b": ("LlamaConfig", {
         **_LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
         "vocab_size": 128256,
@@ -98,7 +94,7 @@ PRESETS = {
             *(ModelCase("bert-base", "encode", length) for length in (512, 2048)),
             ModelCase("llama-8-layers", "prefill", 2048),
             ModelCase("llama-8-layers", "decode", 2048, cache="dynamic"),
-            ModelCase("llama-2-layers", "training", 4096),
+            ModelCase("llama-8-layers", "training", 4096),
         ),
         ("sdpa",), (9, 0.5),
     ),

@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=float, default=0.0, help="seconds after which no further case is begun; what was measured is in the file")
     parser.add_argument("--resume", action="store_true", help="keep the cases that --output has from the same commit and machine, and measure the others")
     parser.add_argument("--jobs", type=int, default=-1, help="processes that compile kernels ahead on a GPU; default: by the processors, 0: none")
-    parser.add_argument("--peer-seconds", type=float, default=12.0, help="what a peer's turns at one case may take: slower ones get fewer rounds")
+    parser.add_argument("--peer-seconds", type=float, default=None,
+                        help="what a peer's turns at one case may take: slower ones get fewer rounds; default: 12, of models 60")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch and of ONNX Runtime; part of the result file's name")
     parser.add_argument("--device", default="", help="overhead, models: cpu or cuda; default: cuda where there is one, and the preset's")
     parser.add_argument("--output", default="", help="result file; a folder (ending in /) gets <device>/<suite>-<preset>[-<threads>t].json")
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads or 1)
     device = _device(args)
     suggested = bench_cases.PRESETS[args.preset].turns if device.type != "cpu" and args.suite != "overhead" else (3, 0.1)
+    args.peer_seconds = 12.0 if args.peer_seconds is None else args.peer_seconds
     args.rounds, args.seconds = (suggested[0] if args.rounds is None else args.rounds), (suggested[1] if args.seconds is None else args.seconds)
     if args.rounds < 1 or args.seconds <= 0 or args.peer_seconds <= 0 or args.threads < 0:
         raise CommandError("--rounds must be at least 1, --seconds and --peer-seconds above 0, --threads not below 0")

@@ -34,7 +34,10 @@ def run(args: argparse.Namespace) -> int:
     device = _device(args)
     preset = models.PRESETS[args.preset]
     turns = (1, 0.001) if args.scale == models.TINY else preset.turns
-    settings = Settings(turns[0] if args.rounds is None else args.rounds, turns[1] if args.seconds is None else args.seconds, args.peer_seconds)
+    settings = Settings(
+        turns[0] if args.rounds is None else args.rounds, turns[1] if args.seconds is None else args.seconds,
+        60.0 if args.peer_seconds is None else args.peer_seconds,
+    )  # fmt: skip
     if settings.rounds < 1 or settings.round_seconds <= 0 or settings.peer_seconds <= 0:
         raise CommandError("--rounds must be at least 1, --seconds and --peer-seconds above 0")
     told = {

@@ -46,7 +46,8 @@ class MhaIntegration:
                     reports[module] = report
             result.append(report)
         for module in model.modules():
-            if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.self_attn, MultiheadAttentionMixin):
+            # An adapter (PEFT's) may lie around the attention: torch's fused layer would call neither.
+            if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, MultiheadAttentionMixin) for m in module.self_attn.modules()):
                 swap(module, EncoderLayerMixin)
         return result
 

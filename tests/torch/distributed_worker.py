@@ -7,6 +7,7 @@ each other, so that the scenarios behind it are not run.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pathlib
 import sys
@@ -47,6 +48,33 @@ def model() -> nn.Sequential:
     return nn.Sequential(Layer(0), Layer(1))
 
 
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, HEADS, 48, dropout=0.0, batch_first=True), 2)
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaModel
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.model = LlamaModel(LlamaConfig(
+                vocab_size=8, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=HEADS, num_key_value_heads=2,
+                initializer_range=0.3,
+            ))  # fmt: skip
+            # From embeddings, so that the vocabulary's are not trained.
+            self.model.embed_tokens = nn.Identity()
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden: Tensor = self.model(inputs_embeds=x, use_cache=False).last_hidden_state
+            return hidden - x
+
+    return Hidden()
+
+
 def train(module: nn.Module, batches: list[Tensor], steps: int = 3) -> None:
     optimiser = torch.optim.SGD(module.parameters(), lr=0.05)
     for step in range(steps):
@@ -59,8 +87,8 @@ def full(t: Tensor) -> Tensor:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def same_training(wrap: Callable[[nn.Module], nn.Module], rank: int, ranks: int) -> None:
-    alone, together = model(), model()
+def same_training(wrap: Callable[[nn.Module], nn.Module], rank: int, ranks: int, make: Callable[[], nn.Module] = model) -> None:
+    alone, together = make(), make()
     data = torch.randn(3, 2 * ranks, 7, WIDTH, generator=torch.Generator().manual_seed(5))
     before = [p.detach().clone() for p in alone.parameters()]
     train(alone, list(data))
@@ -83,6 +111,25 @@ def same_decision(ranks: int) -> None:
 
 def ddp(rank: int, ranks: int) -> None:
     same_training(nn.parallel.DistributedDataParallel, rank, ranks)
+
+
+def ddp_patched(rank: int, ranks: int) -> None:
+    """Models whose attention is patched, before and after DDP takes them, train as they do alone and unpatched."""
+    for make in (encoder, llama) if importlib.util.find_spec("transformers") else (encoder,):
+        for before in (True, False):
+            reports = []
+
+            def wrap(module: nn.Module, before: bool = before, reports: list[Any] = reports) -> nn.Module:
+                if before:
+                    reports.append(attnhub.patch(module, strict=True))
+                wrapped = nn.parallel.DistributedDataParallel(module)
+                if not before:
+                    reports.append(attnhub.patch(wrapped, strict=True))
+                return wrapped
+
+            same_training(wrap, rank, ranks, make)
+            # Three steps of two layers; checkpointing computes each of the Llama's twice.
+            assert reports[0].calls == (6 if make is encoder else 12), str(reports[0])
 
 
 def fsdp(rank: int, ranks: int) -> None:

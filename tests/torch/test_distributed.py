@@ -15,7 +15,7 @@ import sys
 import pytest
 
 WORKER = pathlib.Path(__file__).with_name("distributed_worker.py")
-SCENARIOS = ("ddp", "fsdp", "dtensor", "dtensor_fp8", "dtensor_dropout_and_packed", "tensor_parallel", "ranks_that_disagree", "fsdp_checkpointed")
+SCENARIOS = ("ddp", "ddp_patched", "fsdp", "dtensor", "dtensor_fp8", "dtensor_dropout_and_packed", "tensor_parallel", "ranks_that_disagree", "fsdp_checkpointed")
 RANKS, TIMEOUT_S = 2, 150
 
 
