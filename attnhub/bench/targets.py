@@ -242,9 +242,9 @@ _H200 = (
 
 
 def _over_memory(rows: Rows, mine: dict[str, Any]) -> Optional[float]:
-    """The peak of memory as a part of the baseline's, to a percent: what threads keep for their next call, about 1 MiB each, is less."""
+    """The peak of memory as a part of the baseline's."""
     theirs, ours = rows.get(models.BASELINE, {}).get("extra_mib"), mine.get("extra_mib")
-    return round(ours / theirs, 2) if theirs and ours is not None else None
+    return ours / theirs if theirs and ours is not None else None
 
 
 def _task(task: str, longer: bool | None = None) -> Callable[[ModelCase], bool]:
@@ -252,7 +252,7 @@ def _task(task: str, longer: bool | None = None) -> Callable[[ModelCase], bool]:
     return lambda c: c.task == task and (longer is None or (c.length >= 2048) == longer)
 
 
-_PATCHED, _MEMORY_OF = _over(models.BASELINE), ("training step's peak memory of sdpa's", 1.0, 1.0, _over_memory, _task("training"), "{:.0%}", True)
+_PATCHED, _MEMORY_OF = _over(models.BASELINE), ("training step's peak memory of sdpa's", 1.0, 1.0, _over_memory, _task("training"), "{:.1%}", True)
 #: By the preset.
 MODELS: dict[str, tuple[Target, ...]] = {
     "cpu": (
