@@ -403,6 +403,21 @@ def test_backward_launches_what_triton_would(gpu: Gpu, monkeypatch: pytest.Monke
     assert len(replays) == len(order) - len(shared._recordings) >= len(order) // 2
 
 
+def test_a_replay_finds_counters_at_zero(gpu: Gpu) -> None:
+    """Programs that draw their tiles from a counter leave it past the last one."""
+    q = randn(1, 2, 8, 16)
+    recorder = launch.Recorder({"q": q})
+    recorder.buffer("out", torch.empty_like(q))
+    counter = recorder.zeros("counter", torch.full((1,), 7, dtype=torch.int32))
+    assert counter.item() == 0
+    recording = recorder.recording()
+    assert recording is not None
+    for _ in range(2):
+        found = recording.replay(q, [q.data_ptr()])["counter"]
+        assert found.item() == 0
+        found.fill_(9)
+
+
 def test_every_part_of_a_call_is_in_the_key() -> None:
     """A new field of Call or Mask must be put into `_key` or `_inputs`, and here. `deterministic` changes nothing: all kernels are repeatable."""
     assert set(Call.__slots__) == {
