@@ -29,8 +29,7 @@ class Tiles:
     """consumers: computing warpgroups, of 64 query rows each. keys: rows of a K/V tile. stages: tiles of K, and of V, in flight.
 
     keep_query: Q stays in registers. out_over_query: out leaves through the shared memory of Q. take_turns: warpgroups start their
-    products one after the other. ask_early: a block asks for its next tile at once, and not only when it needs it. skip: warpgroups
-    skip the tiles of keys that a mask hides from all of their own rows.
+    products one after the other.
     """
 
     consumers: int
@@ -39,8 +38,6 @@ class Tiles:
     keep_query: bool = False
     out_over_query: bool = False
     take_turns: bool = False
-    ask_early: bool = False
-    skip: bool = False
 
 
 #: Width of q and k, of v -> tiles; other pairs are padded to the larger one. Those of equal widths 64, 128 and 256 are the fastest of about 75 that were tried on an H200.
@@ -52,14 +49,14 @@ _TABLE: dict[tuple[int, int], Tiles] = {
     (192, 192): Tiles(2, 96, 2, out_over_query=True),
     (256, 256): Tiles(2, 64, 2, out_over_query=True),
 }
-_SHORT_64 = Tiles(2, 128, 4, keep_query=True, take_turns=True)
-_CAUSAL_64 = Tiles(3, 96, 4, take_turns=True)
-_CAUSAL_64_FROM = 2048
+#: Two warpgroups, of fewer rows together: more tiles, and less of them wasted under a mask.
+_SHORT_64 = Tiles(2, 128, 3, keep_query=True, take_turns=True)
+_SHORT_64_BELOW = 2048
 
 
 @dataclass(frozen=True)
 class HopperVariant:
-    """One compiled kernel. head_dim, v_head_dim: widths of its tiles. lazy: the maximum of a row stays while it grows by less than 2^8.
+    """One compiled kernel. head_dim, v_head_dim: widths of its tiles.
 
     left, right: a mask may cut rows there, beside the keys' end. hides: pairs may be masked out whose key and value are in memory.
     """
@@ -73,7 +70,6 @@ class HopperVariant:
     hides: bool = False
     softcap: bool = False
     alibi: bool = False
-    lazy: bool = False
 
     main = "hopper/forward.cu"
 
@@ -96,7 +92,7 @@ class HopperVariant:
 
     def generated(self) -> dict[str, str]:
         """Headers that are written for the variant."""
-        widths = {self.tiles.keys, self.v_head_dim // 64 * 64, self.v_head_dim % 64} - {0}
+        widths = {self.tiles.keys, self.tiles.keys // 2, self.v_head_dim // 64 * 64, self.v_head_dim % 64} - {0}
         return {wgmma.NAME: wgmma.header(widths, self.dtype)}
 
     def options(self) -> tuple[str, ...]:
@@ -114,9 +110,6 @@ class HopperVariant:
             "KEEP_QUERY": tiles.keep_query,
             "OUT_OVER_QUERY": tiles.out_over_query,
             "TAKE_TURNS": tiles.take_turns,
-            "ASK_EARLY": tiles.ask_early,
-            "SKIP": tiles.skip and self.right,
-            "LAZY": self.lazy,
             "LEFT": self.left,
             "RIGHT": self.right,
             "HIDES": self.hides,
@@ -138,7 +131,6 @@ class HopperVariant:
             "tile": [self.rows, self.tiles.keys],
             "stages": self.tiles.stages,
             "shared_bytes": self.shared_bytes,
-            "softmax": "lazy" if self.lazy else "exact",
         }
 
 
@@ -176,8 +168,6 @@ def make(dtype: str, head_dim: int, v_head_dim: int, features: frozenset[Feature
 def _tiles(width: int, v_width: int, features: frozenset[Feature], uneven: bool, seqlen_q: int) -> Tiles:
     found = _TABLE[width, v_width]
     if (width, v_width) == (64, 64):
-        if features & _LARGER_SCORES or (uneven and seqlen_q < _CAUSAL_64_FROM):
+        if features & _LARGER_SCORES or seqlen_q < _SHORT_64_BELOW:
             return _SHORT_64
-        if uneven:
-            return _CAUSAL_64
     return found

@@ -13,7 +13,7 @@ FIELDS: tuple[tuple[str, str], ...] = (
     *((f"{tensor}_strides.{axis}", "q") for tensor in ("q", "k", "v", "out") for axis in ("batch", "head", "token")),
     *((name, "i") for name in (
         "sequences", "q_heads", "heads_per_kv_head", "seqlen_q", "seqlen_k", "head_dim", "v_head_dim", "q_tiles", "tile_total",
-        "heads_per_section", "longest_first", "top_left", "causal", "window_left", "window_right", "chunk", "alibi_batch_stride", "out_by_map",
+        "heads_per_section", "phases", "top_left", "causal", "window_left", "window_right", "chunk", "alibi_batch_stride", "out_by_map",
         "q_steps", "k_steps", "v_steps",
     )),
     *((name, "f") for name in ("scale_log2", "cap_inner", "cap_outer")),

@@ -22,8 +22,10 @@ from attnhub.layouts import empty_out
 _LOG2E = math.log2(math.e)
 #: Windows and chunks are cut here, so that the kernel's positions cannot overflow; sequences are shorter (`TOO_LARGE`).
 _FAR = (1 << 30) - 1
-#: K and V of the heads that take turns should stay in L2 (50 MB).
-_SECTION_BYTES = 24 << 20
+#: K and V of the heads that take turns should stay in L2 (50 MB), beside what is read ahead where memory is the bound: see kernels/hopper/schedule.cuh.
+_SECTION_BYTES, _SHORT_SECTION_BYTES = 24 << 20, 12 << 20
+#: Queries from which tiles go in phases, of which there are at most so many.
+_LONG, _PHASES = 2048, 31
 #: The kernel's tanh is exact to a few 1e-7, and its error is multiplied by the softcap.
 _LARGEST_SOFTCAP = 1000.0
 #: Smaller ones are 0 in fp32, and would turn the -inf of a masked score into NaN.
@@ -64,6 +66,8 @@ class Launch:
         by_position = varlen is None and (variant.left or variant.right)
         head_bytes = max(1, seqlen_k * (head_dim + v_head_dim) * 2 * kv_heads // q_heads)
 
+        short = seqlen_q < _LONG
+        section_bytes = _SHORT_SECTION_BYTES if short else _SECTION_BYTES
         scale, softcap = max(call.softmax_scale, _SMALLEST_SCALE), call.softcap
         # The driver wants tensor maps at addresses that are multiples of 64.
         memory = np.zeros(LAYOUT.size + 64, np.uint8)
@@ -74,7 +78,7 @@ class Launch:
             self._buffer, 0, b"", b"", b"", b"", *(0 for _ in range(POINTERS.size // 8)),
             *_strides(q), *_strides(k), *_strides(v), *out.stride()[:3],
             sequences, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k, head_dim, v_head_dim, q_tiles, tiles,
-            max(1, _SECTION_BYTES // head_bytes), by_position, mask.align == "top_left", mask.causal,
+            max(1, section_bytes // head_bytes), by_position * (1 if short else _PHASES), mask.align == "top_left", mask.causal,
             min(mask.window[0], _FAR), min(mask.window[1], _FAR), min(mask.chunk, _FAR),
             q_heads if mask.alibi is not None and mask.alibi.ndim == 2 else 0, tensor_map.addressable(out),
             tensor_map.steps(q), tensor_map.steps(k), tensor_map.steps(v),

@@ -18,7 +18,7 @@ pytest.importorskip("cupy", reason="the extra attnhub[cuda13] is not installed")
 import attnhub
 from attnhub import runtime, testing
 from attnhub.backend import Call, Needs
-from attnhub.backends.cuda import backend, hopper_plan, launcher
+from attnhub.backends.cuda import backend, hopper_plan
 from attnhub.backends.cuda.hopper_plan import HopperPlan
 from attnhub.dense import allowed_pairs
 from attnhub.layouts import Varlen
@@ -337,8 +337,8 @@ def test_backwards_of_others_run_from_its_lse(mask: Mask, dim: int) -> None:
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("name", ["causal", "window", "chunk", "left padding", "packed", "long"])
-def test_switches_of_the_tiles_change_nothing(name: str, dim: int) -> None:
-    """Tiles asked for early, and tiles of keys skipped by the warpgroups that do not see them."""
+def test_the_order_of_tiles_changes_nothing(name: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block after the other or as many as there are, in phases or not: bit by bit the same."""
     length, varlen = 2300 if name == "long" else 300, None
     q, k, v = _inputs(1 if name in ("packed", "long") else 2, length, dim)
     mask = MASKS["causal" if name in ("packed", "long") else name]
@@ -350,13 +350,13 @@ def test_switches_of_the_tiles_change_nothing(name: str, dim: int) -> None:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     plan = _plan(q, k, v, mask, **({"varlen": varlen} if varlen else {}))
     call = Call(*((x.transpose(0, 1)[None] for x in (q, k, v)) if varlen else (q, k, v)), mask, dim**-0.5, varlen=varlen)
-    expected, _ = plan.forward(call)
-    for switches in ({"ask_early": True}, {"skip": True}, {"ask_early": True, "skip": True}):
-        changed = dataclasses.replace(plan.variant, tiles=dataclasses.replace(plan.variant.tiles, **switches))
-        other = HopperPlan(changed, launcher._cubin(changed), lambda: plan)
-        other.load(0)
-        out, _ = other.forward(call)
-        assert torch.equal(out, expected), switches
+    found = []
+    for blocks, long in ((132, 2048), (5, 1), (1, 1 << 30)):
+        monkeypatch.setattr(hopper_plan, "processors", lambda index, blocks=blocks: blocks)
+        monkeypatch.setattr(hopper_plan, "_LONG", long)
+        monkeypatch.setattr(hopper_plan, "_memory", hopper_plan._Memory())
+        found.append(plan.forward(call)[0])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_offsets_pass_2_to_the_31() -> None:

@@ -36,7 +36,10 @@ template <bool Causal> static void attend(const Params& params, float* out, floa
     using C = Config<Causal>;
     const int lane = threadIdx.x, own_row = blockIdx.x % 4 * 16 + lane / 4;
     Work work{static_cast<int>(blockIdx.x) / 4 * 64, 1};
-    work = whole_tile<C>(params, work);
+    work.kv_head = 1;
+    work.len_q = params.seqlen_q;
+    work.len_k = params.seqlen_k;
+    work.last_tile = (params.seqlen_k + C::kKeys - 1) / C::kKeys;
     const typename C::Mask mask{work.len_k, work.offset, 0, 0};
     const int row = work.row + own_row;
     const Span spans[2] = {mask.keys(params, row), mask.keys(params, row + 8)};

@@ -54,7 +54,7 @@ def _variants() -> list[HopperVariant]:
 
 
 def _name(v: HopperVariant) -> str:
-    flags = [name for name in ("left", "right", "hides", "softcap", "alibi", "lazy") if getattr(v, name)]
+    flags = [name for name in ("left", "right", "hides", "softcap", "alibi") if getattr(v, name)]
     return "-".join((v.dtype, f"D{v.head_dim}x{v.v_head_dim}", f"{v.rows}x{v.tiles.keys}", *flags))
 
 
@@ -95,10 +95,12 @@ def _check(v: HopperVariant, folder: Path) -> None:
     compiled = _compile(v)
     assert not re.search(r"C75\d\d|warning", compiled.log), compiled.log
     assert v.shared_bytes <= hopper.MOST_SHARED
-    ((stack, stores, loads),) = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.log)
+    found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.log)
+    assert len(found) == 2, compiled.log  # the kernel, and its slow way for what is not finite
+    most = max(int(n) for function in found for n in function)
     # A few registers of what is computed once for a tile; never in a loop over keys.
-    assert max(int(stack), int(stores), int(loads)) <= 64, compiled.log
-    if int(stack):
+    assert most <= 64, compiled.log
+    if most:
         loops = _loops(compiled.cubin, folder)
         assert loops and not [line for loop in loops for line in loop if re.search(r"\b(LDL|STL)\b", line)]
 
@@ -120,23 +122,13 @@ def test_every_variant_compiles_without_spills(v: HopperVariant, tmp_path: Path)
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("v", "products", "moves"), zip(_QUICK, (10, 16, 20), (0, 0, 12)), ids=("D64", "D128", "D256"))
+@pytest.mark.parametrize(("v", "products", "moves"), zip(_QUICK, (12, 16, 20), (1, 1, 1)), ids=("D64", "D128", "D256"))
 def test_descriptors_stay_in_uniform_registers(v: HopperVariant, products: int, moves: int, tmp_path: Path) -> None:
     """In the hot loops nothing, or little, is moved to where the matrix unit reads its descriptors; a branch too many moves all of them."""
     loops = _loops(_compile(v).cubin, tmp_path)
     assert len(loops) == 2  # masked tiles and full ones
     for loop in loops:
         assert sum("HGMMA" in line for line in loop) == products and sum("R2UR" in line for line in loop) <= moves
-
-
-@needs_nvrtc
-@pytest.mark.parametrize("v", _QUICK, ids=_name)
-def test_switches_of_the_tiles_cost_nothing_in_the_loops(v: HopperVariant, tmp_path: Path) -> None:
-    """ask_early and skip: neither spills nor moves of descriptors that are not there without."""
-    v = dataclasses.replace(v, tiles=dataclasses.replace(v.tiles, ask_early=True, skip=True))
-    _check(v, tmp_path)
-    for loop in _loops(_compile(v).cubin, tmp_path):
-        assert sum("R2UR" in line for line in loop) <= (12 if v.head_dim == 256 else 0)
 
 
 @needs_nvrtc

@@ -277,7 +277,7 @@ def test_numbers_of_a_call(driver: _Driver) -> None:
         "window_right",
         "chunk",
         "alibi_batch_stride",
-        "longest_first",
+        "phases",
         "q_tiles",
         "tile_total",
         "head_dim",

@@ -24,18 +24,6 @@ static __device__ __forceinline__ void adjust_scores(float (&scores)[N], const P
     if constexpr (C::kAlibi) add_alibi(scores, C::kSoftcap ? 1.f : params.scale_log2, slope, distance);
 }
 
-// A tile of sequences that are all as long as the tensors: from what the epilogue needs anyway, so that the loop over keys keeps no more than that.
-template <class C>
-static __device__ __forceinline__ Work whole_tile(const Params& params, const Work& work) {
-    Work found{work.row, work.head, work.head / params.heads_per_kv_head};
-    found.batch = work.batch;
-    found.len_q = params.seqlen_q;
-    found.len_k = params.seqlen_k;
-    found.offset = params.top_left ? 0 : params.seqlen_k - params.seqlen_q;
-    found.last_tile = (params.seqlen_k + C::kKeys - 1) / C::kKeys;
-    return found;
-}
-
 // out, rows.maximum and rows.sum of a warp's 16 rows; `row` and row + 8 are this lane's.
 template <class C>
 static __device__ __forceinline__ void attend_carefully(
@@ -75,7 +63,7 @@ static __device__ __forceinline__ void attend_carefully(
                            products[1][0], products[1][1], products[1][2], products[1][3]};
         adjust_scores<C>(scores, params, slope, row + work.offset - (key + column));
         hide_scores<C::kLeft>(scores, spans, key + column);
-        softmax_step<true, false, false, true>(scores, rows, scale);
+        softmax_step<true, false, true>(scores, rows, scale);
         shrink_rows(out, rows);
 #pragma unroll 1
         for (int i = 0; i < 16 && key + i < end; ++i) {
@@ -105,13 +93,14 @@ static __device__ __forceinline__ void attend_carefully(
     }
 }
 
-// Whether a row that exists holds a value that is not finite in this lane.
-template <int N>
-static __device__ __forceinline__ bool any_nonfinite(const float (&out)[N], int row, int len_q) {
-    float taint[2] = {0.f, 0.f};  // 0 * x is 0 as long as x is finite
+// Whether a row that exists holds a value that is not finite in this lane; words as of `to_words`.
+template <class Type, int N>
+static __device__ __forceinline__ bool any_nonfinite(const uint32 (&words)[N], int row, int len_q) {
+    uint32 taint[4] = {};  // 0 * x is 0, of either sign, as long as x is finite; sums of their own do not wait for each other
 #pragma unroll
-    for (int i = 0; i < N; ++i) taint[i >> 1 & 1] = fmaf(out[i], 0.f, taint[i >> 1 & 1]);
-    return (taint[0] != 0.f && row < len_q) || (taint[1] != 0.f && row + 8 < len_q);
+    for (int i = 0; i < N; ++i) taint[i & 3] = Type::add_nothing(words[i], taint[i & 3]);
+    const uint32 first = (taint[0] | taint[2]) & 0x7fff7fffu, second = (taint[1] | taint[3]) & 0x7fff7fffu;
+    return (first != 0 && row < len_q) || (second != 0 && row + 8 < len_q);
 }
 
 }  // namespace attnhub

@@ -20,6 +20,11 @@ struct Half {
         asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
         return y;
     }
+    // sum + 0 * x, of both elements of the pairs.
+    static __device__ __forceinline__ uint32 add_nothing(uint32 x, uint32 sum) {
+        asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(x), "r"(0));
+        return sum;
+    }
     // d += a b for a [16 x 16] row-major and b [16 x 8] column-major.
     static __device__ __forceinline__ void multiply(float (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -35,6 +40,10 @@ struct BFloat16 {
         return pair;
     }
     static __device__ __forceinline__ float widen(Element x) { return __uint_as_float(static_cast<uint32>(x) << 16); }
+    static __device__ __forceinline__ uint32 add_nothing(uint32 x, uint32 sum) {
+        asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(x), "r"(0));
+        return sum;
+    }
     static __device__ __forceinline__ void multiply(float (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

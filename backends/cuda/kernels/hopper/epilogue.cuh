@@ -7,11 +7,9 @@
 
 namespace attnhub {
 
-// Completes the denominators, sink included, normalises out and writes lse. `row` and row + 8 are this lane's.
-template <class C>
-static __device__ __forceinline__ void normalise(
-    float (&out)[C::kColumns / 2], RowState& rows, const Params& params, const Work& work, int row, float scale, int lane) {
-    float inverse[2];
+// Completes the denominators, sink included: what out is to be multiplied by. Writes lse. `row` and row + 8 are this lane's.
+static __device__ __forceinline__ void finish_rows(
+    float (&factors)[2], const RowState& rows, const Params& params, const Work& work, int row, float scale, int lane) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float sum = across_row(rows.sum[half], [](float a, float b) { return a + b; });
@@ -26,25 +24,46 @@ static __device__ __forceinline__ void normalise(
                 scaled = anchor;
             }
         }
-        inverse[half] = sum == 0.f ? 0.f : factor / sum;
+        // A sum is 0 or at least the weight of its maximum: far from where the fast reciprocal, which is within one unit in the last place, underflows.
+        factors[half] = sum == 0.f ? 0.f : factor * reciprocal_fast(sum);
         if (params.lse != nullptr && lane % 4 == 0 && row + 8 * half < work.len_q) {
             float* lse = params.lse + (static_cast<long long>(work.batch) * params.q_heads + work.head) * params.seqlen_q + work.q_token + row + 8 * half;
             *lse = sum == 0.f ? -kInfinity : (scaled + log2f(sum)) * kLn2;
         }
     }
-#pragma unroll
-    for (int i = 0; i < C::kColumns / 2; ++i) out[i] *= inverse[i >> 1 & 1];
 }
 
-// A warp's 16 rows of accumulators into a tile.
-template <class Type, class OutTile, int N>
-static __device__ __forceinline__ void write_tile(uint32 tile, const float (&out)[N], int warp, int lane) {
+// Accumulators times the factors of a lane's rows, as pairs of elements; words 2 i belong to its first row, words 2 i + 1 to its second.
+template <class Type, int N>
+static __device__ __forceinline__ void to_words(uint32 (&words)[N], const float (&out)[2 * N], const float (&factors)[2]) {
 #pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-        store_blocks(
-            tile + OutTile::offset(warp * 16 + (lane & 15), 2 * j + (lane >> 4)), Type::pack(out[8 * j], out[8 * j + 1]),
-            Type::pack(out[8 * j + 2], out[8 * j + 3]), Type::pack(out[8 * j + 4], out[8 * j + 5]), Type::pack(out[8 * j + 6], out[8 * j + 7]));
+    for (int i = 0; i < N; ++i) words[i] = Type::pack(out[2 * i] * factors[i & 1], out[2 * i + 1] * factors[i & 1]);
+}
+
+// A warp's 16 rows into a tile.
+template <class OutTile, int N>
+static __device__ __forceinline__ void write_tile(uint32 tile, const uint32 (&words)[N], int warp, int lane) {
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j) {
+        store_blocks(tile + OutTile::offset(warp * 16 + (lane & 15), 2 * j + (lane >> 4)), words[4 * j], words[4 * j + 1], words[4 * j + 2], words[4 * j + 3]);
     }
+}
+
+// The rows of a warp once more, see careful.cuh. Not inline: the way of all others does not lead around it.
+template <class C, class OutTile>
+static __device__ __noinline__ void write_carefully(const Params& params, Work work, int own_row, float scale, uint32 out_tile) {
+    const int row = work.row + own_row, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
+    const typename C::Mask mask{work.len_k, work.offset, work.leftpad, work.prefix};
+    const Span spans[2] = {mask.keys(params, row), mask.keys(params, row + 8)};
+    float slope = 0.f;
+    if constexpr (C::kAlibi) slope = params.alibi[work.sequence * params.alibi_batch_stride + work.head] * kLog2e;
+    float out[C::kColumns / 2], factors[2];
+    RowState rows;
+    attend_carefully<C>(out, rows, params, work, spans, row, slope, scale, lane);
+    finish_rows(factors, rows, params, work, row, scale, lane);
+    uint32 words[C::kColumns / 4];
+    to_words<typename C::Type>(words, out, factors);
+    write_tile<OutTile>(out_tile, words, warp, lane);
 }
 
 // `count` rows by the threads of a warpgroup: what the tile holds, or zeros. For what the copy engine must not or can not write.

@@ -19,10 +19,8 @@ struct Config {
     static constexpr bool kKeepQuery = ATTNHUB_KEEP_QUERY;      // Q in registers
     static constexpr bool kOutOverQuery = ATTNHUB_OUT_OVER_QUERY;  // out leaves through the tile of Q
     static constexpr bool kTakeTurns = ATTNHUB_TAKE_TURNS;      // warpgroups start their products one after the other
-    static constexpr bool kAskEarly = ATTNHUB_ASK_EARLY;        // the next tile is known before the last one is needed
-    static constexpr bool kSkip = ATTNHUB_SKIP;                 // warpgroups skip tiles of keys that their own rows do not see
-    static constexpr bool kLazy = ATTNHUB_LAZY;                 // see softmax_step
     static constexpr bool kLeft = ATTNHUB_LEFT, kRight = ATTNHUB_RIGHT;  // a mask may cut there, beside the keys' end
+    static constexpr bool kHalves = kRight && kKeys % 16 == 0;  // half a tile of keys is a tile, too
     static constexpr bool kHides = ATTNHUB_HIDES;               // pairs may be masked out whose key and value are in memory
     static constexpr bool kSoftcap = ATTNHUB_SOFTCAP, kAlibi = ATTNHUB_ALIBI;
     static constexpr bool kRawScores = !kSoftcap && !kAlibi;    // the scale is then applied inside the exponent
@@ -69,8 +67,7 @@ static __device__ __forceinline__ void schedule(const Params& params, const Slot
         if (params.counters == nullptr) {
             index += gridDim.x;
         } else {
-            // A tile that is asked for only when the slot is free again goes to the block that is first; one that is asked for at once is here in time.
-            if constexpr (!Config::kAskEarly) slot.ring.empty(0).wait(at.parity);
+            slot.ring.empty(0).wait(at.parity);  // asked for as late as possible, a tile goes to the block that is first
             index = atomicAdd(params.counters, 1) + gridDim.x;
         }
     }
@@ -134,6 +131,30 @@ static __device__ __forceinline__ void copy(const Params& params, const Layout& 
     }
 }
 
+// A tile, and what a lane's rows and its warpgroup's see there. Made while the tile before is still at work.
+struct Task {
+    using C = Config;
+    Work work;
+    Span spans[2];  // of the lane's rows, 8 apart
+    Span full;      // tiles of keys that all rows of the warpgroup see whole
+    int end;        // of the keys that some of them see
+    float slope;    // ALiBi, in units of log2
+
+    // group_row: first row of the warpgroup in the tile, lane_row: of the lane.
+    __device__ __forceinline__ void see(const Params& params, int group_row, int lane_row) {
+        const C::Mask mask{work.len_k, work.offset, work.leftpad, work.prefix};
+        spans[0] = mask.keys(params, work.row + lane_row);
+        spans[1] = mask.keys(params, work.row + lane_row + 8);
+        const int last = min(work.row + group_row + 63, work.len_q - 1), first = min(work.row + group_row, last);
+        full = mask.template full_tiles<C::kKeys>(params, first, last - first + 1);
+        end = mask.keys(params, last).last;
+        slope = 0.f;
+        if constexpr (C::kAlibi) {
+            if (work.row >= 0) slope = params.alibi[work.sequence * params.alibi_batch_stride + work.head] * kLog2e;
+        }
+    }
+};
+
 // A computing warpgroup: 64 rows of every tile.
 static __device__ __forceinline__ void compute(const Params& params, const Layout& shared, int group) {
     using C = Config;
@@ -151,22 +172,24 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
     uint32 q_parity = 0;
     if (C::kTakeTurns && group == C::kConsumers - 1) barrier_arrive(kTurnBarrier, 256);
 
-    while (true) {
-        const Work work = shared.slot.read(slot_at);
+    const auto next = [&] {
+        Task task;
+        task.work = shared.slot.read(slot_at);
         shared.slot.release(lane);
-        if (work.row < 0) break;
+        task.see(params, group * 64, own_row);
+        return task;
+    };
+    Task task = next();
+    while (task.work.row >= 0) {
+        const Work& work = task.work;
+        const Span(&spans)[2] = task.spans;
+        const Span full = task.full;
         const int row = work.row + own_row, group_row = work.row + group * 64;
         if (!work.has_keys()) {
             if (group_row < work.len_q) write_empty<L::OutTile>(params, work, group_row, thread);
+            task = next();
             continue;
         }
-
-        const C::Mask mask{work.len_k, work.offset, work.leftpad, work.prefix};
-        const Span spans[2] = {mask.keys(params, row), mask.keys(params, row + 8)};
-        const int last_row = min(group_row + 63, work.len_q - 1), first_row = min(group_row, last_row);
-        const Span full = mask.template full_tiles<C::kKeys>(params, first_row, last_row - first_row + 1);
-        float slope = 0.f;
-        if constexpr (C::kAlibi) slope = params.alibi[work.sequence * params.alibi_batch_stride + work.head] * kLog2e;
 
         float scores[C::kKeys / 2], out[C::kColumns / 2];
         uint32 weights[C::kKeys / 4], q[C::kDepth / 4];  // q: if kKeepQuery
@@ -181,13 +204,15 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
                 shared.q_ring.empty(group).arrive_once(lane);
             }
         }
-        const auto start_scores = [&] {
+        // Of the first keys of the tile, as many as there are scores.
+        const auto start_scores = [&](auto& scores) {
+            constexpr int kKeys = 2 * sizeof(scores) / sizeof(float);
             const uint64 k = k_desc + k_at.stage * (L::KTile::kBytes / 16);
             fence_products();
             if constexpr (C::kKeepQuery) {
-                multiply_keys<L::KTile, C::kDepth, C::kKeys>(scores, q, k);
+                multiply_keys<L::KTile, C::kDepth, kKeys>(scores, q, k);
             } else {
-                multiply_keys<L::QTile, L::KTile, C::kDepth, C::kKeys>(scores, q_desc, k);
+                multiply_keys<L::QTile, L::KTile, C::kDepth, kKeys>(scores, q_desc, k);
             }
             commit_products();
         };
@@ -205,41 +230,42 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
             v_at.advance();
         };
         int tile = work.last_tile - 1;
-        const auto adjust = [&](auto masked) {
+        const auto adjust = [&](auto& scores, auto masked) {
             const int key = tile * C::kKeys + own_column;
-            adjust_scores<C>(scores, params, slope, row + work.offset - key);
+            adjust_scores<C>(scores, params, task.slope, row + work.offset - key);
             if constexpr (decltype(masked)::value) hide_scores<C::kLeft>(scores, spans, key);
         };
 
-        if constexpr (C::kSkip) {
-            const int seen = (max(0, mask.keys(params, last_row).last) + C::kKeys - 1) / C::kKeys;
-#pragma unroll 1
-            for (const int stop = max(seen, work.first_tile + 1); tile >= stop; --tile) {
-                shared.k_ring.full(k_at.stage).wait(k_at.parity);
-                release_keys();
-                shared.v_ring.full(v_at.stage).wait(v_at.parity);
-                release_values();
-                if constexpr (C::kTakeTurns) {
-                    barrier_sync(own_turn, 256);
-                    barrier_arrive(next_turn, 256);
-                }
-            }
-        }
-
         // The last tile of keys, which alone can reach past their end.
         shared.k_ring.full(k_at.stage).wait(k_at.parity);
-        start_scores();
-        wait_products<0>();
-        hold(scores);
-        release_keys();
-        if (tile < full.first || tile >= full.last) {
-            adjust(Bool<true>{});
-            softmax_step<true, true, C::kLazy, false>(scores, rows, scale);
+        if (C::kHalves && task.end <= tile * C::kKeys + C::kKeys / 2) {
+            // None of the warpgroup's rows sees more than half of it, as above a diagonal.
+            float half[C::kKeys / 4];
+            start_scores(half);
+            wait_products<0>();
+            hold(half);
+            release_keys();
+            adjust(half, Bool<true>{});
+            softmax_step<true, true, false>(half, rows, scale);
+            uint32 words[C::kKeys / 8];
+            to_weights<C::Type>(words, half);
+#pragma unroll
+            for (int i = 0; i < C::kKeys / 4; ++i) weights[i] = i < C::kKeys / 8 ? words[i % (C::kKeys / 8)] : 0;
         } else {
-            adjust(Bool<false>{});
-            softmax_step<false, true, C::kLazy, false>(scores, rows, scale);
+            start_scores(scores);
+            wait_products<0>();
+            hold(scores);
+            release_keys();
+            // Where a mask cuts on the right, this tile is one that it cuts, as a rule: one code for both is faster.
+            if (C::kRight || tile < full.first || tile >= full.last) {
+                adjust(scores, Bool<true>{});
+                softmax_step<true, true, false>(scores, rows, scale);
+            } else {
+                adjust(scores, Bool<false>{});
+                softmax_step<false, true, false>(scores, rows, scale);
+            }
+            to_weights<C::Type>(weights, scores);
         }
-        to_weights<C::Type>(weights, scores);
 #pragma unroll
         for (int i = 0; i < C::kColumns / 2; ++i) out[i] = 0.f;
         --tile;
@@ -249,21 +275,21 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
             if constexpr (C::kTakeTurns) barrier_sync(own_turn, 256);
             hold(weights);
             hold(out);
-            start_scores();
+            start_scores(scores);
             shared.v_ring.full(v_at.stage).wait(v_at.parity);
             start_out();
             if constexpr (C::kTakeTurns) barrier_arrive(next_turn, 256);
             wait_products<1>();
             hold(scores);
             release_keys();
-            adjust(masked);
-            const bool changed = softmax_step<decltype(masked)::value, false, C::kLazy, false>(scores, rows, scale);
+            adjust(scores, masked);
+            const bool changed = softmax_step<decltype(masked)::value, false, false>(scores, rows, scale);
             wait_products<0>();
             hold(out);
             hold(scores);
             release_values();
             to_weights<C::Type>(weights, scores);
-            if (!C::kLazy || changed) shrink_rows(out, rows);
+            if (changed) shrink_rows(out, rows);
         };
         if constexpr (C::kRight) {
 #pragma unroll 1
@@ -282,27 +308,27 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
         hold(weights);
         hold(out);
         start_out();
+        // Under the last product: what follows, and all of the end that does not need out.
+        const Task following = next();
+        if (thread == 0) wait_stores_read();
+        __syncwarp();
+        barrier_sync(kWarpgroupBarrier + group, 128);
+        float factors[2];
+        finish_rows(factors, rows, params, work, row, scale, lane);
         wait_products<0>();
         hold(out);
         release_values();
 
+        uint32 words[C::kColumns / 4];
+        to_words<C::Type>(words, out, factors);
         bool again = false;
         if constexpr (C::kRawScores) again = rows.extreme > kExtreme;  // else the scale is 1, which rounds nothing
-        if constexpr (C::kHides) again = again || any_nonfinite(out, row, work.len_q);
+        if constexpr (C::kHides) again = again || any_nonfinite<C::Type>(words, row, work.len_q);
         if (uniform(again) != 0) {
-            if constexpr (C::kHides) {
-                attend_carefully<C>(out, rows, params, work, spans, row, slope, scale, lane);
-            } else {
-                const Span all{0, params.seqlen_k}, both[2] = {all, all};
-                attend_carefully<C>(out, rows, params, whole_tile<C>(params, work), both, work.row + own_row, slope, scale, lane);
-            }
+            write_carefully<C, L::OutTile>(params, work, own_row, scale, out_tile);
+        } else {
+            write_tile<L::OutTile>(out_tile, words, warp, lane);
         }
-        normalise<C>(out, rows, params, work, row, scale, lane);
-
-        if (thread == 0) wait_stores_read();
-        __syncwarp();
-        barrier_sync(kWarpgroupBarrier + group, 128);
-        write_tile<C::Type, L::OutTile>(out_tile, out, warp, lane);
         publish_to_engine();
         barrier_sync(kWarpgroupBarrier + group, 128);
         const int count = min(64, work.len_q - group_row);
@@ -324,6 +350,7 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
             }
             __syncwarp();
         }
+        task = following;
     }
     if (thread == 0) wait_stores();
 }

@@ -41,7 +41,7 @@ struct Params {
     int q_tiles;              // tiles of query rows per sequence (not if packed)
     int tile_total;
     int heads_per_section;    // query heads that walk through their tiles together, see schedule.cuh
-    int longest_first;
+    int phases;               // see schedule.cuh; 0: the tiles of one head are neighbours
     int top_left;             // alignment of positions; else bottom right
     int causal;
     int window_left;          // -1 is unlimited

@@ -1,8 +1,9 @@
 // Which tiles there are, in which order they are handed out, and what there is to know of each.
 //
 // Without a mask by positions the tiles of one head are neighbours, so that its K and V stay in L2. With one, tiles differ in length by up to
-// their number, and the longest go first, in phases: the lower half of the rows of all heads, then half of what is left, and so on. In a phase
-// the heads of a section, few enough for L2, take turns; short tiles, of which more heads fit, fill the gaps at the end.
+// their number. The heads of a section, few enough for L2, take turns, the longest tiles first. Long sequences, which are bound by the products,
+// go in phases: the lower half of the rows of all heads, then half of what is left, and so on: short tiles, of which more heads fit, fill the gaps
+// at the end. Short sequences have one phase: the memory is what bounds them, and each phase reads K and V again.
 #pragma once
 
 #include "hopper/mask.cuh"
@@ -27,15 +28,19 @@ struct Place {
 
 // Tile number `index` of sequences that are not packed.
 static __device__ __forceinline__ Place place_dense(const Params& params, int index) {
-    if (!params.longest_first) return {index / params.q_tiles, index % params.q_tiles};
+    if (params.phases == 0) return {index / params.q_tiles, index % params.q_tiles};
     const int pairs = params.sequences * params.q_heads;
-    int top = params.q_tiles, section = min(params.heads_per_section, pairs), inside = index;
-    while (inside >= (top - top / 2) * pairs) {
-        inside -= (top - top / 2) * pairs;
-        top /= 2;
+    int top = params.q_tiles, bottom = 0, section = min(params.heads_per_section, pairs), inside = index;
+    for (int left = params.phases; left > 1; --left) {
+        bottom = top / 2;
+        const int tiles = (top - bottom) * pairs;
+        if (inside < tiles) break;
+        inside -= tiles;
+        top = bottom;
+        bottom = 0;
         section = min(2 * section, pairs);
     }
-    const int section_tiles = section * (top - top / 2), part = inside / section_tiles, rest = inside - part * section_tiles;
+    const int section_tiles = section * (top - bottom), part = inside / section_tiles, rest = inside - part * section_tiles;
     const int first = part * section, size = min(section, pairs - first), step = rest / size;
     return {first + rest - step * size, top - 1 - step};
 }

@@ -13,6 +13,7 @@ struct RowState {
 };
 
 constexpr float kExtreme = 1 << 14;
+constexpr float kMostGrowth = 8.f;
 
 // c * tanh(score / c) in units of log2, as c * (1 - 2 / (exp(2 x) + 1)): tanh.approx has 11 bits, too few for c = 50.
 template <int N>
@@ -46,13 +47,14 @@ static __device__ __forceinline__ void hide_scores(float (&scores)[N], const Spa
 }
 
 // Replaces the scores by 2^(scale * (score - maximum)); `shrink` is what everything summed under the old maximum must be multiplied by.
-// Masked: scores may be -inf, and all of a row's may have been so far. Lazy: the maximum stays while no row of the warp grows by more than
-// 2^8; returns whether it changed.
+// Masked: scores may be -inf, and all of a row's may have been so far. Returns whether the maximum of one of the warp's rows changed. It stays, and with
+// it out, while its weights grow by no more than 2^kMostGrowth: then the largest is not exactly 1, and is rounded as a weight, but not in
+// the sum. That is half a unit of out's last place at most, and within the conformance suite's rule on scores of every spread that was tried.
 //
 // An exponent is one instruction, score * scale - (maximum * scale, rounded): what the rounding moves, the largest weight from 1 to 2^e, cancels in
 // out / sum, as long as e is small. Rows whose scores are beyond kExtreme (e up to 2^-10: to bf16 that weight is still 1) are told, and done again,
 // Careful: the maximum is subtracted first.
-template <bool Masked, bool First, bool Lazy, bool Careful, int N>
+template <bool Masked, bool First, bool Careful, int N>
 static __device__ __forceinline__ bool softmax_step(float (&scores)[N], RowState& rows, float scale) {
     float top[2][2];
 #pragma unroll
@@ -78,9 +80,13 @@ static __device__ __forceinline__ bool softmax_step(float (&scores)[N], RowState
 #pragma unroll
         for (int half = 0; half < 2; ++half) rows.maximum[half] = highest[half];
     } else {
-        if constexpr (Lazy) {
-            const bool grows = (highest[0] - rows.maximum[0]) * scale > 8.f || (highest[1] - rows.maximum[1]) * scale > 8.f;
-            changed = __any_sync(0xffffffffu, grows);
+        if constexpr (!Careful) {
+            // By row: what a row's neighbours are does not move its rounding.
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                if ((highest[half] - rows.maximum[half]) * scale <= kMostGrowth) highest[half] = rows.maximum[half];
+            }
+            changed = __any_sync(0xffffffffu, highest[0] > rows.maximum[0] || highest[1] > rows.maximum[1]);
         }
         if (changed) {
 #pragma unroll
