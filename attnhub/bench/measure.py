@@ -33,6 +33,8 @@ _CHECKED_LENGTH = 1 << 14
 #: Calls in a CUDA graph: what replaying one graph costs is then nothing to each of them.
 _GRAPH_CALLS = 20
 _MOST_COPIES = 64
+#: What part of a turn tells how many calls fill it: 1 / so much.
+_TRIED = 10
 
 
 @dataclass(frozen=True)
@@ -272,6 +274,9 @@ def plan(step: Callable[[], Any], device: torch.device, settings: Settings) -> t
     elif first < settings.peer_seconds / 10:
         step()
         first = time_turn(step, 1, device)[0]
+        if (few := int(settings.round_seconds / _TRIED / max(first, 1e-7))) > 1:
+            # One call by itself also pays for an empty queue: a turn would be much shorter than asked for.
+            first = time_turn(step, few, device)[0]
     rounds = min(settings.rounds, max(1, int(settings.peer_seconds / max(first, settings.round_seconds))))
     return rounds, max(1, int(settings.round_seconds / max(first, 1e-7)))
 

@@ -1,6 +1,6 @@
 """Kernels compiled ahead, in processes side by side: compiling one case after the other would take most of a GPU run's time.
 
-Each process calls the peers that compile (FlexAttention, and what is written in Triton) once at a case. Inductor and Triton keep what
+Each process calls the peers that compile (FlexAttention, and what is written in Triton and CUDA) once at a case. Inductor and Triton keep what
 they make on disk, where the process that measures finds it. ``python -m attnhub.bench.precompile`` is such a process.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from attnhub.bench.measure import Settings
 
 #: Peers and backends that compile at their first call.
-_PEERS, _BACKENDS = ("flex", "v1"), ("auto", "triton", "cuda")
+_PEERS, _BACKENDS = ("flex", "v1", "portable"), ("auto", "triton", "cuda")
 _PATIENT_TRIES = 6
 
 
