@@ -256,7 +256,7 @@ def test_a_line_for_each_case(tmp_path: pathlib.Path) -> None:
         assert f"## NVIDIA H100 80GB HBM3: gpu {name}\n" in text
         assert all(f"| {target.name} |" in text for target in targets.GPU[name])
     assert "| case | attnhub cuda | K/V GB/s | over F.sdpa cuDNN | max error | notes |\n| --- | ---: | ---: | ---: | ---: | --- |" in text
-    assert "| case | cuda portable | TFLOP/s | over F.sdpa flash |" in text
+    assert "| case | cuda portable | TFLOP/s | over F.sdpa flash |" in text and "3 rounds, turns of 1.5 s" in text
 
 
 def test_a_grid_without_a_baseline_is_drawn(tmp_path: pathlib.Path) -> None:
@@ -276,6 +276,7 @@ def test_a_run_shows_what_it_measured(tmp_path: pathlib.Path, capsys: pytest.Cap
     assert "together" in capsys.readouterr().out
     rows = results.load(file)["rows"]
     assert [row["peer"] for row in rows] == ["F.sdpa", PORTABLE, "attnhub"] and rows[1]["skipped"] == "it runs on GPUs"
+    assert rows[2]["plan"]["backend"] == rows[2]["backend"] and "plan" not in rows[0]
     assert cli.main([*command, "--resume"]) == 0 and results.load(file)["rows"] == rows
 
 

@@ -17,6 +17,7 @@ from typing import Any, Optional, Protocol, Union
 import torch
 from torch import Tensor
 
+import attnhub
 from attnhub.backend import Needs
 from attnhub.backends.reference import maths
 from attnhub.bench import processor
@@ -119,6 +120,8 @@ def run_case(
                 if case.graph:
                     step = captured(single, device)
                 rounds, calls = plan(step, device, settings)
+                if "backend" in peer.facts and (told := attnhub.last_decision()):
+                    row["plan"] = dict(told.plan)  # which of a backend's kernels served
         except Exception as error:
             # A peer that fails (out of memory, a shape it lacks) is a row like any other; the others go on.
             row["skipped"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

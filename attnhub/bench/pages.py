@@ -138,7 +138,12 @@ def _measured(result: dict[str, Any]) -> str:
     if preset is None or preset.shown == CASES:
         return "".join(_by_case(result))
     columns, rows = summary(result)
-    return "\n" + markdown_table(columns, rows, right=right(columns))
+    table = "\n" + markdown_table(columns, rows, right=right(columns))
+    if preset.shown != RATIOS:
+        return table
+    told = result["settings"]
+    how = f"{told['rounds']} rounds, turns of {told['round_seconds']:g} s"
+    return f"\nThe time of `{targets.judged(result)[0]}`, and how many times as fast as each other peer it is: {how}.\n{table}"
 
 
 def _by_case(result: dict[str, Any]) -> list[str]:
