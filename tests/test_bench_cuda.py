@@ -196,6 +196,15 @@ def test_errors_and_short_turns_are_seen(preset: str) -> None:
         assert any("the preset has 3" in why for why in targets.unjudged(_file(preset, _rows(preset), settings=told)))
 
 
+@pytest.mark.parametrize("wrong", [{"turn_seconds": 1.1}, {"seconds_rounds": [1.0, 1.0]}])
+def test_a_sustained_load_lasts(wrong: dict[str, Any]) -> None:
+    rows = [{**row, "turn_seconds": 1.4} for row in _rows("cuda-sustained")]
+    assert not targets.unjudged(_file("cuda-sustained", rows))
+    rows[-2].update(wrong)
+    (why,) = targets.unjudged(_file("cuda-sustained", rows))
+    assert why.startswith(f"{Case.of(rows[-2])}: F.sdpa cuDNN: its turns")
+
+
 def test_the_portable_kernel_is_judged_by_the_mean() -> None:
     rows = _rows("cuda-portable", 1.02)
     slow = [row for row in rows if row["peer"] == PORTABLE and row["head_dim"] == 256]
@@ -276,6 +285,7 @@ def test_a_run_shows_what_it_measured(tmp_path: pathlib.Path, capsys: pytest.Cap
     assert "together" in capsys.readouterr().out
     rows = results.load(file)["rows"]
     assert [row["peer"] for row in rows] == ["F.sdpa", PORTABLE, "attnhub"] and rows[1]["skipped"] == "it runs on GPUs"
+    assert all(row["turn_seconds"] >= row["seconds"] for row in rows if "seconds" in row)
     assert rows[2]["plan"]["backend"] == rows[2]["backend"] and "plan" not in rows[0]
     assert cli.main([*command, "--resume"]) == 0 and results.load(file)["rows"] == rows
 

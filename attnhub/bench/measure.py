@@ -161,7 +161,7 @@ def _fill(runner: Runner, case: Case, limits: CaseCeilings, copies: int) -> None
     """The figures of a row that follow from its times."""
     row, seconds = runner.row, statistics.median(runner.times)
     row["seconds"] = seconds
-    row["seconds_rounds"] = runner.times
+    row["seconds_rounds"], row["turn_seconds"] = runner.times, seconds * runner.per_step * runner.calls
     row["tflops"] = case.flops() / seconds / 1e12
     row["tokens_per_s"] = case.batch * case.seqlen_q / seconds
     row["kv_gb_per_s"] = case.kv_bytes() / seconds / 1e9 if case.is_decode() else None

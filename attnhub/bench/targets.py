@@ -25,6 +25,8 @@ GPU = {**triton_targets.GPU, **cuda_targets.GPU}
 H200 = {**triton_targets.H200, **cuda_targets.H200}
 #: A fraction of a ceiling beyond which the ceiling was disturbed.
 _MOST = 1.05
+#: Turns of so many seconds are there for their length: none may be shorter than this part of it, since calls are counted beforehand.
+_LONG, _SHORT = 1.0, 0.8
 
 @dataclass(frozen=True)
 class Verdict:
@@ -128,9 +130,13 @@ def _hasty(result: dict[str, Any]) -> list[str]:
         return []
     told = result["settings"]
     rounds, seconds = PRESETS[result["preset"]].turns
-    if told.get("rounds", 0) >= rounds and told.get("round_seconds", 0.0) >= seconds:
-        return []
-    return [f"{told.get('rounds', 0)} rounds with turns of {told.get('round_seconds', 0.0):g} s; the preset has {rounds} of {seconds:g} s"]
+    found = []
+    if told.get("rounds", 0) < rounds or told.get("round_seconds", 0.0) < seconds:
+        found.append(f"{told.get('rounds', 0)} rounds with turns of {told.get('round_seconds', 0.0):g} s; the preset has {rounds} of {seconds:g} s")
+    if seconds >= _LONG:
+        short = [row for row in result["rows"] if row.get("turn_seconds", seconds) < _SHORT * seconds or len(row.get("seconds_rounds", ())) < rounds]
+        found.extend(f"{Case.of(row)}: {row['peer']}: its turns were fewer or shorter than {rounds} of {seconds:g} s" for row in short if "seconds" in row)
+    return found
 
 
 def _verdict(target: Target, cases: dict[Any, Rows], judged: tuple[str, ...]) -> Verdict:
