@@ -28,7 +28,7 @@ _LARGER_SCORES = frozenset({Feature.SOFTCAP, Feature.ALIBI})
 class Tiles:
     """consumers: computing warpgroups, of 64 query rows each. keys: rows of a K/V tile. stages: tiles of K, and of V, in flight.
 
-    keep_query: Q stays in registers. out_over_query: out leaves through the shared memory of Q. take_turns: warpgroups start their
+    keep_query: Q stays in registers. out_direct: out leaves from the registers, not through shared memory. take_turns: warpgroups start their
     products one after the other.
     """
 
@@ -36,7 +36,7 @@ class Tiles:
     keys: int
     stages: int
     keep_query: bool = False
-    out_over_query: bool = False
+    out_direct: bool = False
     take_turns: bool = False
 
 
@@ -46,8 +46,8 @@ _TABLE: dict[tuple[int, int], Tiles] = {
     (96, 96): Tiles(2, 128, 2, keep_query=True, take_turns=True),
     (128, 128): Tiles(2, 128, 2, keep_query=True, take_turns=True),
     (192, 128): Tiles(2, 112, 2),
-    (192, 192): Tiles(2, 96, 2, out_over_query=True),
-    (256, 256): Tiles(2, 64, 2, out_over_query=True),
+    (192, 192): Tiles(2, 96, 2, out_direct=True),
+    (256, 256): Tiles(2, 64, 2, out_direct=True),
 }
 #: Two warpgroups, of fewer rows together: more tiles, and less of them wasted under a mask.
 _SHORT_64 = Tiles(2, 128, 3, keep_query=True, take_turns=True)
@@ -88,7 +88,7 @@ class HopperVariant:
         tiles = self.tiles
         query, out = _tile_bytes(64, self.head_dim), _tile_bytes(64, self.v_head_dim)
         keys = _tile_bytes(tiles.keys, self.head_dim) + _tile_bytes(tiles.keys, self.v_head_dim)
-        return tiles.consumers * (query if tiles.out_over_query else query + out) + tiles.stages * keys + _SHARED_BARRIERS
+        return tiles.consumers * (query if tiles.out_direct else query + out) + tiles.stages * keys + _SHARED_BARRIERS
 
     def generated(self) -> dict[str, str]:
         """Headers that are written for the variant."""
@@ -108,7 +108,7 @@ class HopperVariant:
             "KEYS": tiles.keys,
             "STAGES": tiles.stages,
             "KEEP_QUERY": tiles.keep_query,
-            "OUT_OVER_QUERY": tiles.out_over_query,
+            "OUT_DIRECT": tiles.out_direct,
             "TAKE_TURNS": tiles.take_turns,
             "LEFT": self.left,
             "RIGHT": self.right,

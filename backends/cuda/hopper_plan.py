@@ -35,9 +35,16 @@ _ROWS = 64  # of a warpgroup: boxes of Q and of out
 _LIMIT = 256
 
 
-def serves(call: Call) -> bool:
-    """Whether the kernel serves a call: what the copy engine can address, and numbers that it knows."""
-    return call.softmax_scale >= 0 and call.softcap <= _LARGEST_SOFTCAP and all(map(tensor_map.addressable, (call.q, call.k, call.v)))
+def serves(variant: HopperVariant, call: Call) -> bool:
+    """Whether the kernel serves a call: what the copy engine can address, numbers that it knows, and rows of out in pieces of 16 bytes where
+    they leave from the registers.
+    """
+    return (
+        call.softmax_scale >= 0
+        and call.softcap <= _LARGEST_SOFTCAP
+        and all(map(tensor_map.addressable, (call.q, call.k, call.v)))
+        and not (variant.tiles.out_direct and call.v.shape[3] % 8)
+    )
 
 
 @lru_cache
@@ -132,7 +139,7 @@ class HopperPlan(CubinPlan):
 
     def _launch(self, call: Call, index: int) -> tuple[Tensor, Optional[Tensor]]:
         q, k, v, mask, varlen = call.q, call.k, call.v, call.mask, call.varlen
-        if not serves(call):
+        if not serves(self.variant, call):
             if self._portable is None:
                 self._portable = self._make_portable()
             return self._portable.forward(call)
@@ -173,7 +180,7 @@ class HopperPlan(CubinPlan):
 
     def repeat(self, call: Call) -> Optional[Repeat]:
         index, need_lse = call.q.get_device(), call.need_lse
-        if not serves(call) or (call.mask.seqused_k is not None and not call.mask.seqused_k.is_contiguous()):
+        if not serves(self.variant, call) or (call.mask.seqused_k is not None and not call.mask.seqused_k.is_contiguous()):
             return None
         key = self._key(call, index)
 

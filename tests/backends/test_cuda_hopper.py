@@ -163,7 +163,8 @@ def test_scores_whose_products_with_the_scale_round_far(power: int, mask: Mask, 
     # Rows whose two largest scores are closer than fp32 tells them apart may take either.
     top = scores.topk(2, -1).values.nan_to_num(0.0, neginf=-1e30)
     clear = (top[..., 0] - top[..., 1] > 2.0**-18 * top[..., 0].abs()) | (top[..., 0].abs() < 2.0**8)
-    assert clear.float().mean() > 0.9 and (out.double() - exact)[clear].abs().max() < 0.01
+    # The largest weight is rounded, and out.
+    assert clear.float().mean() > 0.9 and (out.double() - exact)[clear].abs().max() < torch.finfo(dtype).eps * exact.abs().max()
 
 
 MASKS: dict[str, Mask] = {

@@ -183,9 +183,13 @@ def test_each_tile_is_handed_out_once_and_meets_the_keys_that_its_rows_see(
     assert phases <= 3  # longest first, but for sections that start again
 
 
-def test_long_causal_tiles_come_first(look: Any, driver: _Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In phases: the lower half of all heads in sections, then half of the rest, and so on; short tiles are left for the end."""
-    monkeypatch.setattr(hopper_plan, "_SECTION_BYTES", 3 * 512 * 64 * 2)
+@pytest.mark.parametrize("phases", [True, False])
+def test_long_causal_tiles_come_first(phases: bool, look: Any, driver: _Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In phases, where sequences are long: the lower half of all heads in sections, then half of the rest, and so on; short tiles are left for
+    the end. Else a section of heads after the other.
+    """
+    monkeypatch.setattr(hopper_plan, "_LONG", 512 if phases else 513)
+    monkeypatch.setattr(hopper_plan, "_SECTION_BYTES" if phases else "_SHORT_SECTION_BYTES", 3 * 512 * 64 * 2)
     call = Call(*_tensors(2, 512, 512), Causal(), 0.125)  # type: ignore[arg-type]
     packed, _, _ = _packed(call, 32, 16)
     found = np.zeros(12, np.int32)
@@ -194,8 +198,11 @@ def test_long_causal_tiles_come_first(look: Any, driver: _Driver, monkeypatch: p
         look(packed, 0, 1, index, found.ctypes.data_as(ctypes.c_void_p))
         order.append((int(found[3]) * 4 + int(found[1]), int(found[0]) // 32))
     assert len(set(order)) == 128
-    assert {tile for _, tile in order[:64]} == set(range(8, 16)) and [tile for _, tile in order[-8:]] == [0] * 8
     assert order[:4] == [(0, 15), (1, 15), (2, 15), (0, 14)]
+    if phases:
+        assert {tile for _, tile in order[:64]} == set(range(8, 16)) and [tile for _, tile in order[-8:]] == [0] * 8
+    else:
+        assert {head for head, _ in order[:48]} == {0, 1, 2} and order[47] == (2, 0) and order[-1] == (7, 0)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -293,15 +300,18 @@ def test_numbers_of_a_call(driver: _Driver) -> None:
 
 def test_what_the_kernel_does_not_serve_goes_to_the_portable_one() -> None:
     q, k, v = _tensors(2, 100, 300)
-    assert hopper_plan.serves(Call(q, k, v, FULL, 0.125))
+    variant, wide = hopper.make("bfloat16", 64, 64), hopper.make("bfloat16", 256, 256)
+    assert hopper_plan.serves(variant, Call(q, k, v, FULL, 0.125)) and hopper_plan.serves(wide, Call(q, k, v, FULL, 0.125))
+    odd = torch.empty(2, 2, 300, 136).bfloat16()[..., :132]
+    assert hopper_plan.serves(variant, Call(q, k, odd, FULL, 0.125)) and not hopper_plan.serves(wide, Call(q, k, odd, FULL, 0.125))
     for call in (
         Call(q, k, v, FULL, -0.125), Call(q, k, v, FULL, 0.125, softcap=2000.0), Call(q, k[:, :, :1].expand(2, 2, 300, 64), v, FULL, 0.125),
         Call(q.new_empty(q.numel() + 8).view(-1)[1:-7].view(q.shape), k, v, FULL, 0.125), Call(q, k, torch.empty(2, 2, 300, 68).bfloat16()[..., :64], FULL, 0.125),
     ):  # fmt: skip
-        assert not hopper_plan.serves(call)
+        assert not hopper_plan.serves(variant, call)
         made: list[Call] = []
         portable = SimpleNamespace(forward=lambda c, made=made: made.append(c) or ("out", None))
-        plan = hopper_plan.HopperPlan(hopper.make("bfloat16", 64, 64), "", lambda portable=portable: portable)  # type: ignore[misc]
+        plan = hopper_plan.HopperPlan(variant, "", lambda portable=portable: portable)  # type: ignore[misc]
         assert plan._launch(call, 0) == ("out", None) and made == [call]
 
 

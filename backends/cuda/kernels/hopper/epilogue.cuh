@@ -49,6 +49,38 @@ static __device__ __forceinline__ void write_tile(uint32 tile, const uint32 (&wo
     }
 }
 
+// The rows of a warp, from its registers. The 4 lanes of a row trade words, so that each has 16 bytes in one piece of every fourth block of 8 columns.
+template <int N>
+static __device__ __forceinline__ void write_direct(const Params& params, const Work& work, uint32 (&words)[N], int row, int lane) {
+    const bool odd = lane & 1, high = lane & 2;
+#pragma unroll
+    for (int i = 0; i < N; i += 8) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            uint32 &a = words[i + half], &b = words[i + 2 + half], &c = words[i + 4 + half], &d = words[i + 6 + half];
+            const uint32 ab = __shfl_xor_sync(0xffffffffu, odd ? a : b, 1), cd = __shfl_xor_sync(0xffffffffu, odd ? c : d, 1);
+            (odd ? a : b) = ab;
+            (odd ? c : d) = cd;
+            const uint32 first = __shfl_xor_sync(0xffffffffu, high ? a : c, 2), second = __shfl_xor_sync(0xffffffffu, high ? b : d, 2);
+            (high ? a : c) = first;
+            (high ? b : d) = second;
+        }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        Element* out = params.out + work.batch * params.out_strides.batch + work.head * params.out_strides.head +
+                       (static_cast<long long>(work.q_token) + row + 8 * half) * params.out_strides.token + lane % 4 * 8;
+        const int columns = row + 8 * half < work.len_q ? params.v_head_dim - lane % 4 * 8 : 0;
+#pragma unroll
+        for (int i = 0; i < N; i += 8) {
+            // Without a branch, as in Barrier::arrive_once.
+            asm volatile("{\n.reg .pred exists;\nsetp.gt.s32 exists, %5, %6;\n@exists st.global.v4.b32 [%0], {%1,%2,%3,%4};\n}"
+                         :: "l"(out + 4 * i), "r"(words[i + half]), "r"(words[i + 2 + half]), "r"(words[i + 4 + half]), "r"(words[i + 6 + half]),
+                            "r"(columns), "r"(4 * i) : "memory");
+        }
+    }
+}
+
 // The rows of a warp once more, see careful.cuh. Not inline: the way of all others does not lead around it.
 template <class C, class OutTile>
 static __device__ __noinline__ void write_carefully(const Params& params, Work work, int own_row, float scale, uint32 out_tile) {
@@ -63,7 +95,11 @@ static __device__ __noinline__ void write_carefully(const Params& params, Work w
     finish_rows(factors, rows, params, work, row, scale, lane);
     uint32 words[C::kColumns / 4];
     to_words<typename C::Type>(words, out, factors);
-    write_tile<OutTile>(out_tile, words, warp, lane);
+    if constexpr (C::kOutDirect) {
+        write_direct(params, work, words, row, lane);
+    } else {
+        write_tile<OutTile>(out_tile, words, warp, lane);
+    }
 }
 
 // `count` rows by the threads of a warpgroup: what the tile holds, or zeros. For what the copy engine must not or can not write.
@@ -88,6 +124,19 @@ static __device__ __forceinline__ void write_rows(const Params& params, const Wo
                 if (8 * piece + e < params.v_head_dim) target[e] = static_cast<Element>(words[e / 2] >> (e % 2 * 16));
             }
         }
+    }
+}
+
+// Sends a warpgroup's tile to device memory.
+template <class OutTile>
+static __device__ __forceinline__ void send_tile(const Params& params, const Work& work, int row, uint32 tile, int thread) {
+    const int count = min(64, work.len_q - row);
+    // The engine stops at the tensor's end, but not at a packed sequence's.
+    if (params.out_by_map && (params.cu_seqlens_q == nullptr || count == 64)) {
+        if (thread == 0 && count > 0) OutTile::store(&params.out_map, tile, work.q_token + row, work.head, work.batch);
+        __syncwarp();
+    } else if (count > 0) {
+        write_rows<OutTile, false>(params, work, row, count, tile, thread);
     }
 }
 

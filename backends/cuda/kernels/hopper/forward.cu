@@ -17,7 +17,7 @@ struct Config {
     static constexpr int kConsumers = ATTNHUB_CONSUMERS, kRows = 64 * kConsumers;
     static constexpr int kKeys = ATTNHUB_KEYS, kStages = ATTNHUB_STAGES;
     static constexpr bool kKeepQuery = ATTNHUB_KEEP_QUERY;      // Q in registers
-    static constexpr bool kOutOverQuery = ATTNHUB_OUT_OVER_QUERY;  // out leaves through the tile of Q
+    static constexpr bool kOutDirect = ATTNHUB_OUT_DIRECT;      // out leaves from the registers; else through shared memory, by the copy engine
     static constexpr bool kTakeTurns = ATTNHUB_TAKE_TURNS;      // warpgroups start their products one after the other
     static constexpr bool kLeft = ATTNHUB_LEFT, kRight = ATTNHUB_RIGHT;  // a mask may cut there, beside the keys' end
     static constexpr bool kHalves = kRight && kKeys % 16 == 0;  // half a tile of keys is a tile, too
@@ -35,8 +35,8 @@ struct Layout {
     using KTile = Tile<C::kKeys, C::kDepth>;
     using VTile = Tile<C::kKeys, C::kColumns>;
     static constexpr uint32 kQ = 0;
-    static constexpr uint32 kOut = C::kOutOverQuery ? 0 : C::kConsumers * QTile::kBytes;
-    static constexpr uint32 kK = kOut + C::kConsumers * (C::kOutOverQuery ? QTile::kBytes : OutTile::kBytes);
+    static constexpr uint32 kOut = C::kConsumers * QTile::kBytes;
+    static constexpr uint32 kK = kOut + (C::kOutDirect ? 0 : C::kConsumers * OutTile::kBytes);
     static constexpr uint32 kV = kK + C::kStages * KTile::kBytes;
     static constexpr uint32 kBarriers = kV + C::kStages * VTile::kBytes;
 
@@ -53,7 +53,6 @@ struct Layout {
     static constexpr uint32 kBytes = kBarriers + Slot::kBytes + Ring<C::kConsumers>::kBytes + 2 * Ring<C::kStages>::kBytes + Ring<1>::kBytes;
 };
 static_assert(Layout::kBytes <= ATTNHUB_SHARED_BYTES, "the launch asks for ATTNHUB_SHARED_BYTES");
-static_assert(!Config::kOutOverQuery || Layout::OutTile::kBytes <= Layout::QTile::kBytes, "out does not fit over Q");
 
 template <bool V> struct Bool { static constexpr bool value = V; };
 
@@ -163,7 +162,7 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
     const int own_row = group * 64 + warp * 16 + (lane >> 2), own_column = 2 * (lane & 3);
     const int own_turn = kTurnBarrier + group, next_turn = kTurnBarrier + (group + 1 == C::kConsumers ? 0 : group + 1);
     const uint32 q_tile = shared.q + group * L::QTile::kBytes;
-    const uint32 out_tile = C::kOutOverQuery ? q_tile : shared.out + group * L::OutTile::kBytes;
+    const uint32 out_tile = shared.out + group * L::OutTile::kBytes;  // if not kOutDirect
     const uint64 q_desc = describe_tile(q_tile, 16), k_desc = describe_tile(shared.k, 16), v_desc = describe_tile(shared.v, L::VTile::kChunkBytes);
     const float scale = C::kRawScores ? params.scale_log2 : 1.f;
 
@@ -199,10 +198,8 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
         q_parity ^= 1;
         if constexpr (C::kKeepQuery) {
             load_rows<L::QTile, C::kDepth>(q, q_tile, warp, lane);
-            if constexpr (!C::kOutOverQuery) {
-                __syncwarp();
-                shared.q_ring.empty(group).arrive_once(lane);
-            }
+            __syncwarp();
+            shared.q_ring.empty(group).arrive_once(lane);
         }
         // Of the first keys of the tile, as many as there are scores.
         const auto start_scores = [&](auto& scores) {
@@ -212,7 +209,7 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
             if constexpr (C::kKeepQuery) {
                 multiply_keys<L::KTile, C::kDepth, kKeys>(scores, q, k);
             } else {
-                multiply_keys<L::QTile, L::KTile, C::kDepth, kKeys>(scores, q_desc, k);
+                multiply_keys<L::QTile, L::KTile, C::kDepth, kKeys>(scores, C::kDepth > 64 ? uniform_here(q_desc) : q_desc, k);
             }
             commit_products();
         };
@@ -301,18 +298,18 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
 #pragma unroll 1
             for (; tile >= work.first_tile; --tile) step(Bool<true>{});
         }
-        if constexpr (!C::kKeepQuery && !C::kOutOverQuery) {
-            shared.q_ring.empty(group).arrive_once(lane);
-        }
+        if constexpr (!C::kKeepQuery) shared.q_ring.empty(group).arrive_once(lane);
         shared.v_ring.full(v_at.stage).wait(v_at.parity);
         hold(weights);
         hold(out);
         start_out();
         // Under the last product: what follows, and all of the end that does not need out.
         const Task following = next();
-        if (thread == 0) wait_stores_read();
-        __syncwarp();
-        barrier_sync(kWarpgroupBarrier + group, 128);
+        if constexpr (!C::kOutDirect) {
+            if (thread == 0) wait_stores_read();
+            __syncwarp();
+            barrier_sync(kWarpgroupBarrier + group, 128);
+        }
         float factors[2];
         finish_rows(factors, rows, params, work, row, scale, lane);
         wait_products<0>();
@@ -326,29 +323,18 @@ static __device__ __forceinline__ void compute(const Params& params, const Layou
         if constexpr (C::kHides) again = again || any_nonfinite<C::Type>(words, row, work.len_q);
         if (uniform(again) != 0) {
             write_carefully<C, L::OutTile>(params, work, own_row, scale, out_tile);
+        } else if constexpr (C::kOutDirect) {
+            write_direct(params, work, words, row, lane);
         } else {
             write_tile<L::OutTile>(out_tile, words, warp, lane);
         }
-        publish_to_engine();
-        barrier_sync(kWarpgroupBarrier + group, 128);
-        const int count = min(64, work.len_q - group_row);
-        // The engine stops at the tensor's end, but not at a packed sequence's.
-        const bool by_map = params.out_by_map && (params.cu_seqlens_q == nullptr || count == 64);
-        if (by_map) {
-            if (thread == 0 && count > 0) {
-                L::OutTile::store(&params.out_map, out_tile, work.q_token + group_row, work.head, work.batch);
-            }
-            __syncwarp();
-        } else if (count > 0) {
-            write_rows<L::OutTile, false>(params, work, group_row, count, out_tile, thread);
-        }
-        if constexpr (C::kOutOverQuery) {
-            if (!by_map) barrier_sync(kWarpgroupBarrier + group, 128);
-            if (thread == 0) {
-                wait_stores_read();
-                shared.q_ring.empty(group).arrive();
-            }
-            __syncwarp();
+        if constexpr (C::kOutDirect) {
+            // Of no use but to the compiler, which then knows that the warps go on together: descriptors stay in uniform registers.
+            barrier_sync(kWarpgroupBarrier + group, 128);
+        } else {
+            publish_to_engine();
+            barrier_sync(kWarpgroupBarrier + group, 128);
+            send_tile<L::OutTile>(params, work, group_row, out_tile, thread);
         }
         task = following;
     }
@@ -364,7 +350,7 @@ attnhub_forward(const __grid_constant__ attnhub::Params params) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const Layout shared(shared_address(memory));
     if (threadIdx.x == 0) {
-        shared.q_ring.init(1, C::kOutOverQuery ? 1 : 4);
+        shared.q_ring.init(1, 4);
         shared.k_ring.init(1, 4 * C::kConsumers);
         shared.v_ring.init(1, 4 * C::kConsumers);
         shared.slot.ring.init(1, 4 * C::kConsumers + 1);

@@ -32,6 +32,14 @@ static __device__ __forceinline__ uint64 describe_tile(uint32 address, uint32 le
            1ull << 62;
 }
 
+// The descriptor, which is the same in the whole warp, made anew at this place. What is derived from it is then not kept for all rounds of a
+// loop: the many steps of a wide tile do not fit the uniform registers, and moving each to them costs more than computing it there.
+static __device__ __forceinline__ uint64 uniform_here(uint64 descriptor) {
+    uint32 low;
+    asm volatile("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(low) : "r"(static_cast<uint32>(descriptor)));
+    return (descriptor & 0xffffffff00000000ull) | low;
+}
+
 // Step of a descriptor to columns 16 k to 16 k + 15 of a tile.
 template <class T> static __device__ __forceinline__ constexpr uint64 columns_step(int k) {
     return static_cast<uint64>(k / 4 * (T::kChunkBytes / 16) + k % 4 * 2);
