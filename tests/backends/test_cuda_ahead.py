@@ -236,6 +236,7 @@ def test_without_a_device_or_a_compiler(compiled: list[Any], capsys: pytest.Capt
     [
         ({"model": "M", "dtype": "float16", "problems": [_model(Feature.CAUSAL_BOTTOM_RIGHT).to_json()], "note": "one thing"}, 0, "M: one thing"),
         ({"model": "M", "dtype": "", "problems": [_model().to_json()], "note": ""}, 1, "float32"),
+        ({"model": "M", "dtype": "float16", "problems": [_model().to_json(), _model(Feature.BIAS).to_json()], "note": ""}, 1, "not served by cuda: head_dim 64, bias: no_bias"),
         ({"model": "M", "dtype": "", "problems": [], "note": ""}, 2, "it asked for no attention"),
         ({"error": "KeyError: 'x'"}, 2, "KeyError: 'x'; give the shapes instead"),
         (None, 2, "attnhub[hf]"),
