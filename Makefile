@@ -97,7 +97,7 @@ gpu-check: ## conformance of the GPU backends, and the CUDA kernels under stress
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -q -n $(JOBS) -p no:cacheprovider $(GPU_STRESS) || failed=1; \
 	exit $$failed
 
-GPU_STRESS := tests/backends/test_cuda_device.py tests/backends/test_cuda_sanitizer.py
+GPU_STRESS := $(addprefix tests/backends/test_cuda_,device.py hard_scores.py sanitizer.py)
 
 gpu-test: ## the tests that need a GPU, from the bare checkout with $(PYTHON), which needs pytest and pytest-xdist
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -q -n $(JOBS) -m "gpu and not long" -p no:cacheprovider tests
