@@ -86,12 +86,18 @@ bench: $(BUILT) ## time this machine's CPU, keep the result files, and write the
 GPU = $(shell PYTHONPATH=$(CURDIR) $(PYTHON) -c "import torch; from attnhub.bench.results import slug; print(slug(torch.cuda.get_device_name()))")
 
 # Those below need a GPU machine with torch, and no network: they run the bare checkout.
-gpu-check: ## conformance of the GPU backends, from the bare checkout with $(PYTHON)
+# Both parts run, whatever the first one finds. The second needs pytest and pytest-xdist.
+gpu-check: ## conformance of the GPU backends, and the CUDA kernels under stress, from the bare checkout with $(PYTHON)
 	@if [ ! -f backends/cpu/libattnhub_cpu.so ] && command -v cmake >/dev/null; then \
 		cmake -S . -B build/dev -DATTNHUB_INPLACE=ON >/dev/null && cmake --build build/dev -j >/dev/null; fi
 	-PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub doctor
+	@failed=0; \
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub.testing --backend cuda,triton --device cuda --level $(LEVEL) --jobs $(JOBS) \
-		--seconds $(SECONDS_A_BACKEND) --output $(RESULTS)/$(GPU)/conformance.json
+		--seconds $(SECONDS_A_BACKEND) --output $(RESULTS)/$(GPU)/conformance.json || failed=1; \
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -q -n $(JOBS) -p no:cacheprovider $(GPU_STRESS) || failed=1; \
+	exit $$failed
+
+GPU_STRESS := $(addprefix tests/backends/test_cuda_,device.py hard_scores.py sanitizer.py)
 
 gpu-test: ## the tests that need a GPU, from the bare checkout with $(PYTHON), which needs pytest and pytest-xdist
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -q -n $(JOBS) -m "gpu and not long" -p no:cacheprovider tests

@@ -63,6 +63,11 @@ class DeviceInfo:
     def to_json(self) -> dict[str, Any]:
         return {"type": self.type, "vendor": self.vendor, "arch": list(self.arch), "name": self.name, "isa": sorted(self.isa)}
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> DeviceInfo:
+        """The inverse of `to_json`."""
+        return cls(**{**data, "arch": tuple(data["arch"]), "isa": frozenset(data["isa"])})
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -95,6 +100,11 @@ class Problem:
         out["device"] = self.device.to_json()
         out["features"] = sorted(f.value for f in self.features)
         return out
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Problem:
+        """The inverse of `to_json`."""
+        return cls(**{**data, "device": DeviceInfo.from_json(data["device"]), "features": frozenset(map(Feature, data["features"]))})
 
 
 def seqlen_class(seqlen_q: int) -> int:

@@ -247,6 +247,11 @@ def explain(call: Call, backend: str, need_backward: bool, grads: int) -> Decisi
     return decision if plan is None else _with_plan(decision, plan)
 
 
+def problems() -> list[Problem]:
+    """The classes of the calls so far that are remembered, in the order in which they were first met."""
+    return list(dict.fromkeys(found.decision.problem for found in _cache.values()))
+
+
 def decide(problem: Problem, chosen_by: Policy) -> Decision:
     """The decision for a problem with the installed backends, without preparing anything."""
     return select(problem, chosen_by, _candidates(problem))

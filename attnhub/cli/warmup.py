@@ -1,4 +1,7 @@
-"""``attnhub warmup``: compile and load the kernels for given shapes, so that the first request of a server waits for none of it."""
+"""``attnhub warmup``: compile and load the kernels for given shapes, so that the first request of a server waits for none of it.
+
+With ``--model`` or ``--arch`` it calls nothing and needs no device: it compiles the cuda backend's kernels into the cache on disk (`attnhub.cli.ahead`).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from attnhub.cli.explain import DTYPES
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     several = "; several joined by commas, all of which are combined"
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, xpu; default: cuda where there is one, else cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--arch", default="", help="only compile the cuda backend's kernels, for this architecture, here or not: sm_90a, sm_80, h100, ...")
+    parser.add_argument("--model", default="", metavar="FOLDER", help="only compile the cuda backend's kernels, for prompts and decoding of this HuggingFace model")
+    parser.add_argument("--jobs", type=_size, default=0, help="processes that compile CUDA kernels; default: as many as processors")
+    parser.add_argument("--dtype", choices=DTYPES, default="", help="default: bfloat16, or the model's own")
     parser.add_argument("--batch", type=_sizes, default=(1,), help="sequences" + several)
     parser.add_argument("--heads", type=_size, default=8, help="query heads")
     parser.add_argument("--kv-heads", type=_size, default=0, help="key and value heads; default: as many as query heads")
@@ -37,13 +43,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 if every combination is served; the first that is not ends with 1 and its reasons."""
+    from attnhub.cli import ahead
+
+    if args.arch or args.model:
+        return ahead.run(args)
     import torch
 
     import attnhub
 
-    dtype = getattr(torch, args.dtype)
+    dtype = getattr(torch, args.dtype or "bfloat16")
     shapes = list(itertools.product(args.batch, args.seqlen_q, args.seqlen_k or (0,)))
     decisions = []
+    if len(shapes) > 1 and torch.cuda.is_available() and args.device.partition(":")[0] in ("", "cuda"):
+        ahead.compile_chosen(args, torch.device(args.device or "cuda"))
     with progress.bar("warming up", len(shapes), args.json) as tick:
         for batch, seqlen_q, seqlen_k in shapes:
             if tick:
