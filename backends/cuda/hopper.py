@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 from attnhub.backends.cuda import wgmma
-from attnhub.problem import Feature, Problem
+from attnhub.problem import DeviceInfo, Feature, Problem
 
 #: Shared memory that a block may have.
 MOST_SHARED = 227 * 1024
@@ -52,6 +53,8 @@ _TABLE: dict[tuple[int, int], Tiles] = {
 #: Two warpgroups, of fewer rows together: more tiles, and less of them wasted under a mask.
 _SHORT_64 = Tiles(2, 128, 3, keep_query=True, take_turns=True)
 _SHORT_64_BELOW = 2048
+#: How much faster the taller tiles are where both fill the multiprocessors, of which H100 (SXM) and H200 have so many.
+_TALLER_GAIN, _PROCESSORS = 1.12, 132
 
 
 @dataclass(frozen=True)
@@ -142,14 +145,60 @@ def _width(head_dim: int) -> int:
     return next(width for width in WIDTHS if head_dim <= width)
 
 
+def runs_on(device: DeviceInfo) -> bool:
+    return tuple(device.arch) == (9, 0) and device.vendor == "nvidia"
+
+
 def serves(problem: Problem) -> bool:
     """Whether the kernel is for a problem; `hopper_plan.serves` judges the call."""
-    return tuple(problem.device.arch) == (9, 0) and problem.device.vendor == "nvidia" and problem.seqlen_q >= _FEWEST_QUERIES
+    return runs_on(problem.device) and problem.seqlen_q >= _FEWEST_QUERIES
+
+
+#: Time relative to cuDNN's by width of the tiles: without a mask, causal, and causal from `_LONG` tokens on. An H200, bf16: 512 to 16384
+#: tokens, of 96 and 192 columns 1024 and 4096.
+_COSTS = {64: (0.92, 0.95, 0.84), 96: (0.85, 0.85, 0.8), 128: (0.9, 0.9, 0.8), 192: (0.92, 0.92, 0.85), 256: (0.88, 0.94, 0.78)}
+_LONG = 2048
+_PLAIN = frozenset({Feature.LSE, Feature.DETERMINISTIC, Feature.GQA, *_POSITIONS})
+#: Where torch's kernels were not beside it: behind them, as long as they serve, and before the triton backend.
+_COST_UNKNOWN = 1.1
+
+
+#: Behind the triton backend, which splits keys.
+_COST_FEW_TILES = 1.3
+
+
+def few_tiles(problem: Problem) -> bool:
+    """Whether tiles of queries are far fewer than multiprocessors while there are many keys, as in a chunk of a prompt behind a long cache."""
+    tiles = problem.batch * problem.q_heads * -(-problem.seqlen_q // 128)
+    return tiles <= _PROCESSORS // 2 and problem.seqlen_k >= 8 * problem.seqlen_q
+
+
+def cost(problem: Problem) -> float:
+    """`Backend.cost` of a problem that it serves."""
+    width = _width(problem.head_dim)
+    if few_tiles(problem):
+        return _COST_FEW_TILES
+    if not problem.features <= _PLAIN or problem.seqlen_q != problem.seqlen_k or problem.head_dim != problem.v_head_dim or problem.head_dim != width:
+        return _COST_UNKNOWN
+    full, causal, long = _COSTS[width]
+    return full if not problem.features & _POSITIONS else causal if problem.seqlen_q < _LONG else long
 
 
 def choose(problem: Problem) -> HopperVariant:
     """The variant for a problem that it serves."""
-    return make(problem.q_dtype, problem.head_dim, problem.v_head_dim, problem.features, problem.seqlen_q)
+    variant = make(problem.q_dtype, problem.head_dim, problem.v_head_dim, problem.features, problem.seqlen_q)
+    if variant.tiles == _TABLE[64, 64]:
+        pairs = problem.batch * problem.q_heads
+        most, fewer = (pairs * -(-problem.seqlen_q // (64 * tiles.consumers)) for tiles in (_SHORT_64, variant.tiles))
+        # Tiles of different lengths fill the last wave by themselves.
+        if fewer < _PROCESSORS if variant.right or variant.left else _filled(fewer) * _TALLER_GAIN < _filled(most):
+            return dataclasses.replace(variant, tiles=_SHORT_64)
+    return variant
+
+
+def _filled(tiles: int) -> float:
+    """Part of the multiprocessors that tiles of one length keep busy, waves being whole."""
+    return tiles / (_PROCESSORS * -(-tiles // _PROCESSORS))
 
 
 def make(dtype: str, head_dim: int, v_head_dim: int, features: frozenset[Feature] = frozenset(), seqlen_q: int = 1 << 20) -> HopperVariant:
@@ -160,14 +209,12 @@ def make(dtype: str, head_dim: int, v_head_dim: int, features: frozenset[Feature
     if (width, v_width) not in _TABLE:
         width = v_width = max(width, v_width)
     return HopperVariant(
-        dtype, width, v_width, _tiles(width, v_width, features, left or right, seqlen_q), left=left, right=right,
+        dtype, width, v_width, _tiles(width, v_width, features, seqlen_q), left=left, right=right,
         hides=left or right or bool(features & _LENGTHS), softcap=Feature.SOFTCAP in features, alibi=Feature.ALIBI in features,
     )  # fmt: skip
 
 
-def _tiles(width: int, v_width: int, features: frozenset[Feature], uneven: bool, seqlen_q: int) -> Tiles:
-    found = _TABLE[width, v_width]
-    if (width, v_width) == (64, 64):
-        if features & _LARGER_SCORES or seqlen_q < _SHORT_64_BELOW:
-            return _SHORT_64
-    return found
+def _tiles(width: int, v_width: int, features: frozenset[Feature], seqlen_q: int) -> Tiles:
+    if (width, v_width) == (64, 64) and (features & _LARGER_SCORES or seqlen_q < _SHORT_64_BELOW):
+        return _SHORT_64
+    return _TABLE[width, v_width]

@@ -146,6 +146,7 @@ class HopperPlan(CubinPlan):
         key = self._key(call, index)
         launch = _memory.launches.get(key)
         if launch is None:
+            self._function(index)  # makes the context current in a new thread, without which the driver makes no tensor map
             while len(_memory.launches) >= _LIMIT:
                 del _memory.launches[next(iter(_memory.launches))]
             launch = _memory.launches[key] = Launch(self.variant, call, index, processors(index))

@@ -7,6 +7,7 @@ fault that the tool must report. On the CPU the reference backend takes the kern
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,10 @@ class Sample:
             starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(device, torch.int32)
             varlen = Varlen(starts, starts.clone(), max(self.packed), max(self.packed))
             # Tokens behind the last sequence belong to none.
-            q, k, v = (random(h, sum(self.packed) + 7, d, 1) for h, d in zip((self.heads[0], *self.heads[1:] * 2), (self.head_dim, self.head_dim, v_head_dim)))
+            q, k, v = (
+                random(h, sum(self.packed) + 7, d, 1)
+                for h, d in zip((self.heads[0], *self.heads[1:] * 2), (self.head_dim, self.head_dim, v_head_dim))
+            )
         elif self.page_size:
             each = -(-length // self.page_size)
             table = torch.randperm(self.batch * each, generator=generator).to(device, torch.int32).view(self.batch, each)
@@ -192,9 +196,9 @@ SMALL = (
 BROKEN = {
     "memcheck": 'extern "C" __global__ void attnhub_forward(float* x, int size) { x[size + threadIdx.x] = 1.f; }',
     "racecheck": """extern "C" __global__ void attnhub_forward(float* x, int size) {
-        __shared__ float shared[64];
-        shared[threadIdx.x] = x[threadIdx.x % size];
-        x[threadIdx.x % size] = shared[63 - threadIdx.x];
+        __shared__ volatile int shared[8];  // written and read by both warps
+        shared[threadIdx.x % 8] = threadIdx.x;
+        x[threadIdx.x % size] = static_cast<float>(shared[(threadIdx.x + 1) % 8]);
     }""",
     "synccheck": """extern "C" __global__ void attnhub_forward(float* x, int size) {
         __syncwarp(0xffffu);  // by all 32 lanes
@@ -229,7 +233,8 @@ def run_broken(tool: str) -> None:
         file.flush()
         kernel = cupy.RawModule(path=file.name).get_function(compile.ENTRY)
         kernel((1,), (64,), (np.uint64(x.data_ptr()), np.int32(32)))
-    # The tool may have ended the context: no further call.
+    with contextlib.suppress(RuntimeError):  # the tool has ended the context
+        torch.cuda.synchronize()
     print("launched", flush=True)
 
 

@@ -4,7 +4,6 @@ not finite, strides, streams and graphs. What needs no GPU is in test_cuda_hoppe
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Iterator
 from typing import Any

@@ -24,6 +24,7 @@ from attnhub.layouts import Varlen
 from attnhub.mask import FULL, ALiBi, Causal, Chunk, LeftPad, Mask, Prefix, SeqLens, Window
 from attnhub.problem import DeviceInfo, Feature, Problem
 from attnhub.reasons import Code
+from attnhub.selector import without_gradients
 
 HOPPER = DeviceInfo("cuda", "nvidia", (9, 0), "H100")
 
@@ -326,6 +327,34 @@ def test_which_problems_it_is_for(changes: dict[str, Any], served: bool) -> None
     base = Problem(HOPPER, "float16", "float16", 64, 64, 4, 4, 2, 128, 128)
     assert hopper.serves(dataclasses.replace(base, **changes)) is served
 
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({}, "cuda"), ({"features": frozenset({Feature.LSE}), "need_backward": True}, "cuda"), ({"features": frozenset({Feature.CAUSAL_BOTTOM_RIGHT})}, "cuda"),
+        ({"kv_heads": 4, "features": frozenset({Feature.GQA})}, "cuda"), ({"q_dtype": "float16", "kv_dtype": "float16"}, "cuda"),
+        ({"seqlen_k": 8192}, "sdpa"), ({"batch": 1, "seqlen_q": 128}, "triton"), ({"batch": 1, "seqlen_q": 128, "features": frozenset({Feature.WINDOW})}, "triton"), ({"head_dim": 80, "v_head_dim": 80}, "sdpa"), ({"seqlen_q": 1}, "sdpa"),
+        ({"features": frozenset({Feature.SOFTCAP})}, "cuda"), ({"features": frozenset({Feature.VARLEN})}, "cuda"),
+        ({"seqlen_q": 1, "page_size": 16, "features": frozenset({Feature.PAGED, Feature.SEQLENS})}, "cuda"),
+        ({"device": DeviceInfo("cuda", "nvidia", (8, 0), "A100")}, "sdpa"),
+        ({"device": DeviceInfo("cuda", "nvidia", (8, 0), "A100"), "features": frozenset({Feature.SOFTCAP})}, "triton"),
+    ],
+)  # fmt: skip
+def test_it_is_chosen_where_it_was_measured_faster(changes: dict[str, Any], first: str) -> None:
+    from attnhub.backends.sdpa import backend as sdpa
+    from attnhub.backends.triton import backend as triton
+
+    problem = dataclasses.replace(Problem(HOPPER, "bfloat16", "bfloat16", 128, 128, 16, 16, 4, 4096, 4096), **changes)
+    assert min((b.cost(without_gradients(problem)), b.name) for b in (backend, sdpa, triton))[1] == first
+
+
+@pytest.mark.parametrize(
+    ("heads", "length", "causal", "rows"),
+    [(8, 2048, False, 128), (8, 4096, False, 128), (32, 2048, False, 192), (8, 2048, True, 128), (8, 4096, True, 192), (64, 1024, False, 128)],
+)
+def test_tiles_fill_the_last_wave(heads: int, length: int, causal: bool, rows: int) -> None:
+    features = frozenset({Feature.CAUSAL_BOTTOM_RIGHT} if causal else ())
+    assert hopper.choose(Problem(HOPPER, "bfloat16", "bfloat16", 64, 64, heads, heads, 1, length, length, features)).rows == rows
 
 
 
