@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attnhub import config, ops, philox, runtime, spec
-from attnhub.backend import Call, Descale, PrepareError
+from attnhub.backend import Append, Call, Descale, PrepareError
 from attnhub.decision import Decision
-from attnhub.kv_cache import KVCache, append_kv
+from attnhub.kv_cache import KVCache, append_first, check_new
 from attnhub.layouts import Varlen, lse_dtype
 from attnhub.mask import FULL, BoolMask, Causal, Mask, SeqLens
 from attnhub.mask import Bias as BiasMask
 from attnhub.registry import registry
+from attnhub.rotary import Rotary, check_rotary
 
 Layout = Literal["bhsd", "bshd"]
 _FP8 = torch.float8_e4m3fn
@@ -41,6 +42,7 @@ def attention(
     dropout_p: float = 0,
     varlen: Optional[Varlen] = None,
     kv_cache: Optional[KVCache] = None,
+    rotary: Optional[Rotary] = None,
     q_descale: Optional[Tensor] = None,
     k_descale: Optional[Tensor] = None,
     v_descale: Optional[Tensor] = None,
@@ -61,6 +63,8 @@ def attention(
     softmax_scale: default 1 / sqrt(D). softcap: 0 is off. sinks: [Hq], differentiable. dropout_p: probability of dropping.
     varlen: packed sequences. kv_cache: k and v (or None) are appended to it in place, and q attends to all of the cache. With both, q is
         packed, k and v are None (append first), and the cache says which keys there are: varlen's own are not read.
+    rotary: with kv_cache and new k and v: `attnhub.Rotary`. k is rotated before it is appended, and q, at their positions. A backend may append
+        and rotate in the launch that attends (cuda's kernel for few queries does); else torch operations do it first.
     q_descale, k_descale, v_descale: for float8_e4m3fn inputs, as in flash-attn 3: fp32 [B, Hk] (varlen: B is the number of sequences;
         any strides, so ``factor.expand(B, Hk)`` is fine). q, k and v stand for q * q_descale, k * k_descale and v * v_descale; None
         is 1. The result is then bf16, and there is a forward pass only.
@@ -81,13 +85,18 @@ def attention(
         if kv_cache is None:
             if _is_usual_tensor(k) and _is_usual_tensor(v):
                 return _repeated(q, k, v, usual, softmax_scale, softcap, return_lse, backend or "")  # type: ignore[arg-type]
-        elif k is None and v is None and type(kv_cache) is KVCache and usual.structural:
-            read = _read_again(q, kv_cache, usual, softmax_scale, softcap, return_lse, backend or "")
+        elif (k is None) == (v is None) and (rotary is None or k is not None) and type(kv_cache) is KVCache and usual.structural:
+            read = _read_again(q, kv_cache, usual, softmax_scale, softcap, return_lse, backend or "", k, v, rotary)
             if read is not None:
                 return read
     descale = _descale(q_descale, k_descale, v_descale)
-    call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout, None, descale, deterministic)
-    out, lse = _run(call, backend or "", return_lse)
+    call = _normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout, None, descale, deterministic, rotary)
+    found = None
+    if call.append is not None:
+        assert kv_cache is not None
+        found = _append_in_launch(call, kv_cache, backend or "")
+        call = call if found is not None else append_first(call, kv_cache)
+    out, lse = _run(call, backend or "", return_lse) if found is None else found
     if varlen is not None:
         out = out[0].transpose(0, 1)
         return (out, lse[0]) if lse is not None else out
@@ -163,6 +172,7 @@ def explain(
     dropout_p: float = 0,
     varlen: Optional[Varlen] = None,
     kv_cache: Optional[KVCache] = None,
+    rotary: Optional[Rotary] = None,
     q_descale: Optional[Tensor] = None,
     k_descale: Optional[Tensor] = None,
     v_descale: Optional[Tensor] = None,
@@ -176,6 +186,8 @@ def explain(
     Every installed backend is in it, accepted or with all its reasons. Never raises for "no backend": ``chosen`` is None.
     """
     descale = _descale(q_descale, k_descale, v_descale)
+    if rotary is not None:
+        _check_rotary(rotary, q, k, kv_cache)
     if kv_cache is not None:
         new = 0 if k is None else k.shape[2 if layout == "bhsd" else 1]
         q, layout = q.transpose(1, 2) if layout == "bshd" and varlen is None else q, "bhsd"
@@ -255,21 +267,30 @@ def _remember(key: tuple[Any, ...], call: Call, chosen: runtime.Prepared, repeat
 
 
 def _read_again(
-    q: Tensor, cache: KVCache, mask: Mask, softmax_scale: Optional[float], softcap: float, return_lse: bool, backend: str
-) -> Union[Tensor, tuple[Tensor, Tensor], None]:
-    """What `_repeated` is, for a cache that nothing is appended to. None: the long way has to be gone, this time or always."""
+    q: Tensor, cache: KVCache, mask: Mask, softmax_scale: Optional[float], softcap: float, return_lse: bool, backend: str,
+    k: Optional[Tensor] = None, v: Optional[Tensor] = None, rotary: Optional[Rotary] = None,
+) -> Union[Tensor, tuple[Tensor, Tensor], None]:  # fmt: skip
+    """What `_repeated` is, for a cache. None: the long way has to be gone, this time or always.
+
+    k, v: new tokens, which this way appends only in the launch that attends. After None nothing has been appended.
+    """
+    if rotary is not None and type(rotary) is not Rotary:
+        return None
+    append = None if k is None or v is None else Append(k, v, rotary)
+    added = () if append is None else (k, v) if rotary is None else (k, v, rotary.cos, rotary.sin)
     keys, values = cache.heads_first()
     table = cache.table()
     tensors = (q, keys, values, cache.cache_seqlens) if table is None else (q, keys, values, cache.cache_seqlens, table)
     addresses = 0
-    for t in tensors:
+    for t in (*tensors, *added):
         if not _is_usual_tensor(t):
             return None
         addresses |= t.data_ptr()
-    if addresses & 15 or (torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad or values.requires_grad)):
+    if addresses & 15 or (torch.is_grad_enabled() and any(t.requires_grad for t in (q, keys, values, *added))):
         return None
     key = (
-        KVCache, table is None, *[(t.shape, t.is_contiguous() or t.stride(), t.get_device(), t.dtype) for t in tensors], None if mask is FULL else mask.structure,
+        KVCache, table is None, None if rotary is None else rotary[2:],
+        *[(t.shape, t.is_contiguous() or t.stride(), t.get_device(), t.dtype) for t in (*tensors, *added)], None if mask is FULL else mask.structure,
         softmax_scale, softcap, return_lse, backend, runtime._context.get(), config.snapshot(), registry.generation,
         torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
@@ -280,13 +301,19 @@ def _read_again(
         return None
     if seen is not None:
         chosen, _, repeat = seen
-        again = None if repeat is None else repeat(*tensors)
+        again = None if repeat is None else repeat(*tensors) if append is None else repeat(*tensors, append=append)
         if again is not None:
             runtime._served.chosen = chosen
             return again if return_lse else again[0]  # type: ignore[return-value]
         return None
-    call = _normalise(q, None, None, mask, softmax_scale, softcap, None, 0.0, None, cache, return_lse, "bhsd")
-    out, lse = _run(call, backend, return_lse)
+    call = _normalise(q, k, v, mask, softmax_scale, softcap, None, 0.0, None, cache, return_lse, "bhsd", rotary=rotary)
+    found = _run(call, backend, return_lse) if append is None else _append_in_launch(call, cache, backend)
+    if found is None:
+        # While a graph is captured a backend may say no for want of a kernel, and only then.
+        if not (q.is_cuda and torch.cuda.is_current_stream_capturing()) and not runtime.is_empty(call):
+            _remember(key, call, runtime.prepared(call, backend, False), False)
+        return None
+    out, lse = found
     # A tensor that was copied on the way is no input of the plan's.
     given = (
         call.q is q and call.mask.seqused_k is cache.cache_seqlens and call.k.data_ptr() == keys.data_ptr() and call.v.data_ptr() == values.data_ptr()
@@ -295,6 +322,14 @@ def _read_again(
     if _is_eager(call) and not runtime.is_empty(call):
         _remember(key, call, runtime.prepared(call, backend, False), given)
     return (out, lse) if lse is not None else out
+
+
+def append_again(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, cache: KVCache, rotary: Optional[Rotary], softmax_scale: Optional[float], softcap: float, backend: str
+) -> Union[Tensor, tuple[Tensor, Tensor], None]:  # fmt: skip
+    """`attention` with new tokens and a mask without tensors, by a backend that appends them in the launch that attends; else None, and nothing is done."""
+    usual = _no_modes() and not torch.compiler.is_compiling()
+    return _read_again(q, cache, mask, softmax_scale, softcap, False, backend, k, v, rotary) if usual else None
 
 
 def _is_usual_tensor(t: Any) -> bool:
@@ -319,6 +354,13 @@ def _no_modes() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )  # fmt: skip
+
+
+def _append_in_launch(call: Call, cache: KVCache, backend: str) -> Optional[tuple[Tensor, Optional[Tensor]]]:
+    """A call with new tokens by a plan that appends them itself, or None."""
+    # What the call holds is a copy of a cache whose rows have gaps.
+    own = all(t.stride(3) == 1 for t in cache.heads_first())
+    return runtime.append_in_launch(call, backend) if own and not torch.compiler.is_compiling() and _is_eager(call) else None
 
 
 def _run(call: Call, backend: str, return_lse: bool) -> tuple[Tensor, Optional[Tensor]]:
@@ -372,7 +414,9 @@ def _grad_bits(call: Call, return_lse: bool) -> int:
 
 def _is_eager(call: Call) -> bool:
     """Whether the operator layer can be left out: plain tensors with memory, and no mode, transform, trace, autocast or dual number."""
-    tensors = [t for t in (call.q, call.k, call.v, *call.mask.tensors(), call.sinks, call.rng, *(call.descale or ())) if t is not None]
+    append = call.append
+    added = () if append is None else (append.k, append.v) if append.rotary is None else (append.k, append.v, append.rotary.cos, append.rotary.sin)
+    tensors = [t for t in (call.q, call.k, call.v, *call.mask.tensors(), call.sinks, call.rng, *(call.descale or ()), *added) if t is not None]
     if any(type(t) not in _PLAIN or t.is_neg() for t in tensors) or call.q.is_meta:
         return False
     if forward_ad._current_level < 0:
@@ -388,7 +432,7 @@ def _is_eager(call: Call) -> bool:
 def _normalise(
     q: Tensor, k: Optional[Tensor], v: Optional[Tensor], mask: Optional[Mask], softmax_scale: Optional[float], softcap: float,
     sinks: Optional[Tensor], dropout_p: float, varlen: Optional[Varlen], kv_cache: Optional[KVCache], need_lse: bool, layout: str,
-    block_table: Optional[Tensor] = None, descale: Descale = _NO_DESCALE, deterministic: bool = False,
+    block_table: Optional[Tensor] = None, descale: Descale = _NO_DESCALE, deterministic: bool = False, rotary: Optional[Rotary] = None,
 ) -> Call:  # fmt: skip
     for name, value, kind in (("q", q, Tensor), ("k", k, Tensor), ("v", v, Tensor), ("sinks", sinks, Tensor), ("varlen", varlen, Varlen), ("kv_cache", kv_cache, KVCache)):
         if not isinstance(value, kind) and (value is not None or name == "q"):
@@ -411,7 +455,7 @@ def _normalise(
             q, k, v = (None if t is None else t.transpose(1, 2) if t.ndim == 4 else t for t in (q, k, v))  # type: ignore[assignment]
     if kv_cache is not None:
         new_tokens = _new_tokens(q, k, v, kv_cache, varlen)
-        k, v, mask, block_table = _cached(kv_cache, mask, 0 if new_tokens is None else new_tokens[0].shape[2])
+        k, v, mask, block_table = _cached(kv_cache, mask, 0)
         if varlen is not None and block_table is None:
             # Rows of a contiguous cache are pages of their own.
             block_table = torch.arange(k.shape[0], dtype=torch.int32, device=k.device)[:, None]
@@ -454,10 +498,18 @@ def _normalise(
     if descale is not _NO_DESCALE:
         _check_descale(descale, call)
         call.descale = descale
+    if rotary is not None:
+        _check_rotary(rotary, q, None if new_tokens is None else new_tokens[0], kv_cache)
     if kv_cache is not None and new_tokens is not None:
-        # Last: a call that is refused has written nothing.
-        append_kv(kv_cache, *new_tokens)
+        check_new(kv_cache, *new_tokens, rotary is not None)
+        call.append = Append(*new_tokens, rotary)
     return call
+
+
+def _check_rotary(rotary: Rotary, q: Tensor, k: Optional[Tensor], kv_cache: Optional[KVCache]) -> None:
+    if kv_cache is None or k is None:
+        raise ValueError("rotary= goes with kv_cache= and new tokens k and v: without them rotate q and k yourself (attnhub.apply_rotary)")
+    check_rotary(rotary, q)
 
 
 def _descale(q_descale: Optional[Tensor], k_descale: Optional[Tensor], v_descale: Optional[Tensor]) -> Descale:
