@@ -69,12 +69,11 @@ static __device__ __forceinline__ void turn_rows(const Params& params, uint32 bl
 // Whether all that the sequence's new tokens need is there. The same for all threads of a block.
 template <class C>
 static __device__ __forceinline__ bool fits(const Params& params, int old, int queries) {
-    const int end = old + params.new_tokens;
-    if (old < 0 || end > params.seqlen_k) {
+    if (old < 0 || old > params.seqlen_k - params.new_tokens) {  // the sum might not be an int
         if (threadIdx.x == 0) fail("cache_seqlens: below 0, or the new tokens behind it pass what the cache holds");
         return false;
     }
-    if (C::kRotary && max(end, old + (params.one_position ? 1 : queries)) > params.rotary_positions) {
+    if (C::kRotary && old + max(params.new_tokens, params.one_position ? 1 : queries) > params.rotary_positions) {
         if (threadIdx.x == 0) fail("rotary: a position behind cache_seqlens is beyond the table of cos and sin");
         return false;
     }
