@@ -78,7 +78,7 @@ def attention(
     """
     plain = (
         varlen is None and sinks is None and not dropout_p and layout == "bhsd" and q_descale is None and k_descale is None
-        and v_descale is None and not deterministic and not torch.compiler.is_compiling()
+        and v_descale is None and not deterministic and (rotary is None or kv_cache is not None) and not torch.compiler.is_compiling()
     )  # fmt: skip
     if plain and (mask is None or _is_usual_mask(mask)) and _no_modes() and _is_usual_tensor(q):
         usual = FULL if mask is None else mask

@@ -195,13 +195,14 @@ def inputs(case: Case, seed: int = 0) -> Inputs:
 
 
 def copied(cache: KVCache) -> KVCache:
-    """With the same strides."""
-    keys, values = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x) for x in (cache.k_cache, cache.v_cache))
+    """With what lies between its rows."""
+    keys, values = (x.new_empty(0).set_(x.untyped_storage().clone(), x.storage_offset(), x.shape, x.stride()) for x in (cache.k_cache, cache.v_cache))
     return dataclasses.replace(cache, k_cache=keys, v_cache=values)
 
 
-def bits(cache: KVCache) -> tuple[Tensor, Tensor]:
-    return tuple(x.contiguous().view(torch.int16) for x in (cache.k_cache, cache.v_cache))  # type: ignore[return-value]
+def bits(cache: KVCache) -> list[Tensor]:
+    stores = [x.untyped_storage() for x in (cache.k_cache, cache.v_cache)]
+    return [torch.empty(0, dtype=torch.int16).set_(store, 0, (store.nbytes() // 2,)) for store in stores]
 
 
 def same(a: KVCache, b: KVCache) -> bool:
@@ -294,14 +295,12 @@ def test_what_only_the_device_can_see_is_asserted_and_never_written(case: Case, 
         rotary = rotary._replace(cos=rotary.cos[:37], sin=rotary.sin[:37])
     if case.page and cache.block_table is not None:
         cache.block_table[0, case.lengths[0] // case.page] = cache.k_cache.shape[0] if case.rotary else -3
-    # The block that meets the bad sequence runs first, and what is written then lies in none of the others' either.
     before, host.backwards = copied(cache), case.lengths[0] < 30
     with pytest.raises(RuntimeError, match=words):
         attnhub.attention(given.q, given.k, given.v, kv_cache=cache, rotary=rotary, backend=NAME)
-    changed = [(a != b).any(-1).nonzero().tolist() for a, b in zip(bits(cache), bits(before))]
-    bad = {1} if "seqlens" in words else {0}
-    if not case.page:
-        assert not any(row in bad for places in changed for row, *_ in places)
+    if not case.page:  # other sequences may have been served before
+        bad = 1 if "seqlens" in words else 0
+        assert all(torch.equal(a[bad].nan_to_num(7.0), b[bad].nan_to_num(7.0)) for a, b in ((cache.k_cache, before.k_cache), (cache.v_cache, before.v_cache)))
 
 
 def test_a_decode_loop_goes_the_short_way(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
