@@ -222,7 +222,7 @@ def test_it_is_append_and_then_attend(case: Case, splits: int, host: Host, monke
     settings: dict[str, Any] = {"mask": case.mask, "return_lse": True, **dict(case.settings)}
     right = copied(given.cache)
     want, want_lse = attnhub.attention(given.q, given.k, given.v, kv_cache=right, rotary=given.rotary, backend="reference", **settings)
-    for host.backwards in (False, True):
+    for host.backwards in (True, False)[: splits]:
         mine = copied(given.cache)
         host.launched.clear()
         out, lse = attnhub.attention(given.q, given.k, given.v, kv_cache=mine, rotary=given.rotary, backend=NAME, **settings)
