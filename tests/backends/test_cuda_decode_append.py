@@ -336,6 +336,18 @@ def test_a_decode_loop_goes_the_short_way(host: Host, monkeypatch: pytest.Monkey
         assert attnhub.last_decision().plan["append"] == ["new tokens and rotary"]  # type: ignore[union-attr]
 
 
+def test_the_short_way_tells_rotations_apart(host: Host) -> None:
+    given = inputs(Case(rotary=32, queries=3))
+    assert given.rotary is not None
+    ways = [given.rotary._replace(interleaved=a, one_position=b) for a, b in ((False, False), (True, False), (False, True))]
+    for rotary in (*ways, *ways):
+        mine, right = copied(given.cache), copied(given.cache)
+        out, want = (attnhub.attention(given.q, given.k, given.v, kv_cache=cache, rotary=rotary, backend=name) for cache, name in ((mine, NAME), (right, "reference")))
+        torch.testing.assert_close(out, want, rtol=0.02, atol=0.02)
+        assert same(mine, right)
+    assert host.launched == [decode_append.ROTARY] * 6
+
+
 def test_a_layer_whose_mask_holds_tensors(host: Host) -> None:
     mask = Causal() & ALiBi(torch.tensor([0.5, 0.1, 0.2, 0.3]))
     made, right = (attnhub.nn.CachedAttention(4, 2, 40, batch=2, max_seqlen=64, mask=mask, dtype=torch.float16, backend=name) for name in (NAME, "reference"))
