@@ -84,7 +84,7 @@ def policy(backend: str = "") -> Policy:
     return Policy(("auto",), "default", disabled)
 
 
-#: Calls by exact metadata, with their plan, its shorter way (`Plan.repeat`) and scale; see `attnhub.api._repeated`.
+#: Calls by exact metadata, with their plan, its shorter way (`Plan.repeat`) and scale; see `attnhub.repeats`.
 seen: dict[tuple[Any, ...], tuple[Prepared, float, Optional[Repeat]]] = {}
 
 

@@ -248,10 +248,10 @@ def test_demo_holds_and_asks_no_network(tmp_path: pathlib.Path) -> None:
 def test_demo_fails_when_attention_is_wrong() -> None:
     """A check that cannot fail shows nothing: with every score scaled 1.5 times the demo must say so and exit with 1."""
     broken = (
-        "import sys, attnhub.api as api\n"
-        "whole = api._normalise\n"
+        "import sys, attnhub.arguments as arguments\n"
+        "whole = arguments.normalise\n"
         "def scaled(*a, **k):\n    call = whole(*a, **k)\n    call.softmax_scale *= 1.5\n    return call\n"
-        "api._normalise = scaled\n"
+        "arguments.normalise = scaled\n"
         "from attnhub.cli import main\n"
         "sys.exit(main(['demo', '--rounds', '1', '--json']))\n"
     )

@@ -855,7 +855,7 @@ def test_a_cache_is_read_again_the_short_way(name: str, gpu: Gpu, chosen: None, 
 
         return counted_function
 
-    monkeypatch.setattr(attnhub.api, "_normalise", counting("normalised", attnhub.api._normalise))
+    monkeypatch.setattr(attnhub.arguments, "normalise", counting("normalised", attnhub.arguments.normalise))
     monkeypatch.setattr(launcher, "call_key", counting("keyed", launcher.call_key))
     assert reading_of(gpu, *case) == expected
     before = dict(counted)
