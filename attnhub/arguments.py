@@ -53,7 +53,7 @@ def normalise(
         raise TypeError("k and v are needed unless kv_cache is given")
     if varlen is not None:
         q, k, v = _unpack(q, k, v, varlen, block_table is not None)
-    _check_shapes(q, k, v, block_table, varlen)
+    _check_shapes(q, k, v, block_table)
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
         # Kernels read rows of head_dim; a strided last dimension is copied once, here.
         q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
@@ -135,7 +135,7 @@ def _unpack(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, paged: bool) -> tup
     return q.transpose(0, 1).unsqueeze(0), k, v
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, block_table: Optional[Tensor], varlen: Optional[Varlen]) -> None:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, block_table: Optional[Tensor]) -> None:
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(
             f"q, k and v need 4 dimensions ([B, H, S, D]; [T, H, D] goes with varlen=), got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
