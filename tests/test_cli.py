@@ -153,6 +153,12 @@ def test_wrong_usage_names_the_fix(args: list[str], message: str, capsys: pytest
     assert message in capsys.readouterr().err
 
 
+def test_a_negative_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main(["explain", "--heads", "-1"])
+    assert done.value.code == 2 and "--heads: -1 is negative" in capsys.readouterr().err
+
+
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for command in cli.COMMANDS:
         with pytest.raises(SystemExit) as done:
