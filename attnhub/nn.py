@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from attnhub import runtime
-from attnhub.api import append_again, attention, explain
+from attnhub.api import attention, explain
 from attnhub.decision import Decision
 from attnhub.kv_cache import KVCache, append_kv
 from attnhub.mask import Causal, Mask
+from attnhub.repeats import append_again
 from attnhub.rotary import Rotary, apply_rotary
 
 __all__ = ["CachedAttention"]

@@ -310,14 +310,14 @@ def test_what_only_the_device_can_see_is_asserted_and_never_written(case: Case, 
 
 def test_a_decode_loop_goes_the_short_way(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """CachedAttention by the launch and by torch operations: same cache, one launch a step, arguments looked at once."""
-    from attnhub import api
+    from attnhub import arguments
 
     for page in (0, 16):
         made, right = (
             attnhub.nn.CachedAttention(8, 2, 64, batch=2, max_seqlen=64, page_size=page, rotary=100.0, dtype=torch.bfloat16, backend=name) for name in (NAME, "reference")
         )  # fmt: skip
         looked = 0
-        normalise = api._normalise
+        normalise = arguments.normalise
 
         def counted(*args: Any, _normalise: Any = normalise, **kwargs: Any) -> Any:
             nonlocal looked
@@ -329,7 +329,7 @@ def test_a_decode_loop_goes_the_short_way(host: Host, monkeypatch: pytest.Monkey
             qkv = [torch.randn(2, step, heads, 64).bfloat16() for heads in (8, 2, 2)]
             want = right(*qkv)
             with monkeypatch.context() as patch:
-                patch.setattr(api, "_normalise", counted)
+                patch.setattr(arguments, "normalise", counted)
                 torch.testing.assert_close(made(*qkv), want, rtol=0.02, atol=0.02)
         assert host.launched == [decode_append.ROTARY] * 5 and looked == 2
         assert same(made.cache, right.cache) and made.position.tolist() == [13, 13] and made.served == {NAME: 5}
