@@ -277,10 +277,10 @@ def test_tokens_that_lie_in_the_cache_itself(host: Host) -> None:
     given.cache.k_cache.normal_(), given.cache.v_cache.normal_()
     mine, right = copied(given.cache), copied(given.cache)
     for which, cache in ((NAME, mine), ("reference", right)):
-        k, v = cache.k_cache[:, :, :1], cache.v_cache[:, :, :1]
-        for _ in range(2):  # the second time by the short way
+        for source in (copied(cache), cache, cache):  # the first call makes the short way for others of its shapes
+            k, v = source.k_cache[:, :, :1], source.v_cache[:, :, :1]
             attnhub.attention(given.q, k, v, kv_cache=cache, rotary=given.rotary, backend=which)
-    assert set(host.launched) == {decode_append.NONE} and same(mine, right)
+    assert host.launched == [decode_append.ROTARY, decode_append.NONE, decode_append.NONE] and same(mine, right)
 
 
 @pytest.mark.parametrize(("case", "words"), [

@@ -149,13 +149,17 @@ def test_a_plan_that_does_not_gets_a_cache_that_holds_them(appending: Appending)
     assert not appending.short
 
 
-def test_what_is_not_plain_is_offered_too(appending: Appending) -> None:
+def test_what_is_not_plain_is_offered_too(appending: Appending, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors in the mask, sinks, layouts."""
+    from attnhub import api
+
     mine = cache_of()
     right = copied(mine)
     q, k, v = tokens(2)
     settings: dict[str, Any] = {"mask": attnhub.Causal() & attnhub.LeftPad(torch.tensor([1, 4])), "sinks": torch.randn(HQ), "return_lse": True}
-    out = attnhub.attention(*(t.transpose(1, 2) for t in (q, k, v)), kv_cache=mine, layout="bshd", **settings)  # type: ignore[misc]
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "append_first", lambda *_: pytest.fail("appended twice"))
+        out = attnhub.attention(*(t.transpose(1, 2) for t in (q, k, v)), kv_cache=mine, layout="bshd", **settings)  # type: ignore[misc]
     want = attnhub.attention(q, k, v, kv_cache=right, backend="reference", **settings)
     torch.testing.assert_close((out[0].transpose(1, 2), out[1]), want)
     assert appending.appends[0] is not None and torch.equal(mine.k_cache, right.k_cache)
