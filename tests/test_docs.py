@@ -172,9 +172,14 @@ def test_the_commands_in_the_documents_parse() -> None:
             if not (asked := re.match(r"(?:python -m )?attnhub ([a-z][a-z-]*)(.*)", line)):
                 continue
             assert asked[1] in COMMANDS, f"{page.name}: {line}"
-            if " --" in asked[2] and "--help" not in line:
+            words = asked[2].split()
+            if words and words[-1].startswith("--"):
+                # An option is spoken of, which may want a value.
+                (commands,) = _parser(asked[1])._subparsers._group_actions  # type: ignore[union-attr]
+                assert words[-1] in commands.choices[asked[1]]._option_string_actions, f"{page.name}: {line}"  # type: ignore[index,call-overload]
+            elif " --" in asked[2]:
                 try:
-                    _parser(asked[1]).parse_args([asked[1], *asked[2].split()])
+                    _parser(asked[1]).parse_args([asked[1], *words])
                 except SystemExit:
                     pytest.fail(f"{page.name}: {line}")
 
