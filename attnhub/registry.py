@@ -91,12 +91,6 @@ class Registry:
             self._candidates = candidates
             self.generation += 1
 
-    def reload(self) -> None:
-        """Look for entry points and probe again (after an installation, or in tests)."""
-        with self._lock:
-            self._candidates = None
-            self.generation += 1
-
     def _load(self) -> dict[str, Candidate]:
         candidates: dict[str, Candidate] = {}
         for name, target, distribution in entry_points(GROUP, BUILTIN):

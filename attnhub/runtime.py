@@ -21,6 +21,7 @@ from attnhub import config, device
 from attnhub.backend import Call, Gradients, Needs, Plan, PrepareError, Repeat
 from attnhub.decision import Decision, NoBackendError, Policy
 from attnhub.mask import FULL
+from attnhub.policy import in_force
 from attnhub.problem import Feature, Problem, seqlen_class, size_bucket
 from attnhub.reasons import Reason
 from attnhub.registry import registry
@@ -71,20 +72,11 @@ def _name(value: str) -> str:
 
 
 def policy(backend: str = "") -> Policy:
-    """The policy in force: argument, else context, else environment, else default."""
-    snap = config.snapshot()
-    disabled = config.disabled(snap)
-    if backend:
-        return Policy(config.parse_names(backend, "backend"), "argument", disabled)
-    names = _context.get()
-    if names is not None:
-        return Policy(names, "context", disabled)
-    if snap[0]:
-        return Policy(config.parse_names(snap[0].decode(), "ATTNHUB_BACKEND"), "environment", disabled)
-    return Policy(("auto",), "default", disabled)
+    """The policy in force here and now."""
+    return in_force(backend, _context.get())
 
 
-#: Calls by exact metadata, with their plan, its shorter way (`Plan.repeat`) and scale; see `attnhub.api._repeated`.
+#: Calls by exact metadata, with their plan, its shorter way (`Plan.repeat`) and scale; see `attnhub.repeats`.
 seen: dict[tuple[Any, ...], tuple[Prepared, float, Optional[Repeat]]] = {}
 
 
@@ -347,6 +339,22 @@ def forward(call: Call, backend: str = "", need_backward: bool = False, grads: i
         return empty_result(call)
     while True:
         chosen = _served.chosen = prepared(call, backend, need_backward, grads)
+        try:
+            return chosen.forward(call)
+        except PrepareError as error:
+            launch_failed(chosen, error)
+
+
+def append_in_launch(call: Call, backend: str = "") -> Optional[tuple[Tensor, Optional[Tensor]]]:
+    """`forward` of a call with new tokens, or None if whoever serves it does not append in its launch: nothing has run then."""
+    assert call.append is not None
+    if is_empty(call) or call.append.k.numel() == 0:
+        return None
+    while True:
+        chosen = prepared(call, backend, False)
+        if not chosen.plan.appends(call):
+            return None
+        _served.chosen = chosen
         try:
             return chosen.forward(call)
         except PrepareError as error:

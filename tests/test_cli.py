@@ -153,6 +153,12 @@ def test_wrong_usage_names_the_fix(args: list[str], message: str, capsys: pytest
     assert message in capsys.readouterr().err
 
 
+def test_a_negative_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main(["explain", "--heads", "-1"])
+    assert done.value.code == 2 and "--heads: -1 is negative" in capsys.readouterr().err
+
+
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for command in cli.COMMANDS:
         with pytest.raises(SystemExit) as done:
@@ -249,10 +255,10 @@ def test_demo_holds_and_asks_no_network(tmp_path: pathlib.Path) -> None:
 def test_demo_fails_when_attention_is_wrong() -> None:
     """A check that cannot fail shows nothing: with every score scaled 1.5 times the demo must say so and exit with 1."""
     broken = (
-        "import sys, attnhub.api as api\n"
-        "whole = api._normalise\n"
+        "import sys, attnhub.arguments as arguments\n"
+        "whole = arguments.normalise\n"
         "def scaled(*a, **k):\n    call = whole(*a, **k)\n    call.softmax_scale *= 1.5\n    return call\n"
-        "api._normalise = scaled\n"
+        "arguments.normalise = scaled\n"
         "from attnhub.cli import main\n"
         "sys.exit(main(['demo', '--rounds', '1', '--json']))\n"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import pathlib
 import re
 from typing import Any
@@ -92,13 +94,60 @@ def test_the_quickstart_examples_run() -> None:
     torch.testing.assert_close(namespace["out"].float(), wanted, rtol=0.1, atol=0.1)
 
 
+def _missing(name: str) -> str:
+    """The first part of a dotted name that is neither an attribute of what stands before it nor a module."""
+    found, path = importlib.import_module("attnhub"), "attnhub"
+    for part in name.split(".")[1:]:
+        path = f"{path}.{part}"
+        try:
+            found = getattr(found, part) if hasattr(found, part) else importlib.import_module(path)
+        except ImportError:
+            return path
+    return ""
+
+
 def test_names_in_the_documents_exist() -> None:
-    """`attnhub.x` in any page is a name that attnhub has (or says is planned)."""
-    planned = {"replay"}
-    modules = {"backends", "integrations", "cli", "bench", "layouts", "mask", "config", "reasons", "problem", "spec", "philox", "api", "registry", "so"}
+    """`attnhub.x.y` in any page is a name that attnhub has (or says is planned)."""
+    planned = {"attnhub.replay", "attnhub.backends.x"}
     for page in PAGES:
-        for name in set(re.findall(r"\battnhub\.([A-Za-z_]\w*)", page.read_text(encoding="utf-8"))) - planned - modules:
-            assert hasattr(attnhub, name), f"{page.name} speaks of attnhub.{name}"
+        for name in set(re.findall(r"(?<![\w./:])attnhub(?:\.[A-Za-z_]\w*)+", page.read_text(encoding="utf-8"))) - planned:
+            assert not _missing(name), f"{page.name} speaks of {name}"
+
+
+def _inline(page: pathlib.Path) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL))
+
+
+@functools.cache
+def _sources() -> tuple[frozenset[str], frozenset[str]]:
+    """(paths of all files and folders, words of all sources)."""
+    tops = ("attnhub", "backends", "integrations", "tests", "examples", "benchmarks", "docs")
+    paths = [*ROOT.glob("*"), *(path for top in tops for path in (ROOT / top).rglob("*"))]
+    suffixes = {".py", ".cpp", ".cc", ".h", ".inc", ".cu", ".cuh", ".map", ".txt", ".toml", ".json"}
+    sources = [path for path in paths if path.name == "Makefile" or (path.suffix in suffixes and "results" not in path.parts and path.name != "test_docs.py")]
+    words = {path.stem for path in paths}
+    for path in sources:
+        words.update(re.findall(r"[A-Za-z_]\w*", path.read_text(encoding="utf-8")))
+    return frozenset(f"/{path.relative_to(ROOT).as_posix()}" for path in paths), frozenset(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_identifiers_in_the_documents_exist(page: pathlib.Path) -> None:
+    """A name of a file may leave out the folders before it. An identifier is one that some source has: renamed ones are noticed, not misused ones."""
+    foreign = {"redux", "set_fastpath_enabled", "RegisterCustomOpLibrary", "PODWithPagedKVCacheWrapper", "is_supported"}
+    paths, words = _sources()
+    for text in _inline(page):
+        for word in (word.strip("(),:;'\"").rstrip("/") for word in text.split()):
+            if re.fullmatch(r"[\w./-]*\w\.(?:py|md|json|toml|txt|cuh?|cpp|h)|(?:attnhub|backends|integrations|tests|docs|benchmarks|examples)/[\w./-]+", word):
+                assert any(path.endswith(f"/{word}") for path in paths), f"{page.name} names the file {word}"
+        # (A commit is no identifier.)
+        if (identifier := re.fullmatch(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:\(.*\))?", text)) and not re.fullmatch("[0-9a-f]{12}", text):
+            assert set(identifier[1].split(".")) <= words | foreign, f"{page.name} speaks of {text}"
+
+
+def test_the_house_has_every_file_of_the_core() -> None:
+    (house,) = re.findall(r"## The house\n\n```\n(.*?)```", (ROOT / "docs" / "design.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert set(re.findall(r"\b(\w+\.py)\b", house)) == {path.name for path in (ROOT / "attnhub").glob("[!_]*.py")}
 
 
 def test_what_the_readme_says_of_backward_passes() -> None:
@@ -110,13 +159,29 @@ def test_what_the_readme_says_of_backward_passes() -> None:
 
 
 def test_the_commands_in_the_documents_parse() -> None:
-    from attnhub.cli import COMMANDS
+    """Names of commands, whole commands with options, and targets of make."""
+    from attnhub.cli import COMMANDS, _parser
 
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        shell = "".join(re.findall(r"```\n(.*?)```", text, re.DOTALL))
-        for command in re.findall(r"`attnhub ([a-z][a-z-]*)", text) + re.findall(r"^attnhub ([a-z][a-z-]*)", shell, re.MULTILINE):
-            assert command in COMMANDS, f"{page.name}: attnhub {command}"
+        blocks = re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        lines = [line.partition("#")[0] for block in blocks for line in block.splitlines()] + _inline(page)
+        for line in lines:
+            if made := re.match(r"make ([a-z][a-z -]*)", line):
+                assert set(made[1].split()) <= targets, f"{page.name}: {line}"
+            if not (asked := re.match(r"(?:python -m )?attnhub ([a-z][a-z-]*)(.*)", line)):
+                continue
+            assert asked[1] in COMMANDS, f"{page.name}: {line}"
+            words = asked[2].split()
+            if words and words[-1].startswith("--"):
+                # An option is spoken of, which may want a value.
+                (commands,) = _parser(asked[1])._subparsers._group_actions  # type: ignore[union-attr]
+                assert words[-1] in commands.choices[asked[1]]._option_string_actions, f"{page.name}: {line}"  # type: ignore[index,call-overload]
+            elif " --" in asked[2]:
+                try:
+                    _parser(asked[1]).parse_args([asked[1], *words])
+                except SystemExit:
+                    pytest.fail(f"{page.name}: {line}")
 
 
 def test_blocks_are_filled_between_their_markers() -> None:

@@ -6,9 +6,10 @@ import argparse
 from typing import Any
 
 from attnhub import config
-from attnhub.cli import CommandError, console
+from attnhub.cli import CommandError, console, values
 from attnhub.cli.devices import CLASSES, resolve
-from attnhub.decision import Decision, Policy
+from attnhub.decision import Decision
+from attnhub.policy import in_force
 from attnhub.problem import Feature, Problem, seqlen_class, size_bucket
 from attnhub.reasons import Accepted, Code
 from attnhub.registry import registry
@@ -26,14 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help=f"cpu, cuda, xpu, mps (of this machine), or a class: {', '.join(CLASSES)}")
     parser.add_argument("--dtype", default="float32", help=f"of q: {', '.join(DTYPES)}")
     parser.add_argument("--kv-dtype", default="", help="of k and v, where it differs")
-    parser.add_argument("--batch", type=_size, default=1)
-    parser.add_argument("--heads", type=_size, default=8, help="query heads")
-    parser.add_argument("--kv-heads", type=_size, default=0, help="key and value heads; default: as many as query heads")
-    parser.add_argument("--seqlen-q", type=_size, default=1024)
-    parser.add_argument("--seqlen-k", type=_size, default=0, help="default: as --seqlen-q")
-    parser.add_argument("--head-dim", type=_size, default=64)
-    parser.add_argument("--v-head-dim", type=_size, default=0, help="of v, where it differs")
-    parser.add_argument("--page-size", type=_size, default=16, help="of a paged K/V cache, with --features paged")
+    parser.add_argument("--batch", type=values.size, default=1)
+    parser.add_argument("--heads", type=values.size, default=8, help="query heads")
+    parser.add_argument("--kv-heads", type=values.size, default=0, help="key and value heads; default: as many as query heads")
+    parser.add_argument("--seqlen-q", type=values.size, default=1024)
+    parser.add_argument("--seqlen-k", type=values.size, default=0, help="default: as --seqlen-q")
+    parser.add_argument("--head-dim", type=values.size, default=64)
+    parser.add_argument("--v-head-dim", type=values.size, default=0, help="of v, where it differs")
+    parser.add_argument("--page-size", type=values.size, default=16, help="of a paged K/V cache, with --features paged")
     parser.add_argument("--features", default="", help=f"joined by commas: {', '.join(f.value for f in Feature)}")
     parser.add_argument("--backward", action="store_true", help="a backward pass follows")
     parser.add_argument("--backend", default="", help="a name or a list in order of preference, as in ATTNHUB_BACKEND")
@@ -57,7 +58,7 @@ def decide(args: argparse.Namespace) -> tuple[Decision, bool]:
         # What this machine lacks says nothing about the machine that is asked about; a backend that does not load stays out.
         candidates = {name: c if c.backend is None else Candidate(c.backend) for name, c in candidates.items()}
     try:
-        return select(problem(args, device), _policy(args.backend), candidates), not here
+        return select(problem(args, device), in_force(args.backend, argument="--backend"), candidates), not here
     except ValueError as error:
         raise CommandError(str(error)) from error
 
@@ -65,10 +66,10 @@ def decide(args: argparse.Namespace) -> tuple[Decision, bool]:
 def problem(args: argparse.Namespace, device: Any) -> Problem:
     """The problem that the arguments describe."""
     known = {f.value: f for f in Feature}
-    names = [name.strip() for name in args.features.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in known]:
+    wanted = values.names(args.features)
+    if unknown := [name for name in wanted if name not in known]:
         raise CommandError(f"--features: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    features = {known[name] for name in names}
+    features = {known[name] for name in wanted}
     q_dtype = _dtype("--dtype", args.dtype)
     kv_dtype = _dtype("--kv-dtype", args.kv_dtype) if args.kv_dtype else q_dtype
     kv_heads, v_head_dim, seqlen_k = args.kv_heads or args.heads, args.v_head_dim or args.head_dim, args.seqlen_k or args.seqlen_q
@@ -115,25 +116,8 @@ def show(decision: Decision, assumed: bool) -> None:
     console.say("cost: declared time relative to torch's own attention; a code's meaning and remedy: docs/reasons.md")
 
 
-def _policy(backend: str) -> Policy:
-    snapshot = config.snapshot()
-    disabled = config.disabled(snapshot)
-    if backend:
-        return Policy(config.parse_names(backend, "--backend"), "argument", disabled)
-    if snapshot[0]:
-        return Policy(config.parse_names(snapshot[0].decode(), "ATTNHUB_BACKEND"), "environment", disabled)
-    return Policy(disabled=disabled)
-
-
 def _dtype(option: str, value: str) -> str:
     name = _SHORT.get(value, value).removeprefix("torch.")
     if name not in DTYPES:
         raise CommandError(f"{option} {value}: allowed are {', '.join(DTYPES)}")
     return name
-
-
-def _size(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value

@@ -8,15 +8,15 @@ import sys
 import time
 from typing import Any
 
-from attnhub.cli import CommandError, console, progress
+from attnhub.cli import CommandError, console, progress, values
 
 _ROLES = ("forward", "decode", "grad_kv", "grad_q")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--roles", type=_names, default=_ROLES, help=f"joined by commas: {', '.join(_ROLES)}; default: all")
-    parser.add_argument("--head-dims", type=_numbers, default=(64, 128, 256), help="joined by commas; default: 64,128,256")
-    parser.add_argument("--dtypes", type=_names, default=("bfloat16", "float32"), help="of 2 and of 4 bytes; default: bfloat16,float32")
+    parser.add_argument("--roles", type=values.names, default=_ROLES, help=f"joined by commas: {', '.join(_ROLES)}; default: all")
+    parser.add_argument("--head-dims", type=values.numbers, default=(64, 128, 256), help="joined by commas; default: 64,128,256")
+    parser.add_argument("--dtypes", type=values.names, default=("bfloat16", "float32"), help="of 2 and of 4 bytes; default: bfloat16,float32")
     parser.add_argument("--output", default="", help="table to write or to add to; default: the one that this checkout ships (backends/triton/tune.json)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds, whose median counts")
     parser.add_argument("--seconds", type=float, default=0.015, help="length of a candidate's turn in a round")
@@ -126,11 +126,3 @@ def _device(args: argparse.Namespace) -> tuple[Any, Any]:
     else:
         raise CommandError("torch finds no CUDA device here; tile sizes are measured on the device that they are for")
     return device, describe(device)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(name) for name in _names(text))

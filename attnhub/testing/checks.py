@@ -9,7 +9,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from attnhub import api, runtime
+from attnhub import api, arguments, runtime
 from attnhub import device as devices
 from attnhub.backend import Call, Descale, Needs
 from attnhub.decision import NoBackendError, Policy
@@ -127,9 +127,9 @@ def _call_of(inputs: Inputs, dtype: torch.dtype, rng: Optional[Tensor]) -> Call:
     assert q is not None and k is not None and v is not None
     table = None
     if cache is not None:
-        k, v, mask, table = api._cached(cache, mask, 0)
+        k, v, mask, table = arguments.cached(cache, mask, 0)
         k, v = k.to(dtype), v.to(dtype)
-    call = api._normalise(q, k, v, mask, inputs.q.shape[-1] ** -0.5, softcap, None, 0.0, varlen, None, True, "bhsd", table)
+    call = arguments.normalise(q, k, v, mask, inputs.q.shape[-1] ** -0.5, softcap, None, 0.0, varlen, None, True, "bhsd", table)
     call.sinks, call.dropout_p, call.rng = wide(sinks), dropout_p, rng
     call.descale = descale if any(t is not None for t in descale) else None
     return call

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import pathlib
+import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from attnhub import runtime
+
+if TYPE_CHECKING:
+    from triton_gpu import Gpu
+
+#: For modules that several files here share.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 
 @pytest.fixture
@@ -26,3 +35,27 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     runtime.clear()
     yield request.param
     runtime.clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    """A stand-in for a GPU with Triton."""
+    from triton_gpu import installed
+
+    yield from installed(monkeypatch)
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every `Recording` of the triton backend that is replayed, in order."""
+    from attnhub.backends.triton import launch
+
+    found: list[launch.Recording] = []
+    original = launch.Recording.replay
+
+    def replay(self: launch.Recording, like: torch.Tensor, pointers: list[int]) -> dict[str, torch.Tensor]:
+        found.append(self)
+        return original(self, like, pointers)
+
+    monkeypatch.setattr(launch.Recording, "replay", replay)
+    return found

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the extra attnhub[triton] is not installed")
 
-from attnhub import config
+from triton_interpreter import INTERPRETED, compiled, interpreted, run_interpreted
+
 from attnhub.bench import keys_outer_peer, peers
 from attnhub.bench.cases import Case
-
-INTERPRETED = config.triton_interpret()
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRETED, reason="runs in the process without TRITON_INTERPRET")
 
 
 @compiled
 def test_interpreted() -> None:
     """The tests below that are marked `interpreted`, in their own process."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", str(pathlib.Path(__file__).resolve())]
-    done = subprocess.run(command, env=environment, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_interpreted(pathlib.Path(__file__).resolve())
 
 
 @interpreted

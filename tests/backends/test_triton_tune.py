@@ -7,8 +7,6 @@ import importlib.resources
 import json
 import os
 import pathlib
-import subprocess
-import sys
 from typing import Any, Optional
 
 import pytest
@@ -16,8 +14,10 @@ import torch
 
 pytest.importorskip("triton", reason="the extra attnhub[triton] is not installed")
 
+from triton_interpreter import INTERPRETED, compiled, interpreted, run_interpreted
+
 import attnhub
-from attnhub import cli, config
+from attnhub import cli
 from attnhub.backend import PrepareError
 from attnhub.backends.triton import table, tiles, tune
 from attnhub.backends.triton.launcher import TritonPlan
@@ -26,9 +26,6 @@ from attnhub.bench.cases import Case
 from attnhub.problem import DeviceInfo, Feature, Problem
 from attnhub.reasons import Code, Reason
 
-INTERPRETED = config.triton_interpret()
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRETED, reason="runs in the process without TRITON_INTERPRET")
 CPU = torch.device("cpu")
 H200 = DeviceInfo("cuda", "nvidia", (9, 0), "NVIDIA H200")
 
@@ -36,11 +33,7 @@ H200 = DeviceInfo("cuda", "nvidia", (9, 0), "NVIDIA H200")
 @compiled
 def test_interpreted() -> None:
     """The tests below that are marked `interpreted`, in their own process."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", str(pathlib.Path(__file__).resolve())]
-    done = subprocess.run(command, env=environment, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_interpreted(pathlib.Path(__file__).resolve())
 
 
 def problem(head_dim: int = 128, dtype: str = "bfloat16", device: DeviceInfo = H200, **more: Any) -> Problem:

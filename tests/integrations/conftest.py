@@ -17,7 +17,7 @@ from attnhub.mask import BoolMask, Mask
 from attnhub.problem import Problem
 from attnhub.registry import registry
 
-#: For families.py, which several files here share.
+#: For modules that several files here share.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 

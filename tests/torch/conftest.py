@@ -16,12 +16,6 @@ from attnhub.problem import Feature
 from attnhub.registry import registry
 
 
-@pytest.fixture(autouse=True)
-def clean_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ATTNHUB_BACKEND", "ATTNHUB_DISABLE", "ATTNHUB_DETERMINISTIC"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture(autouse=True, scope="session")
 def own_inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Inductor's cache on disk does not know which fake kernel its code was made with: another version's must not be found."""

@@ -175,6 +175,14 @@ def test_forward_mode_is_an_error(qkv: Make, which: str, grad: bool) -> None:
             attnhub.attention(names["q"], names["k"], names["v"], attnhub.Bias(names["bias"]), sinks=names["sinks"])
 
 
+def test_forward_mode_is_an_error_where_the_call_was_seen_before(qkv: Make) -> None:
+    q, k, v = qkv()
+    for _ in range(2):
+        attnhub.attention(q, k, v)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        attnhub.attention(forward_ad.make_dual(q, torch.ones_like(q)), k, v)
+
+
 def test_jvp_is_an_error(qkv: Make) -> None:
     q, k, v = qkv()
     with pytest.raises((RuntimeError, NotImplementedError), match="forward"):

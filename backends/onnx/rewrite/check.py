@@ -75,7 +75,7 @@ def check(source: str, made: str, inputs: Optional[Mapping[str, Any]]) -> Checke
             before = native_calls() if _has_library() else 0
             found = session.run(None, feed)
             calls += native_calls() - before if _has_library() else 0
-            worst[label] = max(worst.get(label, 0.0), _compare(made, label, session, found, want))
+            worst[label] = max(worst.get(label, 0.0), _compare(label, session, found, want))
     sizes = tuple(", ".join(f"{name} {list(value.shape)}" for name, value in feed.items()) for feed in feeds)
     return Checked(worst.get("with attnhub's library"), worst.get("with ONNX Runtime alone"), calls, sizes, undefined, tuple(notes))
 
@@ -235,7 +235,7 @@ def _index_limits(source: str) -> dict[str, int]:
     return found
 
 
-def _compare(made: str, label: str, session: onnxruntime.InferenceSession, found: list[Any], want: list[Any]) -> float:
+def _compare(label: str, session: onnxruntime.InferenceSession, found: list[Any], want: list[Any]) -> float:
     largest = 0.0
     for output, got, exact in zip(session.get_outputs(), found, want):
         if got.shape != exact.shape:

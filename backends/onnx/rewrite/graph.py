@@ -219,10 +219,6 @@ class Builder:
         return name
 
 
-def as_float32(value: float) -> float:
-    return float(np.float32(value))
-
-
 def default_scale(value: Optional[float], head_dim: Any) -> Optional[float]:
     """None where a scale is what the node takes by itself, 1 / sqrt(head_dim), to float32 rounding."""
     if value is None or not isinstance(head_dim, int) or head_dim < 1:

@@ -1,0 +1,102 @@
+"""Running a normalised call: straight by its plan where nothing but eager torch is at work, else through the operator."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from attnhub import ops, runtime, spec
+from attnhub.backend import Call, PrepareError
+from attnhub.mask import Mask
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def run(call: Call, backend: str, return_lse: bool) -> tuple[Tensor, Optional[Tensor]]:
+    grad = wants_grad(call)
+    if grad and call.q.dtype == torch.float8_e4m3fn:
+        raise ValueError("q, k and v are float8_e4m3fn, which has no gradient: call under torch.no_grad(), or detach() whatever requires one")
+    if not torch.compiler.is_compiling() and is_eager(call):
+        if not grad:
+            return runtime.forward(call, backend)
+        if not runtime.is_empty(call):
+            return _run_with_grad(call, backend, return_lse)
+    flat, sizes, data = spec.encode(call.mask, call.softcap, call.dropout_p, call.rng, call.varlen, call.block_table, call.descale, call.deterministic)
+    out, lse = ops.forward_op(
+        call.q, call.k, call.v, call.mask.bias, call.sinks, data, flat, sizes, call.softmax_scale, return_lse, grad, backend
+    )  # fmt: skip
+    return out, lse if return_lse else None
+
+
+def _run_with_grad(call: Call, backend: str, return_lse: bool) -> tuple[Tensor, Optional[Tensor]]:
+    while True:
+        chosen = runtime._served.chosen = runtime.prepared(call, backend, True, grad_bits(call, return_lse))
+        try:
+            if chosen.differentiable and not return_lse:
+                return chosen.forward(call)[0], None
+            call.need_lse = True
+            result = ops.EagerAttention.apply(call.q, call.k, call.v, call.mask.bias, call.sinks, call, chosen, return_lse, None)
+            return result if return_lse else (result, None)
+        except PrepareError as error:
+            runtime.launch_failed(chosen, error)
+
+
+def is_eager(call: Call) -> bool:
+    """Whether the operator layer can be left out: plain tensors with memory, and no mode, transform, trace, autocast or dual number."""
+    append = call.append
+    added = () if append is None else (append.k, append.v) if append.rotary is None else (append.k, append.v, append.rotary.cos, append.rotary.sin)
+    tensors = [t for t in (call.q, call.k, call.v, *call.mask.tensors(), call.sinks, call.rng, *(call.descale or ()), *added) if t is not None]
+    if any(type(t) not in _PLAIN or t.is_neg() for t in tensors) or call.q.is_meta:
+        return False
+    if forward_ad._current_level < 0:
+        return no_modes()
+    if any(t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError("attnhub.attention has no forward-mode derivative: use reverse mode, or torch's math SDPA for dual numbers")
+    return False
+
+
+def is_usual_tensor(t: Any) -> bool:
+    # The operator layer makes real what a negative bit only says.
+    return type(t) in _PLAIN and (t.is_cpu or t.is_cuda) and not t.is_neg()
+
+
+def is_usual_mask(mask: Any) -> bool:
+    """Whether all tensors of a mask are usual ones that need no gradient."""
+    if type(mask) is not Mask:
+        return False
+    if mask.structural:
+        return True
+    learnt = (mask.bias is not None and mask.bias.requires_grad) or (mask.alibi is not None and mask.alibi.requires_grad)
+    return not learnt and all(type(t) in _PLAIN and not t.is_neg() for t in mask.held)
+
+
+def no_modes() -> bool:
+    """Whether no mode, transform, trace, autocast or forward-mode level is active."""
+    return not (
+        torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )  # fmt: skip
+
+
+def wants_grad(call: Call) -> bool:
+    return torch.is_grad_enabled() and (
+        call.q.requires_grad or call.k.requires_grad or call.v.requires_grad
+        or (call.mask.bias is not None and call.mask.bias.requires_grad) or (call.sinks is not None and call.sinks.requires_grad)
+        or (call.descale is not None and any(t is not None and t.requires_grad for t in call.descale))
+    )  # fmt: skip
+
+
+def grad_bits(call: Call, return_lse: bool) -> int:
+    bits = 0
+    if torch.is_grad_enabled():
+        if call.mask.bias is not None and call.mask.bias.requires_grad:
+            bits |= runtime._BIAS_GRAD
+        if call.sinks is not None and call.sinks.requires_grad:
+            bits |= runtime._SINKS_GRAD
+        if return_lse and wants_grad(call):
+            bits |= runtime._LSE_GRAD
+    return bits

@@ -1,0 +1,1 @@
+../../attnhub/policy.py
