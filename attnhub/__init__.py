@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from attnhub import nn, onnx, testing
     from attnhub.api import attention, backends, explain, scaled_dot_product_attention
-    from attnhub.backend import Backend, Call, Descale, Gradients, Needs, Plan, PrepareError
+    from attnhub.backend import Append, Backend, Call, Descale, Gradients, Needs, Plan, PrepareError
     from attnhub.capability import Capability, DeviceRange
     from attnhub.decision import Decision, NoBackendError, Policy
     from attnhub.kv_cache import KVCache, append_kv
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from attnhub.problem import DeviceInfo, Feature, Problem
     from attnhub.reasons import Accepted, Code, Reason, Rejected
     from attnhub.replacing import install_as_flash_attn, install_as_sdpa, replace_sdpa, uninstall_as_flash_attn, uninstall_as_sdpa
-    from attnhub.rotary import apply_rotary
+    from attnhub.rotary import Rotary, apply_rotary
     from attnhub.runtime import last_decision, use
     from attnhub.states import merge_states
     from attnhub.warming import warmup
@@ -38,7 +38,7 @@ _HOME = {
     name: module
     for module, names in {
         "api": ("attention", "backends", "explain", "scaled_dot_product_attention"),
-        "backend": ("Backend", "Call", "Descale", "Gradients", "Needs", "Plan", "PrepareError"),
+        "backend": ("Append", "Backend", "Call", "Descale", "Gradients", "Needs", "Plan", "PrepareError"),
         "capability": ("Capability", "DeviceRange"),
         "decision": ("Decision", "NoBackendError", "Policy"),
         "kv_cache": ("KVCache", "append_kv"),
@@ -48,7 +48,7 @@ _HOME = {
         "problem": ("DeviceInfo", "Feature", "Problem"),
         "reasons": ("Accepted", "Code", "Reason", "Rejected"),
         "replacing": ("install_as_flash_attn", "install_as_sdpa", "replace_sdpa", "uninstall_as_flash_attn", "uninstall_as_sdpa"),
-        "rotary": ("apply_rotary",),
+        "rotary": ("Rotary", "apply_rotary"),
         "runtime": ("last_decision", "use"),
         "states": ("merge_states",),
         "warming": ("warmup",),
@@ -60,6 +60,7 @@ _MODULES = ("nn", "onnx", "testing")
 __all__ = [
     "ALiBi",
     "Accepted",
+    "Append",
     "Backend",
     "Bias",
     "BlockSparse",
@@ -88,6 +89,7 @@ __all__ = [
     "Problem",
     "Reason",
     "Rejected",
+    "Rotary",
     "Segments",
     "SeqLens",
     "Varlen",

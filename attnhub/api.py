@@ -10,13 +10,14 @@ from torch import Tensor
 
 from attnhub import arguments, runtime
 from attnhub.decision import Decision
-from attnhub.eager import grad_bits, is_usual_mask, is_usual_tensor, no_modes, run, wants_grad
-from attnhub.kv_cache import KVCache
+from attnhub.eager import append_in_launch, grad_bits, is_usual_mask, is_usual_tensor, no_modes, run, wants_grad
+from attnhub.kv_cache import KVCache, append_first
 from attnhub.layouts import Varlen
 from attnhub.mask import FULL, BoolMask, Causal, Mask
 from attnhub.mask import Bias as BiasMask
 from attnhub.registry import registry
 from attnhub.repeats import read_again, repeated
+from attnhub.rotary import Rotary
 
 Layout = Literal["bhsd", "bshd"]
 _TOP_LEFT = Causal("top_left")
@@ -34,6 +35,7 @@ def attention(
     dropout_p: float = 0,
     varlen: Optional[Varlen] = None,
     kv_cache: Optional[KVCache] = None,
+    rotary: Optional[Rotary] = None,
     q_descale: Optional[Tensor] = None,
     k_descale: Optional[Tensor] = None,
     v_descale: Optional[Tensor] = None,
@@ -54,6 +56,8 @@ def attention(
     softmax_scale: default 1 / sqrt(D). softcap: 0 is off. sinks: [Hq], differentiable. dropout_p: probability of dropping.
     varlen: packed sequences. kv_cache: k and v (or None) are appended to it in place, and q attends to all of the cache. With both, q is
         packed, k and v are None (append first), and the cache says which keys there are: varlen's own are not read.
+    rotary: with kv_cache and new k and v: `attnhub.Rotary`. k is rotated before it is appended, and q, at their positions. A backend may append
+        and rotate in the launch that attends (cuda's kernel for few queries does); else torch operations do it first.
     q_descale, k_descale, v_descale: for float8_e4m3fn inputs, as in flash-attn 3: fp32 [B, Hk] (varlen: B is the number of sequences;
         any strides, so ``factor.expand(B, Hk)`` is fine). q, k and v stand for q * q_descale, k * k_descale and v * v_descale; None
         is 1. The result is then bf16, and there is a forward pass only.
@@ -67,20 +71,25 @@ def attention(
     """
     plain = (
         varlen is None and sinks is None and not dropout_p and layout == "bhsd" and q_descale is None and k_descale is None
-        and v_descale is None and not deterministic and not torch.compiler.is_compiling()
+        and v_descale is None and not deterministic and (rotary is None or kv_cache is not None) and not torch.compiler.is_compiling()
     )  # fmt: skip
     if plain and (mask is None or is_usual_mask(mask)) and no_modes() and is_usual_tensor(q):
         usual = FULL if mask is None else mask
         if kv_cache is None:
             if is_usual_tensor(k) and is_usual_tensor(v):
                 return repeated(q, k, v, usual, softmax_scale, softcap, return_lse, backend or "")  # type: ignore[arg-type]
-        elif k is None and v is None and type(kv_cache) is KVCache and usual.structural:
-            read = read_again(q, kv_cache, usual, softmax_scale, softcap, return_lse, backend or "")
+        elif (k is None) == (v is None) and (rotary is None or k is not None) and type(kv_cache) is KVCache and usual.structural:
+            read = read_again(q, kv_cache, usual, softmax_scale, softcap, return_lse, backend or "", k, v, rotary)
             if read is not None:
                 return read
     descale = arguments.descales(q_descale, k_descale, v_descale)
-    call = arguments.normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout, None, descale, deterministic)
-    out, lse = run(call, backend or "", return_lse)
+    call = arguments.normalise(q, k, v, mask, softmax_scale, softcap, sinks, dropout_p, varlen, kv_cache, return_lse, layout, None, descale, deterministic, rotary)
+    found = None
+    if call.append is not None:
+        assert kv_cache is not None
+        found = append_in_launch(call, kv_cache, backend or "")
+        call = call if found is not None else append_first(call, kv_cache)
+    out, lse = run(call, backend or "", return_lse) if found is None else found
     if varlen is not None:
         out = out[0].transpose(0, 1)
         return (out, lse[0]) if lse is not None else out
@@ -156,6 +165,7 @@ def explain(
     dropout_p: float = 0,
     varlen: Optional[Varlen] = None,
     kv_cache: Optional[KVCache] = None,
+    rotary: Optional[Rotary] = None,
     q_descale: Optional[Tensor] = None,
     k_descale: Optional[Tensor] = None,
     v_descale: Optional[Tensor] = None,
@@ -170,6 +180,8 @@ def explain(
     """
     descale = arguments.descales(q_descale, k_descale, v_descale)
     table = None
+    if rotary is not None:
+        arguments.check_rotation(rotary, q, k, kv_cache)
     if kv_cache is not None:
         new = 0 if k is None else k.shape[2 if layout == "bhsd" else 1]
         q, layout = q.transpose(1, 2) if layout == "bshd" and varlen is None else q, "bhsd"

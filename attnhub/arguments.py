@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from attnhub import philox
-from attnhub.backend import Call, Descale
-from attnhub.kv_cache import KVCache, append_kv
+from attnhub.backend import Append, Call, Descale
+from attnhub.kv_cache import KVCache, check_new
 from attnhub.layouts import Varlen, lse_dtype
 from attnhub.mask import FULL, Mask, SeqLens
+from attnhub.rotary import Rotary, check_rotary
 
 _FP8 = torch.float8_e4m3fn
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, _FP8}
@@ -22,7 +23,7 @@ _NO_DESCALE = Descale()
 def normalise(
     q: Tensor, k: Optional[Tensor], v: Optional[Tensor], mask: Optional[Mask], softmax_scale: Optional[float], softcap: float,
     sinks: Optional[Tensor], dropout_p: float, varlen: Optional[Varlen], kv_cache: Optional[KVCache], need_lse: bool, layout: str,
-    block_table: Optional[Tensor] = None, descale: Descale = _NO_DESCALE, deterministic: bool = False,
+    block_table: Optional[Tensor] = None, descale: Descale = _NO_DESCALE, deterministic: bool = False, rotary: Optional[Rotary] = None,
 ) -> Call:  # fmt: skip
     for name, value, kind in (("q", q, Tensor), ("k", k, Tensor), ("v", v, Tensor), ("sinks", sinks, Tensor), ("varlen", varlen, Varlen), ("kv_cache", kv_cache, KVCache)):
         if not isinstance(value, kind) and (value is not None or name == "q"):
@@ -45,7 +46,7 @@ def normalise(
             q, k, v = (None if t is None else t.transpose(1, 2) if t.ndim == 4 else t for t in (q, k, v))  # type: ignore[assignment]
     if kv_cache is not None:
         new_tokens = _new_tokens(q, k, v, kv_cache, varlen)
-        k, v, mask, block_table = cached(kv_cache, mask, 0 if new_tokens is None else new_tokens[0].shape[2])
+        k, v, mask, block_table = cached(kv_cache, mask, 0)
         if varlen is not None and block_table is None:
             # Rows of a contiguous cache are pages of their own.
             block_table = torch.arange(k.shape[0], dtype=torch.int32, device=k.device)[:, None]
@@ -88,9 +89,11 @@ def normalise(
     if descale is not _NO_DESCALE:
         _check_descale(descale, call)
         call.descale = descale
+    if rotary is not None:
+        check_rotation(rotary, q, None if new_tokens is None else new_tokens[0], kv_cache)
     if kv_cache is not None and new_tokens is not None:
-        # Last: a call that is refused has written nothing.
-        append_kv(kv_cache, *new_tokens)
+        check_new(kv_cache, *new_tokens, rotary is not None)
+        call.append = Append(*new_tokens, rotary)
     return call
 
 
@@ -225,3 +228,9 @@ def _check_descale(descale: Descale, call: Call) -> None:
             raise ValueError(f"{name} has shape {tuple(value.shape)}: [B, Hk] = {list(shape)} is needed; for one factor, factor.expand{shape}")
         if value.dtype != torch.float32 or value.device != q.device:
             raise ValueError(f"{name} is {value.dtype} on {value.device}: a float32 tensor on {q.device} is needed")
+
+
+def check_rotation(rotary: Rotary, q: Tensor, k: Optional[Tensor], kv_cache: Optional[KVCache]) -> None:
+    if kv_cache is None or k is None:
+        raise ValueError("rotary= goes with kv_cache= and new tokens k and v: without them rotate q and k yourself (attnhub.apply_rotary)")
+    check_rotary(rotary, q)

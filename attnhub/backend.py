@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from attnhub.layouts import Varlen
     from attnhub.mask import Mask
+    from attnhub.rotary import Rotary
 
 
 class Descale(NamedTuple):
@@ -26,6 +27,18 @@ class Descale(NamedTuple):
     q: Optional[Tensor] = None
     k: Optional[Tensor] = None
     v: Optional[Tensor] = None
+
+
+class Append(NamedTuple):
+    """New tokens of a call, behind those that its K/V cache holds.
+
+    k [B, Hk, S, D], v [B, Hk, S, Dv]: any strides, any floating dtype. rotary: how keys are rotated before they are written, and the call's
+    queries before they attend; None is not at all.
+    """
+
+    k: Tensor
+    v: Tensor
+    rotary: Optional[Rotary] = None
 
 
 class Call:
@@ -44,12 +57,15 @@ class Call:
     - ``descale``: a `Descale` with at least one factor, or None. Only with fp8 inputs (float8_e4m3fn; out is then bf16), and a backend
       that declares that dtype serves it.
     - ``deterministic``: this call alone must be bitwise repeatable, whatever torch's switch says; a feature of the problem, too.
+    - ``append``: an `Append`, or None. Only plans that said yes to it (`Plan.appends`) get one. k and v are then a cache that lacks the new tokens,
+      and ``mask.seqused_k`` counts without them: sequence b has S more. forward writes them behind it, in place, and does what it
+      does for a cache that held them already.
     - ``need_lse``: whether forward must return lse (fp32, fp64 for fp64 inputs; natural logarithm; [B, Hq, Sq]).
 
     Problems of zero size (B, Sq or Sk equal to 0) never reach a plan; zero-length sequences inside a packed batch do.
     """
 
-    __slots__ = ("block_table", "descale", "deterministic", "dropout_p", "k", "mask", "need_lse", "q", "rng", "sinks", "softcap", "softmax_scale", "v", "varlen")
+    __slots__ = ("append", "block_table", "descale", "deterministic", "dropout_p", "k", "mask", "need_lse", "q", "rng", "sinks", "softcap", "softmax_scale", "v", "varlen")
 
     def __init__(
         self,
@@ -67,6 +83,7 @@ class Call:
         need_lse: bool = False,
         descale: Optional[Descale] = None,
         deterministic: bool = False,
+        append: Optional[Append] = None,
     ) -> None:
         self.q = q
         self.k = k
@@ -82,6 +99,7 @@ class Call:
         self.need_lse = need_lse
         self.descale = descale
         self.deterministic = deterministic
+        self.append = append
 
 
 class Needs(NamedTuple):
@@ -104,8 +122,8 @@ class Gradients(NamedTuple):
     sinks: Optional[Tensor] = None
 
 
-#: (q, k, v), or (q, k, v, seqused_k) and (q, k, v, seqused_k, block_table) for a K/V cache -> what `Plan.forward` returns, or None if it
-#: has to be asked this time.
+#: (q, k, v), or (q, k, v, seqused_k) and (q, k, v, seqused_k, block_table) for a K/V cache, with ``append=`` an `Append` if the call had one
+#: -> what `Plan.forward` returns, or None if it has to be asked this time.
 Repeat = Callable[..., Optional[tuple["Tensor", Optional["Tensor"]]]]
 
 
@@ -122,9 +140,17 @@ class Plan:
         """
         raise NotImplementedError
 
+    def appends(self, call: Call) -> bool:
+        """Whether forward takes the call with its ``append``: new tokens are then written, and rotated, in its launch.
+
+        Where not, they are appended by torch operations first, and forward gets the call without; what the cache holds afterwards is the same
+        bit for bit. Decides by metadata, reads no tensor, and may compile; the answer may differ for calls of one class.
+        """
+        return False
+
     def repeat(self, call: Call) -> Optional[Repeat]:
-        """After a forward of a call without tensors but q, k, v and those that say what a K/V cache holds (`mask.seqused_k`, or it and
-        ``block_table``): a shorter way to the same for others, or None.
+        """After a forward of a call without tensors but q, k, v, those that say what a K/V cache holds (`mask.seqused_k`, or it and
+        ``block_table``) and those of ``append``: a shorter way to the same for others, or None.
 
         It is taken where they agree in shapes, strides, dtypes and device with the call's, all addresses are multiples of 16, and all
         else is as it was.

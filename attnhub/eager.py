@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from attnhub import ops, runtime, spec
 from attnhub.backend import Call, PrepareError
+from attnhub.kv_cache import KVCache
 from attnhub.mask import Mask
 
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -44,9 +45,18 @@ def _run_with_grad(call: Call, backend: str, return_lse: bool) -> tuple[Tensor, 
             runtime.launch_failed(chosen, error)
 
 
+def append_in_launch(call: Call, cache: KVCache, backend: str) -> Optional[tuple[Tensor, Optional[Tensor]]]:
+    """A call with new tokens by a plan that appends them itself, or None."""
+    # What the call holds is a copy of a cache whose rows have gaps.
+    own = all(t.stride(3) == 1 for t in cache.heads_first())
+    return runtime.append_in_launch(call, backend) if own and not torch.compiler.is_compiling() and is_eager(call) else None
+
+
 def is_eager(call: Call) -> bool:
     """Whether the operator layer can be left out: plain tensors with memory, and no mode, transform, trace, autocast or dual number."""
-    tensors = [t for t in (call.q, call.k, call.v, *call.mask.tensors(), call.sinks, call.rng, *(call.descale or ())) if t is not None]
+    append = call.append
+    added = () if append is None else (append.k, append.v) if append.rotary is None else (append.k, append.v, append.rotary.cos, append.rotary.sin)
+    tensors = [t for t in (call.q, call.k, call.v, *call.mask.tensors(), call.sinks, call.rng, *(call.descale or ()), *added) if t is not None]
     if any(type(t) not in _PLAIN or t.is_neg() for t in tensors) or call.q.is_meta:
         return False
     if forward_ad._current_level < 0:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Optional
 
 import torch
 from torch import Tensor
 
+from attnhub.backend import Call
 from attnhub.mask import _check_ints, register_pytree
+from attnhub.rotary import apply_rotary
 
 Layout = Literal["bhsd", "bshd"]
 
@@ -121,20 +123,48 @@ def append_kv(
     cache_seqlens stays as it is (see `KVCache.advance`). New tokens are cast to the cache's dtype, but neither to nor from fp8. Raises ValueError where shapes disagree and, on CPU, where the
     tokens do not fit; on other devices the indices are asserted by the device.
     """
+    check_new(cache, k, v, rotary is not None)
+    keys, values = cache.heads_first()
+    cos, sin = rotary if rotary is not None else (None, None)
+    from attnhub import ops
+
+    ops.append_kv(keys, values, k, v, cache.cache_seqlens, cache.table(), cos, sin, interleaved)
+
+
+def check_new(cache: KVCache, k: Tensor, v: Tensor, rotated: bool) -> None:
+    """Raises ValueError unless the cache takes new tokens of these shapes, dtypes and devices."""
     keys, values = cache.heads_first()
     batch = cache.cache_seqlens.shape[0]
     for name, new, old in (("k", k, keys), ("v", v, values)):
         if new.ndim != 4 or new.shape[0] != batch or new.shape[1] != old.shape[1] or new.shape[3] != old.shape[3]:
             raise ValueError(f"append_kv({name}): got {tuple(new.shape)}; the cache needs [{batch}, {old.shape[1]}, S, {old.shape[3]}]")
+        if new.device != old.device:
+            raise ValueError(f"append_kv({name}): it is on {new.device} and the cache on {old.device}: they must be on one device")
     if k.shape[2] != v.shape[2]:
         raise ValueError(f"append_kv: k has {k.shape[2]} new tokens and v {v.shape[2]}")
     for name, new, old in (("k", k, keys), ("v", v, values)):
-        if torch.float8_e4m3fn in (new.dtype, old.dtype) and (new.dtype != old.dtype or rotary is not None):
+        if torch.float8_e4m3fn in (new.dtype, old.dtype) and (new.dtype != old.dtype or rotated):
             raise ValueError(
-                f"append_kv({name}): {new.dtype} tokens into a {old.dtype} cache{' with rotary=' if rotary is not None else ''}: float8_e4m3fn is stored as it "
+                f"append_kv({name}): {new.dtype} tokens into a {old.dtype} cache{' with rotary=' if rotated else ''}: float8_e4m3fn is stored as it "
                 "is; rotate first, then quantise with the factor that attention gets as k_descale or v_descale"
             )
-    cos, sin = rotary if rotary is not None else (None, None)
-    from attnhub import ops
 
-    ops.append_kv(keys, values, k, v, cache.cache_seqlens, cache.table(), cos, sin, interleaved)
+
+def append_first(call: Call, cache: KVCache) -> Call:
+    """Appends a call's new tokens by torch operations, in place, and gives the call that is left. cache: the one that it is about."""
+    append, used = call.append, call.mask.seqused_k
+    assert append is not None and used is not None
+    q, rotary, interleaved = call.q, None, False
+    if append.rotary is not None:
+        cos, sin, interleaved, one_position = append.rotary
+        rotary = cos, sin
+        positions = used.long()[:, None]
+        positions = positions.expand(-1, q.shape[2]) if one_position else positions + torch.arange(q.shape[2], device=q.device)
+        q = apply_rotary(q, cos, sin, positions, interleaved)
+    append_kv(cache, append.k, append.v, rotary=rotary, interleaved=interleaved)
+    keys, values = (t if t.stride(3) == 1 else t.contiguous() for t in cache.heads_first())
+    mask = replace(call.mask, seqused_k=used + append.k.shape[2])
+    return Call(
+        q, keys, values, mask, call.softmax_scale, call.softcap, call.sinks, call.dropout_p, call.rng, call.varlen, call.block_table, call.need_lse,
+        call.descale, call.deterministic,
+    )  # fmt: skip

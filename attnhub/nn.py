@@ -15,7 +15,8 @@ from attnhub.api import attention, explain
 from attnhub.decision import Decision
 from attnhub.kv_cache import KVCache, append_kv
 from attnhub.mask import Causal, Mask
-from attnhub.rotary import apply_rotary
+from attnhub.repeats import append_again
+from attnhub.rotary import Rotary, apply_rotary
 
 __all__ = ["CachedAttention"]
 
@@ -121,7 +122,7 @@ class CachedAttention(nn.Module):
         return projected
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache, interleaved = self.cache, self.rotary_interleaved
+        cache = self.cache
         batch, new = cache.cache_seqlens.shape[0], q.shape[1]
         for name, t, heads in (("q", q, self.num_heads), ("k", k, self.kv_heads), ("v", v, self.kv_heads)):
             if t.shape != (batch, new, heads, self.head_dim):
@@ -133,25 +134,37 @@ class CachedAttention(nn.Module):
                 "set_position(...) takes tokens back, max_seqlen= makes room"
             )
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if self.rotary is not None:
-            positions = self.position.long()[:, None] + torch.arange(new, device=q.device)
-            q = apply_rotary(q, *self.rotary, positions, interleaved)
-        append_kv(cache, k, v, rotary=self.rotary, interleaved=interleaved)
-        # Counted before they are read, so that the call is one that only reads a cache: the shortest way in a decode loop.
-        cache.advance(new)
-        try:
-            out = attention(
-                q, None, None, self.mask, softmax_scale=self.softmax_scale, softcap=self.softcap, kv_cache=cache, backend=self.backend
+        rotary = None if self.rotary is None else Rotary(*self.rotary, self.rotary_interleaved)
+        if tracing or not self.mask.structural:
+            out: Any = attention(
+                q, k, v, self.mask, softmax_scale=self.softmax_scale, softcap=self.softcap, kv_cache=cache, rotary=rotary, backend=self.backend
             )  # fmt: skip
-        except Exception:
-            cache.advance(-new)
-            raise
+        else:
+            out = append_again(q, k, v, self.mask, cache, rotary, self.softmax_scale, self.softcap, self.backend or "")
+        if out is None:
+            out = self._append_first(q, k, v)
+        else:
+            cache.advance(new)
         if not tracing:
             self._longest += new
             served = runtime.last_backend() or "none (nothing to compute)"
             self.served[served] = self.served.get(served, 0) + 1
         assert isinstance(out, Tensor)
         return out.transpose(1, 2)
+
+    def _append_first(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        """Where the backend that serves does not append: what is left is a call that only reads a cache, the shortest way then."""
+        cache, new = self.cache, k.shape[2]
+        if self.rotary is not None:
+            positions = self.position.long()[:, None] + torch.arange(new, device=q.device)
+            q = apply_rotary(q, *self.rotary, positions, self.rotary_interleaved)
+        append_kv(cache, k, v, rotary=self.rotary, interleaved=self.rotary_interleaved)
+        cache.advance(new)
+        try:
+            return attention(q, None, None, self.mask, softmax_scale=self.softmax_scale, softcap=self.softcap, kv_cache=cache, backend=self.backend)
+        except Exception:
+            cache.advance(-new)
+            raise
 
     def explain(self, new_tokens: int = 1) -> Decision:
         """Who would serve the next call with so many tokens a sequence, and every reason why not the others. Nothing runs."""

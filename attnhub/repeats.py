@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from attnhub import arguments, config, ops, runtime
-from attnhub.backend import Call, PrepareError
-from attnhub.eager import is_eager, is_usual_tensor, run
+from attnhub.backend import Append, Call, PrepareError
+from attnhub.eager import append_in_launch, is_eager, is_usual_tensor, no_modes, run
 from attnhub.kv_cache import KVCache
 from attnhub.mask import FULL, Mask
 from attnhub.registry import registry
+from attnhub.rotary import Rotary
 
 #: Forgotten when full: a decode loop brings lengths that never return; those calls are served by the runtime's cache of classes.
 _seen = runtime.seen
@@ -73,21 +74,30 @@ def repeated(
 
 
 def read_again(
-    q: Tensor, cache: KVCache, mask: Mask, softmax_scale: Optional[float], softcap: float, return_lse: bool, backend: str
-) -> Union[Tensor, tuple[Tensor, Tensor], None]:
-    """What `repeated` is, for a cache that nothing is appended to. None: the long way has to be gone, this time or always."""
+    q: Tensor, cache: KVCache, mask: Mask, softmax_scale: Optional[float], softcap: float, return_lse: bool, backend: str,
+    k: Optional[Tensor] = None, v: Optional[Tensor] = None, rotary: Optional[Rotary] = None,
+) -> Union[Tensor, tuple[Tensor, Tensor], None]:  # fmt: skip
+    """What `repeated` is, for a cache. None: the long way has to be gone, this time or always.
+
+    k, v: new tokens, which this way appends only in the launch that attends. After None nothing has been appended.
+    """
+    if rotary is not None and type(rotary) is not Rotary:
+        return None
+    append = None if k is None or v is None else Append(k, v, rotary)
+    added = () if append is None else (k, v) if rotary is None else (k, v, rotary.cos, rotary.sin)
     keys, values = cache.heads_first()
     table = cache.table()
     tensors = (q, keys, values, cache.cache_seqlens) if table is None else (q, keys, values, cache.cache_seqlens, table)
     addresses = 0
-    for t in tensors:
+    for t in (*tensors, *added):
         if not is_usual_tensor(t):
             return None
         addresses |= t.data_ptr()
-    if addresses & 15 or (torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad or values.requires_grad)):
+    if addresses & 15 or (torch.is_grad_enabled() and any(t.requires_grad for t in (q, keys, values, *added))):
         return None
     key = (
-        KVCache, table is None, *[(t.shape, t.is_contiguous() or t.stride(), t.get_device(), t.dtype) for t in tensors], None if mask is FULL else mask.structure,
+        KVCache, table is None, None if rotary is None else rotary[2:],
+        *[(t.shape, t.is_contiguous() or t.stride(), t.get_device(), t.dtype) for t in (*tensors, *added)], None if mask is FULL else mask.structure,
         softmax_scale, softcap, return_lse, backend, runtime._context.get(), config.snapshot(), registry.generation,
         torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
@@ -98,13 +108,19 @@ def read_again(
         return None
     if seen is not None:
         chosen, _, repeat = seen
-        again = None if repeat is None else repeat(*tensors)
+        again = None if repeat is None else repeat(*tensors) if append is None else repeat(*tensors, append=append)
         if again is not None:
             runtime._served.chosen = chosen
             return again if return_lse else again[0]  # type: ignore[return-value]
         return None
-    call = arguments.normalise(q, None, None, mask, softmax_scale, softcap, None, 0.0, None, cache, return_lse, "bhsd")
-    out, lse = run(call, backend, return_lse)
+    call = arguments.normalise(q, k, v, mask, softmax_scale, softcap, None, 0.0, None, cache, return_lse, "bhsd", rotary=rotary)
+    found = run(call, backend, return_lse) if append is None else append_in_launch(call, cache, backend)
+    if found is None:
+        # While a graph is captured a backend may say no for want of a kernel, and only then.
+        if not (q.is_cuda and torch.cuda.is_current_stream_capturing()) and not runtime.is_empty(call):
+            _remember(key, call, runtime.prepared(call, backend, False), False)
+        return None
+    out, lse = found
     # A tensor that was copied on the way is no input of the plan's.
     given = (
         call.q is q and call.mask.seqused_k is cache.cache_seqlens and call.k.data_ptr() == keys.data_ptr() and call.v.data_ptr() == values.data_ptr()
@@ -113,6 +129,14 @@ def read_again(
     if is_eager(call) and not runtime.is_empty(call):
         _remember(key, call, runtime.prepared(call, backend, False), given)
     return (out, lse) if lse is not None else out
+
+
+def append_again(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, cache: KVCache, rotary: Optional[Rotary], softmax_scale: Optional[float], softcap: float, backend: str
+) -> Union[Tensor, tuple[Tensor, Tensor], None]:  # fmt: skip
+    """`attention` with new tokens and a mask without tensors, by a backend that appends them in the launch that attends; else None, and nothing is done."""
+    usual = no_modes() and not torch.compiler.is_compiling()
+    return read_again(q, cache, mask, softmax_scale, softcap, False, backend, k, v, rotary) if usual else None
 
 
 def _remember(key: tuple[Any, ...], call: Call, chosen: runtime.Prepared, repeatable: bool) -> None:

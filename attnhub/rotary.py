@@ -2,8 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Rotary(NamedTuple):
+    """Rotary embedding of the new tokens of a call over a K/V cache: `attention(..., rotary=)`.
+
+    cos, sin: [max_positions, R] with 2 * R <= head_dim, on q's device. Dimensions are paired as in `apply_rotary`; those behind 2 * R pass through.
+    Key i of the new ones is rotated at position cache_seqlens + i; query i too, or at cache_seqlens if one_position.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool = False
+    one_position: bool = False
+
+
+def check_rotary(rotary: Any, q: Tensor) -> None:
+    """Raises TypeError or ValueError unless it is a `Rotary` that fits q [B, H, S, D]."""
+    if not isinstance(rotary, Rotary):
+        raise TypeError(f"rotary is a {type(rotary).__name__}: an attnhub.Rotary(cos, sin, interleaved) is needed")
+    for name, table in (("cos", rotary.cos), ("sin", rotary.sin)):
+        if not isinstance(table, Tensor) or not table.is_floating_point():
+            raise TypeError(f"rotary: {name} is a {table.dtype if isinstance(table, Tensor) else type(table).__name__}: a floating tensor is needed")
+        if table.device != q.device:
+            raise ValueError(f"rotary: {name} is on {table.device} and q on {q.device}: move it to {q.device}")
+        if table.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"rotary: {name} requires a gradient, and a K/V cache has none: detach() it, or call under torch.no_grad()")
+    _check_tables(rotary.cos, rotary.sin, q.shape[-1])
+
+
+def _check_tables(cos: Tensor, sin: Tensor, head_dim: int) -> None:
+    if cos.shape != sin.shape or cos.ndim != 2 or 2 * cos.shape[-1] > head_dim:
+        raise ValueError(f"rotary cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be [max_positions, R] with 2 * R <= head_dim {head_dim}")
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool = False) -> Tensor:
@@ -12,9 +46,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interle
     cos, sin: [max_positions, R]. interleaved=False pairs dimension d with d + R (GPT-NeoX, Llama), True pairs 2d with
     2d + 1 (GPT-J). Computed in fp32, returned in x's dtype. The dimensions behind 2 * R pass through.
     """
+    _check_tables(cos, sin, x.shape[-1])
     half = cos.shape[-1]
-    if cos.shape != sin.shape or cos.ndim != 2 or 2 * half > x.shape[-1]:
-        raise ValueError(f"rotary cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be [max_positions, R] with 2 * R <= head_dim {x.shape[-1]}")
     c, s = cos[positions].float().unsqueeze(1), sin[positions].float().unsqueeze(1)
     rotated, passed = x[..., : 2 * half].float(), x[..., 2 * half :]
     if interleaved:

@@ -340,6 +340,22 @@ def forward(call: Call, backend: str = "", need_backward: bool = False, grads: i
             launch_failed(chosen, error)
 
 
+def append_in_launch(call: Call, backend: str = "") -> Optional[tuple[Tensor, Optional[Tensor]]]:
+    """`forward` of a call with new tokens, or None if whoever serves it does not append in its launch: nothing has run then."""
+    assert call.append is not None
+    if is_empty(call) or call.append.k.numel() == 0:
+        return None
+    while True:
+        chosen = prepared(call, backend, False)
+        if not chosen.plan.appends(call):
+            return None
+        _served.chosen = chosen
+        try:
+            return chosen.forward(call)
+        except PrepareError as error:
+            launch_failed(chosen, error)
+
+
 def backward(
     call: Call, backend: str, grad_out: Tensor, grad_lse: Optional[Tensor], out: Tensor, lse: Tensor, needs: Needs, chosen: Optional[Prepared] = None
 ) -> Gradients:

@@ -26,7 +26,9 @@ _WAVES = 3.5
 
 @dataclass(frozen=True)
 class DecodeVariant:
-    """One compiled kernel. paging: 0 no pages, 1 pages of a multiple of 16 keys, 2 of any size."""
+    """One compiled kernel. paging: 0 no pages, 1 pages of a multiple of 16 keys, 2 of any size. append: 1 new tokens are appended to the cache, 2 with
+    rotary embedding.
+    """
 
     arch: str
     dtype: str
@@ -35,6 +37,7 @@ class DecodeVariant:
     paging: int = 0
     softcap: bool = False
     alibi: bool = False
+    append: int = 0
 
     main = "decode/forward.cu"
 
@@ -77,6 +80,7 @@ class DecodeVariant:
             "MOST_SPLITS": MOST_SPLITS,
             "SOFTCAP": int(self.softcap),
             "ALIBI": int(self.alibi),
+            "APPEND": self.append,
             "SHARED_BYTES": self.shared_bytes,
         }
         return (f"-arch={self.arch}", "-std=c++17", "-default-device", "-ftz=true", *(f"-DATTNHUB_{name}={value}" for name, value in defines.items()))

@@ -8,11 +8,14 @@ import struct
 FIELDS: tuple[tuple[str, str], ...] = (
     *((name, "Q") for name in (
         "q", "k", "v", "out", "lse", "cu_seqlens_q", "seqused_k", "leftpad", "prefix", "block_table", "sinks", "alibi", "partial", "tickets",
+        "new_k", "new_v", "cos", "sin",
     )),
-    *((f"{tensor}_strides.{axis}", "q") for tensor in ("q", "k", "v", "out") for axis in ("batch", "head", "token")),
+    *((f"{tensor}_strides.{axis}", "q") for tensor in ("q", "k", "v", "out", "new_k", "new_v") for axis in ("batch", "head", "token")),
+    ("angle_stride", "q"),
     *((name, "i") for name in (
         "sequences", "q_heads", "kv_heads", "heads_per_kv_head", "seqlen_q", "seqlen_k", "page_size", "pages", "row_tiles", "splits", "causal", "top_left",
         "window_left", "window_right", "chunk", "alibi_batch_stride", "negate_q", "out_aligned",
+        "new_tokens", "cache_rows", "rotary_half", "rotary_positions", "interleaved", "one_position", "narrow_angles",
     )),
     *((name, "f") for name in ("scale_log2", "cap_inner", "cap_outer")),
 )  # fmt: skip

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Optional
 
@@ -11,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnhub.backend import Call, Repeat
-from attnhub.backends.cuda import decode, decode_params
+from attnhub.backend import Append, Call, PrepareError, Repeat
+from attnhub.backends.cuda import decode, decode_append, decode_params
 from attnhub.backends.cuda.decode import DecodeVariant
 from attnhub.backends.cuda.loading import CubinPlan, Stream, current_device, is_capturing, pointer, raw_stream
 from attnhub.layouts import empty_out
+
+log = logging.getLogger("attnhub")
 
 _LOG2E = math.log2(math.e)
 #: Windows and chunks are cut here, so that the kernel's positions cannot overflow; sequences are shorter (`TOO_LARGE`).
@@ -105,10 +110,10 @@ class Launch:
         size = abs(scale) or _TINY_SCALE
         whole = v.shape[3] % 4 == 0 and not any(stride % 4 for n, stride in zip(out.shape[:3], out.stride()[:3]) if n > 1)
         self._rest = decode_params.REST.pack(
-            *_strides(q), *_strides(k), *_strides(v), *_strides(out),
+            *_strides(q), *_strides(k), *_strides(v), *_strides(out), *decode_append.strides(call.append, _strides),
             sequences, q_heads, kv_heads, group, seqlen_q, seqlen_k, page_size, pages, row_tiles, splits, mask.causal, mask.align == "top_left",
             min(mask.window[0], _FAR), min(mask.window[1], _FAR), min(mask.chunk, _FAR),
-            q_heads if mask.alibi is not None and mask.alibi.ndim == 2 else 0, scale < 0, whole,
+            q_heads if mask.alibi is not None and mask.alibi.ndim == 2 else 0, scale < 0, whole, *decode_append.numbers(call),
             size * _LOG2E, 2 * _LOG2E * size / softcap if softcap else 0.0, softcap * _LOG2E,
         )  # fmt: skip
 
@@ -123,31 +128,59 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 
 
 class DecodePlan(CubinPlan):
-    """One compiled variant."""
+    """One compiled variant, and those that append new tokens, which are made when they are first asked for.
 
-    def __init__(self, variant: DecodeVariant, cubin: str) -> None:
+    another: makes the plan of another variant, ready on the current device; raises `PrepareError`.
+    """
+
+    def __init__(self, variant: DecodeVariant, cubin: str, another: Optional[Callable[[DecodeVariant], DecodePlan]] = None) -> None:
         super().__init__(cubin, variant.shared_bytes)
         self.variant = variant
         self._block = (variant.threads, 1, 1)
         self._launches: dict[tuple[Any, ...], Launch] = {}
+        self._another = another
+        self._appending: dict[int, Optional[DecodePlan]] = {}
 
     def load(self, index: int) -> Any:
         _tickets.prepare(index)
         return super().load(index)
 
+    def appends(self, call: Call) -> bool:
+        kind = decode_append.needed(call)
+        return kind != decode_append.NONE and self._appender(kind, call.q.get_device()) is not None
+
+    def _appender(self, kind: int, index: int) -> Optional[DecodePlan]:
+        """The plan that appends, loaded on a device; None if there is none, or if it would have to be loaded while a graph is captured."""
+        if kind not in self._appending:
+            if self._another is None or is_capturing():
+                return None
+            try:
+                plan: Optional[DecodePlan] = self._another(dataclasses.replace(self.variant, append=kind))
+            except PrepareError as error:
+                log.warning("cuda appends new tokens by torch operations, before its launch: %s", error.reason)
+                plan = None
+            self._appending.setdefault(kind, plan)
+        found = self._appending[kind]
+        return None if found is None or (index not in found._functions and is_capturing()) else found
+
     def _launch(self, call: Call, index: int) -> tuple[Tensor, Optional[Tensor]]:
+        if self.variant.append == decode_append.NONE and call.append is not None:
+            appender = self._appending[decode_append.needed(call)]
+            assert appender is not None
+            return appender._launch(call, index)
         launch = self._find(call, index)
         kept: list[Tensor] = []
         mask = call.mask
         starts = None if call.varlen is None else call.varlen.cu_seqlens_q
         data = tuple(pointer(x, kept) for x in (starts, mask.seqused_k, mask.leftpad, mask.prefix, call.block_table, call.sinks, mask.alibi))
-        return self._run(launch, call.q, call.k, call.v, call.need_lse, data)
+        return self._run(launch, call.q, call.k, call.v, call.need_lse, data, call.append)
 
     def _find(self, call: Call, index: int) -> Launch:
         q, k, v, mask, table, varlen = call.q, call.k, call.v, call.mask, call.block_table, call.varlen
         key = (
             index, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), call.softmax_scale, call.softcap, mask.structure,
             None if table is None else table.shape[1], None if varlen is None else (varlen.cu_seqlens_q.shape[0], varlen.max_seqlen_q), None if mask.alibi is None else mask.alibi.ndim,
+            decode_append.shapes(call.append),
         )  # fmt: skip
         found = self._launches.get(key)
         if found is None:
@@ -159,7 +192,7 @@ class DecodePlan(CubinPlan):
         return found
 
     def _run(
-        self, launch: Launch, q: Tensor, k: Tensor, v: Tensor, need_lse: bool, data: tuple[int, ...]
+        self, launch: Launch, q: Tensor, k: Tensor, v: Tensor, need_lse: bool, data: tuple[int, ...], append: Optional[Append] = None
     ) -> tuple[Tensor, Optional[Tensor]]:
         index = launch.index
         function, stream = self._function(index), raw_stream(index)
@@ -169,26 +202,32 @@ class DecodePlan(CubinPlan):
         tickets = _tickets.take(launch.tiles, index, stream) if launch.partial else None
         argument = launch.argument(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), *data,
-            0 if partial is None else partial.data_ptr(), 0 if tickets is None else tickets.data_ptr(),
+            0 if partial is None else partial.data_ptr(), 0 if tickets is None else tickets.data_ptr(), *decode_append.pointers(append),
         )  # fmt: skip
         function(launch.grid, self._block, (argument,), self._shared_bytes, Stream(stream))
         return out, lse
 
     def repeat(self, call: Call) -> Optional[Repeat]:
+        if self.variant.append == decode_append.NONE and call.append is not None:
+            appender = self._appending.get(decode_append.needed(call))
+            return None if appender is None else appender.repeat(call)
         mask, table, need_lse = call.mask, call.block_table, call.need_lse
         if any(x is not None and not x.is_contiguous() for x in (mask.seqused_k, table)):
             return None
         launch = self._find(call, call.q.get_device())
+        apart = None if call.append is None else decode_append.apart(call)
 
         def again(
-            q: Tensor, k: Tensor, v: Tensor, seqused_k: Optional[Tensor] = None, block_table: Optional[Tensor] = None
+            q: Tensor, k: Tensor, v: Tensor, seqused_k: Optional[Tensor] = None, block_table: Optional[Tensor] = None, append: Optional[Append] = None
         ) -> Optional[tuple[Tensor, Optional[Tensor]]]:
-            if launch.index != current_device():
+            if launch.index != current_device() or (apart is not None and append is not None and not apart(append.k, append.v, k, v)):
                 return None
             data = (0, 0 if seqused_k is None else seqused_k.data_ptr(), 0, 0, 0 if block_table is None else block_table.data_ptr(), 0, 0)
-            return self._run(launch, q, k, v, need_lse, data)
+            return self._run(launch, q, k, v, need_lse, data, append)
 
         return again
 
     def describe(self) -> dict[str, Any]:
-        return self.variant.describe()
+        made = [kind for kind, plan in sorted(self._appending.items()) if plan is not None]
+        appended = {"append": [decode_append.NAMES[kind] for kind in made]} if made else {}
+        return {**self.variant.describe(), **appended}

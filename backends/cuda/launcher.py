@@ -105,8 +105,12 @@ def prepare(problem: Problem) -> CubinPlan:
     if decode.serves(problem):
         from attnhub.backends.cuda.decode_plan import DecodePlan
 
-        few = decode.choose(problem)
-        return _loaded(DecodePlan(few, _cubin(few)), problem)
+        def made(few: decode.DecodeVariant) -> DecodePlan:
+            plan = DecodePlan(few, _cubin(few), made)
+            _loaded(plan, problem)
+            return plan
+
+        return made(decode.choose(problem))
     if hopper.serves(problem):
         from attnhub.backends.cuda.hopper_plan import HopperPlan
 

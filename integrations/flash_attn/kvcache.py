@@ -12,7 +12,7 @@ from attnhub.api import attention
 from attnhub.integrations.flash_attn.arguments import mask_of, window
 from attnhub.kv_cache import KVCache
 from attnhub.mask import LeftPad
-from attnhub.rotary import apply_rotary
+from attnhub.rotary import Rotary
 
 
 def flash_attn_with_kvcache(
@@ -49,18 +49,17 @@ def flash_attn_with_kvcache(
     mask = mask_of(causal, window_size, alibi_slopes)
     if cache_leftpad is not None:
         mask = mask & LeftPad(cache_leftpad)
+    rotary = None
     if rotary_cos is not None and rotary_sin is not None:
         if k is None:
             raise ValueError("flash_attn_with_kvcache: rotary_cos and rotary_sin are for new tokens: pass k and v, or rotate q yourself (attnhub.apply_rotary)")
-        start = used.long()[:, None]
-        moves = causal or window(window_size) != (-1, -1)
-        own = start + torch.arange(q.shape[1], device=q.device) if moves else start.expand(-1, q.shape[1])
-        q = _rotate(q, rotary_cos, rotary_sin, own, rotary_interleaved)
-        k = _rotate(k, rotary_cos, rotary_sin, start + torch.arange(k.shape[1], device=k.device), rotary_interleaved)
+        rotary = Rotary(rotary_cos, rotary_sin, rotary_interleaved, one_position=not causal and window(window_size) == (-1, -1))
+    q, k, v = (t.transpose(1, 2) if t is not None and t.ndim == 4 else t for t in (q, k, v))  # type: ignore[assignment]
     found: Any = attention(
-        q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap, kv_cache=cache, return_lse=return_softmax_lse, layout="bshd"
+        q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap, kv_cache=cache, rotary=rotary, return_lse=return_softmax_lse
     )  # fmt: skip
-    return (found[0].contiguous(), found[1]) if return_softmax_lse else found.contiguous()
+    out = (found[0] if return_softmax_lse else found).transpose(1, 2).contiguous()
+    return (out, found[1]) if return_softmax_lse else out
 
 
 def _used(q: Tensor, k_cache: Tensor, cache_seqlens: Optional[Union[int, Tensor]], block_table: Optional[Tensor]) -> Tensor:
@@ -73,7 +72,3 @@ def _used(q: Tensor, k_cache: Tensor, cache_seqlens: Optional[Union[int, Tensor]
     if length is None:
         length = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     return torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
-    return apply_rotary(x.transpose(1, 2), cos, sin, positions, interleaved).transpose(1, 2)

@@ -10,7 +10,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 #define __device__
@@ -54,6 +56,9 @@ inline Meeting block_meeting;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline unsigned current;
+inline bool backwards;                       // the last block first
+inline std::string failure;                  // what a lane asserted; nothing runs after it
+inline std::map<void*, int> stores;          // of 16 bytes, by address, in one launch
 
 inline void run_lane() {
     body();
@@ -144,6 +149,7 @@ inline void store_global4(void* target, unsigned a, unsigned b, unsigned c, unsi
     if (reinterpret_cast<uintptr_t>(target) % 16) std::abort();
     const unsigned all[4] = {a, b, c, d};
     std::memcpy(target, all, 16);
+    ++stores[target];
 }
 inline void store_global2(void* target, unsigned a, unsigned b) {
     if (reinterpret_cast<uintptr_t>(target) % 8) std::abort();
@@ -204,7 +210,10 @@ template <class F> void launch(unsigned blocks, unsigned threads, unsigned share
         lanes.push_back(std::make_unique<Lane>());
         lanes.back()->stack.resize(128 << 10);
     }
-    for (block.x = 0; block.x < blocks; ++block.x) {
+    failure.clear();
+    stores.clear();
+    for (unsigned i = 0; i < blocks; ++i) {
+        block.x = backwards ? blocks - 1 - i : i;
         shared.assign(shared_bytes, 0xff);  // NaN
         warps.assign(threads / 32, {});
         block_meeting = {};
@@ -225,6 +234,7 @@ template <class F> void launch(unsigned blocks, unsigned threads, unsigned share
                 running = true;
                 thread.x = current;
                 swapcontext(&scheduler, &lanes[current]->context);
+                if (!failure.empty()) return;
             }
         }
     }
@@ -258,6 +268,11 @@ inline void __threadfence() {}
 inline int atomicAdd(int* x, int by) { const int before = *x; *x += by; return before; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+extern "C" [[noreturn]] inline void __assertfail(const char* message, const char*, unsigned, const char*, size_t) {
+    host::failure = message;
+    for (;;) swapcontext(&host::lanes[host::current]->context, &host::scheduler);
+}
 template <class T> T __ldcg(const T* x) { return *x; }
 inline float __uint_as_float(unsigned x) { return host::as_float(x); }
 inline size_t __cvta_generic_to_shared(const void* x) { return static_cast<size_t>(static_cast<const unsigned char*>(x) - host::shared.data()); }

@@ -75,13 +75,22 @@ extern "C" void run(const attnhub::Params* params, unsigned blocks, unsigned thr
     gridDim.x = blocks;
     host::launch(blocks, threads, shared_bytes, blockIdx, threadIdx, [params] { attnhub_forward(*params); });
 }
+extern "C" void set_backwards(int yes) { host::backwards = yes; }
+extern "C" const char* failure() { return host::failure.c_str(); }
+extern "C" int most_stores() {  // to one address
+    int most = 0;
+    for (const auto& [address, count] : host::stores) most = max(most, count);
+    return most;
+}
 """
 
 
 def build(folder: Path, variant: Any) -> Any:
-    """The library of a variant's kernel: ``run(params, blocks, threads, shared_bytes)``."""
+    """The library of a variant's kernel: ``run(params, blocks, threads, shared_bytes)``; ``set_backwards``, ``failure``, ``most_stores`` of _MAIN."""
     defines = [option for option in variant.options() if option.startswith("-D")]
-    return compile_host(folder, {**compile.sources(), **variant.generated()}, f'#include "{variant.main}"\n{_MAIN}', defines)
+    library = compile_host(folder, {**compile.sources(), **variant.generated()}, f'#include "{variant.main}"\n{_MAIN}', defines)
+    library.failure.restype = ctypes.c_char_p
+    return library
 
 
 def compile_host(folder: Path, sources: dict[str, str], main: str, defines: list[str]) -> Any:

@@ -33,22 +33,42 @@ struct Block {
     static __device__ __forceinline__ int present(int piece) { return piece < Dim / 8 ? 8 : piece == Dim / 8 ? Dim % 8 : 0; }
 };
 
+// Starts the copy of 16 bytes of a row; zeros if there is none. anywhere: an address that may be named then.
+template <class B>
+static __device__ __forceinline__ void copy_piece(const Element* row_start, const Element* anywhere, uint32 target, int row, int piece, bool exists) {
+    const int bytes = exists ? B::present(piece) * 2 : 0;
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 :: "r"(target + B::offset(row, piece)), "l"(bytes > 0 ? row_start + 8 * piece : anywhere), "r"(bytes) : "memory");
+}
+
 enum Pages { kContiguous, kWholePages, kAnyPages };  // kWholePages: of a multiple of 16 keys, so that a block lies in one page
 
-// Where the keys of one sequence and K/V head lie.
-template <int Paging>
+// Where the keys of one sequence and K/V head lie. Appends: the last ones are not read from the cache, where this launch puts them.
+template <int Paging, bool Appends>
 struct Cache {
     const Element* k;
     const Element* v;
     const int* table;
     Span some;  // keys that are read at all
+    const Element* new_k;
+    const Element* new_v;
+    int old;    // keys that the cache holds; only if Appends
 
     static __device__ __forceinline__ Cache of(const Params& params, int batch, int kv_head, const Span& some) {
         const long long from = Paging == kContiguous ? batch : 0;
-        return {params.k + from * params.k_strides.batch + kv_head * params.k_strides.head,
-                params.v + from * params.v_strides.batch + kv_head * params.v_strides.head,
-                Paging == kContiguous ? nullptr : params.block_table + static_cast<long long>(batch) * params.pages, some};
+        Cache cache{params.k + from * params.k_strides.batch + kv_head * params.k_strides.head,
+                    params.v + from * params.v_strides.batch + kv_head * params.v_strides.head,
+                    Paging == kContiguous ? nullptr : params.block_table + static_cast<long long>(batch) * params.pages, some};
+        if constexpr (Appends) {
+            cache.new_k = params.new_k + batch * params.new_k_strides.batch + kv_head * params.new_k_strides.head;
+            cache.new_v = params.new_v + batch * params.new_v_strides.batch + kv_head * params.new_v_strides.head;
+            cache.old = params.seqused_k[batch];
+        }
+        return cache;
     }
+
+    // Whether keys of a block are new.
+    __device__ __forceinline__ bool has_new(int block) const { return Appends && (block + 1) * kBlock > old; }
 
     // The page of a block, for kAnyPages that of the lane's key in it: asked for well before `start` needs it. There is none of keys that do not exist.
     __device__ __forceinline__ int look_up(const Params& params, int block, int lane) const {
@@ -63,13 +83,15 @@ struct Cache {
     // Starts the copies of a block. Keys outside of `some` become zeros and are not read.
     template <class KBlock, class VBlock>
     __device__ __forceinline__ void start(const Params& params, int block, int page, uint32 k_block, uint32 v_block, int lane) const {
-        copy<KBlock>(k, params.k_strides, params, block, page, k_block, lane);
-        copy<VBlock>(v, params.v_strides, params, block, page, v_block, lane);
+        copy<KBlock>(k, params.k_strides, new_k, params.new_k_strides.token, params, block, page, k_block, lane);
+        copy<VBlock>(v, params.v_strides, new_v, params.new_v_strides.token, params, block, page, v_block, lane);
     }
 
 private:
     template <class B>
-    __device__ __forceinline__ void copy(const Element* x, const Strides& strides, const Params& params, int block, int page, uint32 target, int lane) const {
+    __device__ __forceinline__ void copy(
+        const Element* x, const Strides& strides, const Element* new_x, long long new_stride, const Params& params, int block, int page, uint32 target,
+        int lane) const {
         const int key = block * kBlock;
         int slot = key;
         if constexpr (Paging == kWholePages) slot = key % params.page_size;
@@ -83,9 +105,10 @@ private:
             } else {
                 source = x + row * strides.token;
             }
-            const int bytes = some.holds(key + row) ? B::present(piece) * 2 : 0;
-            asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-                         :: "r"(target + B::offset(row, piece)), "l"(bytes > 0 ? source + 8 * piece : x), "r"(bytes) : "memory");
+            if constexpr (Appends) {
+                if (key + row >= old) source = new_x + (key + row - old) * new_stride;
+            }
+            copy_piece<B>(source, x, target, row, piece, some.holds(key + row));
         });
     }
 };

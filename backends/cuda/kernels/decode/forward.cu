@@ -16,6 +16,7 @@ struct Config {
     static constexpr int kWarps = ATTNHUB_WARPS, kStages = ATTNHUB_STAGES;
     static constexpr int kPaging = ATTNHUB_PAGING;  // see Pages
     static constexpr int kMostSplits = ATTNHUB_MOST_SPLITS;
+    static constexpr bool kAppends = ATTNHUB_APPEND > 0, kRotary = ATTNHUB_APPEND > 1;
     static constexpr bool kSoftcap = ATTNHUB_SOFTCAP, kAlibi = ATTNHUB_ALIBI;
     static constexpr bool kRawScores = !kSoftcap && !kAlibi;  // the scale is then applied inside the exponent
     static constexpr int kStageBytes = Block<kDepth>::kBytes + Block<kWidth>::kBytes, kWarpBytes = kStages * kStageBytes;
@@ -36,6 +37,10 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
     const int count = min(16, params.heads_per_kv_head * queries.count - row_tile * 16);
     if (count <= 0) return;
 
+    if constexpr (C::kAppends) {
+        if (!fits<C>(params, params.seqused_k[sequence], queries.count)) return;
+    }
+
     const Mask mask = Mask::of(params, sequence, queries.count);
     // The first and the last query of the tile, which may go on from one head to the next.
     const int from = row_tile * 16, to = from + count - 1;
@@ -46,8 +51,20 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
     const int stop = first_block + static_cast<int>(static_cast<long long>(split + 1) * blocks / params.splits);
     int block = first_block + static_cast<int>(static_cast<long long>(split) * blocks / params.splits) + warp;
 
-    const auto cache = Cache<C::kPaging>::of(params, sequence, kv_head, some);
+    const auto cache = Cache<C::kPaging, C::kAppends>::of(params, sequence, kv_head, some);
     const uint32 stages = shared_address(shared) + warp * C::kWarpBytes;
+    const uint32 spare = stages + (C::kStages - 1) * C::kStageBytes;  // filled by the loop only
+    if constexpr (C::kAppends) {  // the last warp has the fewest keys, and the first split no more than others
+        const int number = (row_tile * params.splits + split) * C::kWarps + C::kWarps - 1 - warp;
+        append<C>(params, cache, spare, number, params.row_tiles * params.splits * C::kWarps, lane);
+    }
+    if constexpr (C::kRotary) {
+        Block<C::kDepth>::for_each_piece(lane, [&](int row, int piece) {
+            const Row own = Row::of(params, queries, kv_head, from + row);
+            copy_piece<Block<C::kDepth>>(own.start(params, queries), params.q, spare, row, piece, own.exists);
+        });
+        commit_copies();
+    }
     const auto copy = [&](int ahead, int page, int stage) {
         const uint32 k = stages + stage * C::kStageBytes;
         if (ahead < stop) cache.template start<Block<C::kDepth>, Block<C::kWidth>>(params, ahead, page, k, k + Block<C::kDepth>::kBytes, lane);
@@ -60,7 +77,14 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
     for (int i = 0; i < C::kStages - 1; ++i) copy(block + i * C::kWarps, pages[i], i);
     int ahead = block + (C::kStages - 1) * C::kWarps, page = pages[C::kStages - 1];
 
-    Rows<C> rows(params, mask, queries, sequence, kv_head, row_tile, lane);
+    if constexpr (C::kRotary) {
+        wait_copies<C::kStages - 1>();
+        __syncwarp();
+        const auto position = [&](int row) { return cache.old + (params.one_position ? 0 : Row::of(params, queries, kv_head, from + row).query); };
+        turn_rows<C>(params, spare, 0, count, position, lane);
+        __syncwarp();
+    }
+    Rows<C> rows(params, mask, queries, sequence, kv_head, row_tile, spare, lane);
     int stage = 0;
 #pragma unroll 1
     for (; block < stop; block += C::kWarps) {
@@ -72,6 +96,12 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
         const int key = block * kBlock;
         const bool masked = key < all.first || key + kBlock > all.last;
         const uint32 k = stages + stage * C::kStageBytes;
+        if constexpr (C::kRotary) {
+            if (cache.has_new(block)) {
+                turn_rows<C>(params, k, max(0, cache.old - key), min(kBlock, mask.len_k - key), [&](int row) { return key + row; }, lane);
+                __syncwarp();
+            }
+        }
         rows.attend(params, mask, key, k, k + Block<C::kDepth>::kBytes, masked, masked && queries.count > 1, lane);
         stage = stage + 1 == C::kStages ? 0 : stage + 1;
     }

@@ -29,7 +29,8 @@ struct Mask {
     int leftpad, prefix;
 
     static __device__ __forceinline__ Mask of(const Params& params, int b, int queries) {
-        const int stated = params.seqused_k != nullptr ? params.seqused_k[b] : params.seqlen_k;  // positions follow it even past the keys there are
+        // Positions follow it even past the keys there are.
+        const int stated = (params.seqused_k != nullptr ? params.seqused_k[b] : params.seqlen_k) + params.new_tokens;
         return {max(0, min(params.seqlen_k, stated)), params.top_left ? 0 : stated - queries,
                 params.leftpad != nullptr ? max(0, params.leftpad[b]) : 0, params.prefix != nullptr ? params.prefix[b] : 0};
     }

@@ -24,7 +24,13 @@ struct Params {
     const float* alibi;       // slopes, read at [b * alibi_batch_stride + h]
     float* partial;           // what splits leave for each other, see merge.cuh; null if there is one
     int* tickets;             // a zero for each tile of rows, left as zero; null if there is one split
+    const Element* new_k;     // [sequences, Hk, new_tokens, D], or null: what the kernel appends to the cache, see append.cuh
+    const Element* new_v;
+    const void* cos;          // [rotary_positions, rotary_half] fp32, or Element if narrow_angles
+    const void* sin;
     Strides q_strides, k_strides, v_strides, out_strides;  // batch of k and v: from page to page, if there are pages
+    Strides new_k_strides, new_v_strides;
+    long long angle_stride;   // from position to position, in cos and in sin
     int sequences;
     int q_heads;
     int kv_heads;
@@ -43,6 +49,13 @@ struct Params {
     int alibi_batch_stride;
     int negate_q;             // softmax_scale is negative: the kernel flips the sign of q instead
     int out_aligned;          // every row of out starts at a multiple of 8 bytes and has whole groups of 4 columns
+    int new_tokens;           // of each sequence, behind the seqused_k that the cache holds; 0: nothing is appended
+    int cache_rows;           // sequences or pages of the cache
+    int rotary_half;          // pairs of columns that are turned, an even number
+    int rotary_positions;
+    int interleaved;          // column 2 d is turned with 2 d + 1, else d with d + rotary_half
+    int one_position;         // all queries of a sequence stand at seqused_k, else query i at seqused_k + i
+    int narrow_angles;
     float scale_log2;         // |softmax_scale| * log2(e)
     float cap_inner;          // softcap: 2 * log2(e) * |softmax_scale| / c
     float cap_outer;          // softcap: c * log2(e)

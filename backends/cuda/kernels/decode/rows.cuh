@@ -2,7 +2,7 @@
 // l / 4 + 8, columns 2 (l % 4) and the next one. Two neighbouring score accumulators are, converted, the left operand [16 x 16] of P V.
 #pragma once
 
-#include "decode/block.cuh"
+#include "decode/append.cuh"
 
 namespace attnhub {
 
@@ -25,6 +25,12 @@ struct Row {
     static __device__ __forceinline__ Row of(const Params& params, const Queries& queries, int kv_head, int r) {
         const int group = r / queries.count;
         return {kv_head * params.heads_per_kv_head + group, r - group * queries.count, group < params.heads_per_kv_head};
+    }
+
+    // Of the row in q, or of q if there is none.
+    __device__ __forceinline__ const Element* start(const Params& params, const Queries& queries) const {
+        if (!exists) return params.q;
+        return params.q + queries.batch * params.q_strides.batch + head * params.q_strides.head + (queries.token + query) * params.q_strides.token;
     }
 };
 
@@ -49,8 +55,17 @@ struct Rows {
     float out[VBlock::kColumns / 8][4];
     float maximum[2], sum[2];  // the sum is this lane's part
 
+    // q_block: the rows, turned, in shared memory; only if C::kRotary.
     __device__ __forceinline__ Rows(
-        const Params& params, const Mask& mask, const Queries& queries, int sequence, int kv_head, int tile, int lane) {
+        const Params& params, const Mask& mask, const Queries& queries, int sequence, int kv_head, int tile, uint32 q_block, int lane) {
+        if constexpr (C::kRotary) {
+#pragma unroll
+            for (int step = 0; step < KBlock::kSteps; ++step) {
+                load_blocks(q[step], q_block + KBlock::offset(lane % 16, 2 * step + lane / 16));
+#pragma unroll
+                for (int i = 0; i < 4; ++i) q[step][i] ^= params.negate_q ? 0x80008000u : 0u;
+            }
+        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             own[half] = Row::of(params, queries, kv_head, tile * 16 + lane / 4 + 8 * half);
@@ -60,11 +75,8 @@ struct Rows {
             if constexpr (C::kAlibi) {
                 if (own[half].exists) slope[half] = params.alibi[sequence * params.alibi_batch_stride + own[half].head] * kLog2e;
             }
-            const Element* row = params.q;
-            if (own[half].exists) {
-                row += queries.batch * params.q_strides.batch + own[half].head * params.q_strides.head +
-                       (queries.token + own[half].query) * params.q_strides.token;
-            }
+            if constexpr (C::kRotary) continue;
+            const Element* row = own[half].start(params, queries);
 #pragma unroll
             for (int step = 0; step < KBlock::kSteps; ++step) {
 #pragma unroll
