@@ -17,7 +17,7 @@ SOURCES := attnhub backends integrations tests examples
 RUN_TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-wheel lint typings matrix docs bench cpu-bench gpu-check gpu-test gpu-bench gpu-models gpu-judge clean
+.PHONY: help venv demo test test-all test-wheel lint typings matrix docs bench cpu-bench gpu-check gpu-test gpu-bench cuda-bench gpu-models gpu-judge clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -107,6 +107,13 @@ gpu-bench: ## time the GPU backends beside torch's kernels and FlexAttention, fr
 		PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench gpu --preset $$preset --output $(RESULTS)/ $(GPU_OPTIONS) || exit 1; done
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench overhead --device cuda --output $(RESULTS)/
 
+CUDA_PRESETS ?= cuda-grid cuda-sustained cuda-features cuda-decode cuda-portable
+
+# `make cuda-bench CUDA_PRESETS=cuda-decode` is one of them; each is estimated below 150 s on 16 processors.
+cuda-bench: ## time the cuda backend alone beside its peers, and hold it against its targets
+	@$(MAKE) --no-print-directory gpu-bench GPU_PRESETS="$(CUDA_PRESETS)"
+	@$(MAKE) --no-print-directory gpu-judge GPU_PRESETS="$(CUDA_PRESETS)"
+
 # Needs transformers, and a card with 80 GB. Tiny models try the path anywhere: `attnhub bench models --preset gpu --device cpu --scale tiny`.
 gpu-models: ## time whole models on the GPU, from the bare checkout with $(PYTHON)
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench models --preset gpu --output $(RESULTS)/ $(GPU_OPTIONS)
@@ -115,7 +122,8 @@ gpu-models: ## time whole models on the GPU, from the bare checkout with $(PYTHO
 # There are no targets for fp8.
 gpu-judge: ## hold the GPU's result files against the targets
 	@failed=0; for preset in $(filter-out fp8,$(GPU_PRESETS)); do echo "$$preset"; \
-		PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench judge --input $(RESULTS)/$(GPU)/gpu-$$preset.json || failed=1; done; exit $$failed
+		PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench judge --input $(RESULTS)/$(GPU)/gpu-$$preset.json || failed=1; done; \
+	echo overhead; PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench judge --input $(RESULTS)/$(GPU)/overhead-cuda.json || failed=1; exit $$failed
 
 CPU_PRESETS ?= limits kylin
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from attnhub import cli
-from attnhub.bench import ceilings, measure, onnx_node, pages, parts, peers, precompile, processor, results, targets, workers
-from attnhub.bench.cases import PRESETS, Case
+from attnhub.bench import ceilings, flashinfer, measure, onnx_node, pages, parts, peers, precompile, processor, results, targets, workers
+from attnhub.bench.cases import Case
+from attnhub.bench.presets import PORTABLE, PRESETS
 
 CPU = torch.device("cpu")
 built = pytest.mark.skipif(ceilings.available(1) is None, reason="the cpu backend's library is not built")
@@ -274,9 +275,9 @@ def test_gpu_presets_have_a_case_for_every_target() -> None:
         assert len(set(cases)) == len(cases)
         assert not [target.name for target in found if not any(target.holds(case) for case in cases)], name
         who, backends = PRESETS[name].who("cuda")
-        assert who is not None and "sdpa" in who and backends is not None and "triton" in backends
-    decode = [c for c in PRESETS["decode"].make("cuda") if targets._H200[0].holds(c)]
-    assert len(decode) == len(targets._FLASHINFER)
+        assert who is not None and backends is not None and (PRESETS[name].judged.removeprefix("attnhub ") in (*backends, PORTABLE))
+    decode = [c for c in PRESETS["decode"].make("cuda") if targets.H200["decode"][-1].holds(c)]
+    assert len(decode) == 4 and all(map(flashinfer.rate, decode))
 
 
 # -- compiling ahead -----------------------------------------------------------------------------------------------------

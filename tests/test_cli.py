@@ -220,7 +220,8 @@ def test_bench_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bench_flops_and_presets() -> None:
-    from attnhub.bench.cases import PRESETS, Case
+    from attnhub.bench.cases import Case
+    from attnhub.bench.presets import PRESETS
 
     assert Case(8, heads=2, head_dim=4).flops() == 4 * 2 * 8 * 8 * 4
     assert Case(8, heads=2, head_dim=4, causal=True, mode="backward").flops() == 4 * 2 * 8 * 8 * 4 // 2 * 5 // 2

@@ -17,6 +17,7 @@ from typing import Any, Optional, Protocol, Union
 import torch
 from torch import Tensor
 
+import attnhub
 from attnhub.backend import Needs
 from attnhub.backends.reference import maths
 from attnhub.bench import processor
@@ -33,6 +34,8 @@ _CHECKED_LENGTH = 1 << 14
 #: Calls in a CUDA graph: what replaying one graph costs is then nothing to each of them.
 _GRAPH_CALLS = 20
 _MOST_COPIES = 64
+#: What part of a turn tells how many calls fill it: 1 / so much.
+_TRIED = 10
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,8 @@ def run_case(
                 if case.graph:
                     step = captured(single, device)
                 rounds, calls = plan(step, device, settings)
+                if "backend" in peer.facts and (told := attnhub.last_decision()):
+                    row["plan"] = dict(told.plan)  # which of a backend's kernels served
         except Exception as error:
             # A peer that fails (out of memory, a shape it lacks) is a row like any other; the others go on.
             row["skipped"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -156,7 +161,7 @@ def _fill(runner: Runner, case: Case, limits: CaseCeilings, copies: int) -> None
     """The figures of a row that follow from its times."""
     row, seconds = runner.row, statistics.median(runner.times)
     row["seconds"] = seconds
-    row["seconds_rounds"] = runner.times
+    row["seconds_rounds"], row["turn_seconds"] = runner.times, seconds * runner.per_step * runner.calls
     row["tflops"] = case.flops() / seconds / 1e12
     row["tokens_per_s"] = case.batch * case.seqlen_q / seconds
     row["kv_gb_per_s"] = case.kv_bytes() / seconds / 1e9 if case.is_decode() else None
@@ -272,6 +277,9 @@ def plan(step: Callable[[], Any], device: torch.device, settings: Settings) -> t
     elif first < settings.peer_seconds / 10:
         step()
         first = time_turn(step, 1, device)[0]
+        if (few := int(settings.round_seconds / _TRIED / max(first, 1e-7))) > 1:
+            # One call by itself also pays for an empty queue: a turn would be much shorter than asked for.
+            first = time_turn(step, few, device)[0]
     rounds = min(settings.rounds, max(1, int(settings.peer_seconds / max(first, settings.round_seconds))))
     return rounds, max(1, int(settings.round_seconds / max(first, 1e-7)))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Union
 
 from attnhub.bench.cases import Case
+from attnhub.bench.overhead_case import SUITE as OVERHEAD
 
 SUITE = "models"
 #: Who a model without attnhub is: the implementations of transformers. The first one is its default, and what ratios are to.
@@ -130,8 +131,10 @@ def select(preset: str, scale: str, only: Iterable[str] = ()) -> list[ModelCase]
     return list(dict.fromkeys(cases))
 
 
-def case_of(suite: str, row: dict[str, Any]) -> Union[Case, ModelCase]:
-    """The case of a row in a result file of any suite."""
+def case_of(suite: str, row: dict[str, Any]) -> Union[Case, ModelCase, str]:
+    """The case of a row in a result file of any suite; of the suite overhead, its mode."""
+    if suite == OVERHEAD:
+        return str(row["mode"])
     return ModelCase.of(row) if suite == SUITE else Case.of(row)
 
 

@@ -13,18 +13,14 @@ from torch import Tensor
 
 import attnhub
 from attnhub.bench.measure import Settings
-
-#: Largest ratio to F.scaled_dot_product_attention that the design allows: (device is a GPU, grad is needed) -> ratio.
-BUDGETS = {(False, False): 2.0, (False, True): 2.0, (True, False): 1.0, (True, True): 1.0}
-SHAPE = (1, 2, 16, 16)
-MODES = ("no grad", "grad", "grad and backward")
+from attnhub.bench.overhead_case import OverheadCase, budget, cases
 
 
 def run(device: torch.device, backends: tuple[str, ...], settings: Settings, tick: Optional[Callable[[str], None]] = None) -> list[dict[str, Any]]:
-    """One row for every mode and peer. A turn is a batch of calls, timed by the clock; the queue of a GPU is emptied between turns."""
+    """One row for every case and peer. A turn is a batch of calls, timed by the clock; the queue of a GPU is emptied between turns."""
     rows: list[dict[str, Any]] = []
-    for mode in MODES:
-        steps = {name: _step(name, mode, device) for name in ("F.sdpa", *(f"attnhub {b}" for b in backends))}
+    for case in cases(device.type):
+        steps = {name: _step(name, case, device) for name in ("F.sdpa", *(f"attnhub {b}" for b in backends))}
         usable: dict[str, Callable[[], Any]] = {}
         for name, step in steps.items():
             try:
@@ -32,7 +28,7 @@ def run(device: torch.device, backends: tuple[str, ...], settings: Settings, tic
                     step()
                 usable[name] = step
             except attnhub.NoBackendError as error:
-                rows.append({"mode": mode, "peer": name, "skipped": error.decision.why})
+                rows.append({"mode": case.mode, "peer": name, "skipped": error.decision.why})
         calls = max(1, int(settings.round_seconds / max(_seconds(usable["F.sdpa"], 200, device), 1e-7)))
         # Turns are short and many: what disturbs a shared machine lasts longer than a turn, and then hits all of a round.
         times: dict[str, list[float]] = {name: [] for name in usable}
@@ -40,24 +36,22 @@ def run(device: torch.device, backends: tuple[str, ...], settings: Settings, tic
             order = list(usable)
             for name in order[r % len(order) :] + order[: r % len(order)]:
                 if tick:
-                    tick(f"{mode}: {name}")
+                    tick(f"{case.mode}: {name}")
                 times[name].append(_seconds(usable[name], calls, device))
         base = statistics.median(times["F.sdpa"])
-        budget = BUDGETS[device.type != "cpu", mode != "no grad"] if mode != "grad and backward" else None
         for name, values in times.items():
             ratios = [mine / theirs for mine, theirs in zip(values, times["F.sdpa"])]
             rows.append(
-                {"mode": mode, "peer": name, "microseconds": statistics.median(values) * 1e6, "ratio": statistics.median(ratios),
-                 "budget": budget if name != "F.sdpa" else None, "calls": calls, "baseline_microseconds": base * 1e6}
+                {"mode": case.mode, "peer": name, "microseconds": statistics.median(values) * 1e6, "ratio": statistics.median(ratios),
+                 "budget": budget(case, device.type) if name != "F.sdpa" else None, "calls": calls, "baseline_microseconds": base * 1e6}
             )  # fmt: skip
     return rows
 
 
-def _step(name: str, mode: str, device: torch.device) -> Callable[[], Any]:
-    grad = mode != "no grad"
+def _step(name: str, case: OverheadCase, device: torch.device) -> Callable[[], Any]:
     # On a GPU in bf16, which every backend there serves.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    q, k, v = (torch.randn(SHAPE, device=device, dtype=dtype, requires_grad=grad) for _ in range(3))
+    q, k, v = (torch.randn(case.shape, device=device, dtype=dtype, requires_grad=case.grad) for _ in range(3))
     chosen = name.removeprefix("attnhub ") if name.startswith("attnhub ") else None
     backend = None if chosen == "auto" else chosen
 
@@ -68,8 +62,8 @@ def _step(name: str, mode: str, device: torch.device) -> Callable[[], Any]:
         assert isinstance(out, Tensor)
         return out
 
-    if mode == "grad and backward":
-        ones = torch.ones(SHAPE, device=device, dtype=dtype)
+    if case.backward:
+        ones = torch.ones(case.shape, device=device, dtype=dtype)
         return lambda: torch.autograd.grad(call(), (q, k, v), ones)
     return call
 

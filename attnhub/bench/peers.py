@@ -49,7 +49,7 @@ class Absent:
 
 
 #: Names for ``--peers``.
-NAMES = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "v1", "onnxruntime", "onnxruntime-mha", "onnxruntime-graph")
+NAMES = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "v1", "portable", "onnxruntime", "onnxruntime-mha", "onnxruntime-graph")
 
 
 def default_names(device: torch.device) -> tuple[str, ...]:
@@ -175,26 +175,23 @@ def _kernel(label: str, member: str) -> Callable[[Case, Inputs], Union[Peer, Abs
     return make
 
 
+_FLASH, _CUDNN = _kernel("F.sdpa flash", "FLASH_ATTENTION"), _kernel("F.sdpa cuDNN", "CUDNN_ATTENTION")
+
+
 def _flash(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
-    """torch's flash kernel; for windows and packed documents, which F.scaled_dot_product_attention does not hand on, by its operator."""
     if not case.window and not case.documents:
-        return _kernel("F.sdpa flash", "FLASH_ATTENTION")(case, tensors)
-    label = "aten flash"
-    varlen = parts(case, tensors[0].device).varlen
-    limits = {"window_size_left": case.window - 1, "window_size_right": 0} if case.window else {}
-    starts, length = (None, case.seqlen_q) if varlen is None else (varlen.cu_seqlens_q, varlen.max_seqlen_q)
+        return _FLASH(case, tensors)
+    from attnhub.bench import aten_peers
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (t[0].transpose(0, 1) if starts is not None else t.transpose(1, 2) for t in (q, k, v))
-        out: Tensor = torch.ops.aten._flash_attention_forward(q, k, v, starts, starts, length, length, 0.0, case.causal, False, **limits)[0]
-        return out.transpose(0, 1)[None] if starts is not None else out.transpose(1, 2)
+    return aten_peers.flash(case, tensors)
 
-    try:
-        with torch.no_grad():
-            attend(*tensors)
-    except (RuntimeError, NotImplementedError) as error:
-        return Absent(label, str(error).splitlines()[0])
-    return Peer(label, attend)
+
+def _cudnn(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
+    if not case.documents or case.mode != "forward":
+        return _CUDNN(case, tensors)
+    from attnhub.bench import aten_peers
+
+    return aten_peers.cudnn(case, tensors)
 
 
 def _flex(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
@@ -218,9 +215,15 @@ def _keys_outer(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
     return peer(case, tensors)
 
 
+def _portable(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
+    from attnhub.bench.portable_peer import peer
+
+    return peer(case, tensors)
+
+
 _MAKE: dict[str, Callable[[Case, Inputs], Union[Peer, Absent]]] = {
-    "naive": _naive, "sdpa": _sdpa, "flash": _flash, "cudnn": _kernel("F.sdpa cuDNN", "CUDNN_ATTENTION"),
-    "efficient": _kernel("F.sdpa efficient", "EFFICIENT_ATTENTION"), "flex": _flex, "v1": _keys_outer, "onnxruntime": _onnxruntime(""),
+    "naive": _naive, "sdpa": _sdpa, "flash": _flash, "cudnn": _cudnn,
+    "efficient": _kernel("F.sdpa efficient", "EFFICIENT_ATTENTION"), "flex": _flex, "v1": _keys_outer, "portable": _portable, "onnxruntime": _onnxruntime(""),
     "onnxruntime-mha": _onnxruntime("mha"), "onnxruntime-graph": _onnxruntime("graph"),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from attnhub.bench import results
 from attnhub.bench.cases import Case
 from attnhub.bench.models import SUITE
 from attnhub.bench.peers import BASELINE
+from attnhub.bench.presets import PRESETS
 
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
 
@@ -18,14 +19,14 @@ _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#
 def draw(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a PNG: one group of bars a case, one bar a peer, its end the speed relative to F.sdpa (1.0, the line).
 
-    The grid's cases are lines instead: TFLOP/s over the length, a panel for each pass, head_dim and mask.
+    Presets along lengths are lines instead: TFLOP/s over the length, a panel for each pass, head_dim and mask.
     """
     if result["suite"] == SUITE:
         raise ValueError("a file of the suite models is shown as a table (`attnhub docs`), not drawn")
     import matplotlib
 
     matplotlib.use("Agg")
-    figure = _lines(result) if result["preset"] == "grid" else _bars(result)
+    figure = _lines(result) if result["preset"] in PRESETS and PRESETS[result["preset"]].lines else _bars(result)
     environment = result["environment"]
     figure.suptitle(f"{results.machine(environment)}, threads: {environment['threads']}, torch {environment['torch']}", fontsize=10)
     target = pathlib.Path(path)

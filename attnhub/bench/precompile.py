@@ -1,6 +1,6 @@
 """Kernels compiled ahead, in processes side by side: compiling one case after the other would take most of a GPU run's time.
 
-Each process calls the peers that compile (FlexAttention, and what is written in Triton) once at a case. Inductor and Triton keep what
+Each process calls the peers that compile (FlexAttention, and what is written in Triton and CUDA) once at a case. Inductor and Triton keep what
 they make on disk, where the process that measures finds it. ``python -m attnhub.bench.precompile`` is such a process.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from attnhub.bench.measure import Settings
 
 #: Peers and backends that compile at their first call.
-_PEERS, _BACKENDS = ("flex", "v1"), ("auto", "triton", "cuda")
+_PEERS, _BACKENDS = ("flex", "v1", "portable"), ("auto", "triton", "cuda")
 _PATIENT_TRIES = 6
 
 
@@ -42,11 +42,12 @@ def run(
 
 def estimate(cases: list[Case], names: tuple[str, ...], backends: Optional[tuple[str, ...]], settings: Settings) -> float:
     """Seconds that a GPU run takes, about: rounds, first calls, and what FlexAttention traces even where its kernels are on disk."""
-    peers = len(names) + (4 if backends is None else len(backends))
-    each = peers * (settings.rounds * settings.round_seconds + 0.1) + 0.3
+    mine = 4 if backends is None else len(backends)
+    # Who reads pages or fp8 is timed without them as well.
+    turns = sum(len(names) + mine * (2 if case.page_size or case.fp8 else 1) for case in cases)
     flex = "flex" in names
     compiling = 20.0 + len(cases) * (10.0 if flex else 3.0) / workers.jobs()
-    return len(cases) * (each + (1.5 if flex else 0.0)) + compiling
+    return turns * (settings.rounds * settings.round_seconds + 0.1) + len(cases) * (1.8 if flex else 0.3) + compiling
 
 
 def _compile(asked: dict[str, Any]) -> dict[str, str]:

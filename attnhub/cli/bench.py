@@ -8,11 +8,12 @@ import sys
 import time
 from typing import Any, Optional
 
-from attnhub.bench import cases as bench_cases
 from attnhub.bench import models as bench_models
+from attnhub.bench import presets as bench_presets
+from attnhub.bench.cases import Case
 from attnhub.cli import CommandError, console, files, progress
 
-_PEERS = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "v1", "onnxruntime", "onnxruntime-mha", "onnxruntime-graph")
+_PEERS = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "v1", "portable", "onnxruntime", "onnxruntime-mha", "onnxruntime-graph")
 
 #: Cases up to which a picture is drawn without being asked: it grows with every one of them.
 _DRAWN = 30
@@ -21,9 +22,9 @@ _DRAWN = 30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("suite", choices=("cpu", "gpu", "models", "overhead", "plot", "judge"),
                         help="models times whole models; plot draws --input again, judge holds it against the targets of its processor; neither measures")  # fmt: skip
-    presets = "; ".join(f"{name}: {preset.text}" for name, preset in bench_cases.PRESETS.items())
+    presets = "; ".join(f"{name}: {preset.text}" for name, preset in bench_presets.PRESETS.items())
     of_models = "; ".join(f"{name}: {preset.text}" for name, preset in bench_models.PRESETS.items())
-    parser.add_argument("--preset", choices=(*bench_cases.PRESETS, *bench_models.PRESETS), default=None,
+    parser.add_argument("--preset", choices=(*bench_presets.PRESETS, *bench_models.PRESETS), default=None,
                         help=f"default: standard. {presets}. Of the suite models, default: cpu. {of_models}")  # fmt: skip
     parser.add_argument("--lengths", type=_numbers, default=(), help="keep only the cases with these numbers of keys")
     parser.add_argument("--dtypes", type=_names, default=(), help="time every case in these dtypes instead of its own")
@@ -57,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
         return run_models(args)
     args.preset = "standard" if args.preset is None else args.preset
-    if args.preset not in bench_cases.PRESETS:
-        raise CommandError(f"--preset {args.preset} is one of the suite models; {args.suite} has {', '.join(bench_cases.PRESETS)}")
+    if args.preset not in bench_presets.PRESETS:
+        raise CommandError(f"--preset {args.preset} is one of the suite models; {args.suite} has {', '.join(bench_presets.PRESETS)}")
     import torch
 
     from attnhub.bench import results
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         # Host time is that of one thread: waking a pool for a tiny call would be timed instead.
         torch.set_num_threads(args.threads or 1)
     device = _device(args)
-    suggested = bench_cases.PRESETS[args.preset].turns if device.type != "cpu" and args.suite != "overhead" else (3, 0.1)
+    suggested = bench_presets.PRESETS[args.preset].turns if device.type != "cpu" and args.suite != "overhead" else (3, 0.1)
     args.peer_seconds = 12.0 if args.peer_seconds is None else args.peer_seconds
     args.rounds, args.seconds = (suggested[0] if args.rounds is None else args.rounds), (suggested[1] if args.seconds is None else args.seconds)
     if args.rounds < 1 or args.seconds <= 0 or args.peer_seconds <= 0 or args.threads < 0:
@@ -85,14 +86,16 @@ def run(args: argparse.Namespace) -> int:
         return 0
     settings = Settings(args.rounds, args.seconds, args.peer_seconds)
     result = _cases(args, device, settings)
-    if args.output and not args.list:
-        path = results.target(args.output, result)
-        print(f"written: {path}", file=sys.stderr)
-        few = args.preset == "grid" or len({str(bench_cases.Case.of(row)) for row in result["rows"]}) <= _DRAWN
-        if not args.plot and few and importlib.util.find_spec("matplotlib"):
-            args.plot = str(path.with_suffix(".png"))
-    if args.plot and not args.list and any(row.get("speedup") for row in result["rows"]):
-        _draw(result, args.plot)
+    if not args.list:
+        lines = bench_presets.PRESETS[args.preset].lines
+        if args.output:
+            path = results.target(args.output, result)
+            print(f"written: {path}", file=sys.stderr)
+            few = lines or len({str(Case.of(row)) for row in result["rows"]}) <= _DRAWN
+            if not args.plot and few and importlib.util.find_spec("matplotlib"):
+                args.plot = str(path.with_suffix(".png"))
+        if args.plot and any(row.get("speedup") or (lines and "seconds" in row) for row in result["rows"]):
+            _draw(result, args.plot)
     if args.json:
         console.emit_json(result)
     return 0
@@ -123,12 +126,12 @@ def _cases(args: argparse.Namespace, device: Any, settings: Any) -> dict[str, An
 
     started = time.monotonic()
     try:
-        todo = bench_cases.select(args.preset, device.type, args.lengths, args.dtypes, args.modes, args.only)
+        todo = bench_presets.select(args.preset, device.type, args.lengths, args.dtypes, args.modes, args.only)
     except ValueError as error:
         raise CommandError(str(error)) from error
     if not todo:
         raise CommandError("--lengths, --modes and --only leave no case of this preset")
-    preset = bench_cases.PRESETS[args.preset]
+    preset = bench_presets.PRESETS[args.preset]
     preset_peers, preset_backends = preset.who(device.type)
     names = args.peers if args.peers is not None else preset_peers if preset_peers is not None else peers.default_names(device)
     backends = args.backends if args.backends is not None else preset_backends
@@ -148,7 +151,7 @@ def _cases(args: argparse.Namespace, device: Any, settings: Any) -> dict[str, An
             result["rows"] = results.continued(path, result)
         except ValueError as error:
             raise CommandError(str(error)) from error
-        known = {bench_cases.Case.of(row) for row in result["rows"]}
+        known = {Case.of(row) for row in result["rows"]}
         todo = [case for case in todo if case not in known]
     jobs = workers.jobs() if args.jobs < 0 else args.jobs
     if device.type != "cpu" and jobs and len(todo) > 1:
@@ -172,8 +175,9 @@ def _cases(args: argparse.Namespace, device: Any, settings: Any) -> dict[str, An
     # A run that measured nothing replaces no file that holds something.
     if path is not None and (result["rows"] or not path.exists()):
         files.write_json(path, result)
-    if preset.one_table and not args.json:
-        console.table("together", *pages.one_table(result["rows"], args.preset), right=pages.NUMERIC)
+    if preset.shown != bench_presets.CASES and not args.json:
+        columns, lines = pages.summary(result)
+        console.table("together", columns, lines, right=pages.right(columns))
     return result
 
 
@@ -201,16 +205,17 @@ def _list(args: argparse.Namespace, todo: list[Any], names: tuple[str, ...], bac
     if not args.json:
         for case in todo:
             console.say(str(case))
-        who = ", ".join((*names, *(f"attnhub {name}" for name in backends or ("(all that accept)",))))
+        who = ", ".join((*names, *(f"attnhub {name}" for name in (("(all that accept)",) if backends is None else backends))))
         console.say(f"{len(todo)} cases, {who}; about {took:.0f} s with {settings.rounds} rounds of {settings.round_seconds:g} s and kernels compiled ahead")
     return {"cases": [str(case) for case in todo], "peers": list(names), "backends": None if backends is None else list(backends), "seconds": took}
 
 
 def _overhead(args: argparse.Namespace, device: Any, settings: Any) -> list[dict[str, Any]]:
-    from attnhub.bench import overhead, pages
+    from attnhub.bench import overhead, overhead_case, pages
 
+    cases = overhead_case.cases(device.type)
     names = args.backends or (("auto", "sdpa", "cpu") if device.type == "cpu" else ("auto", "sdpa", "triton", "cuda"))
-    with progress.bar(f"host time of a {list(overhead.SHAPE)} call on {device}", len(overhead.MODES) * (1 + len(names)) * settings.rounds, args.json) as tick:
+    with progress.bar(f"host time of a {list(cases[0].shape)} call on {device}", len(cases) * (1 + len(names)) * settings.rounds, args.json) as tick:
         rows = overhead.run(device, tuple(names), settings, tick)
     if not args.json:
         console.table("", *pages.overhead_rows(rows), right=("us a call", "ratio", "budget"))
@@ -238,7 +243,7 @@ def _judge(args: argparse.Namespace) -> int:
     from attnhub.bench import pages, results, targets
 
     if not args.input:
-        raise CommandError("judge needs --input FILE, a result file of `attnhub bench cpu`, `gpu` or `models`")
+        raise CommandError("judge needs --input FILE, a result file of `attnhub bench cpu`, `gpu`, `models` or `overhead`")
     try:
         result = results.load(args.input)
         verdicts, unjudged = targets.judge(result), targets.unjudged(result)
