@@ -159,13 +159,29 @@ def test_what_the_readme_says_of_backward_passes() -> None:
 
 
 def test_the_commands_in_the_documents_parse() -> None:
-    from attnhub.cli import COMMANDS
+    """Names of commands, whole commands with options, and targets of make."""
+    from attnhub.cli import COMMANDS, _parser
 
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        shell = "".join(re.findall(r"```\n(.*?)```", text, re.DOTALL))
-        for command in re.findall(r"`attnhub ([a-z][a-z-]*)", text) + re.findall(r"^attnhub ([a-z][a-z-]*)", shell, re.MULTILINE):
-            assert command in COMMANDS, f"{page.name}: attnhub {command}"
+        blocks = re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        lines = [line.partition("#")[0] for block in blocks for line in block.splitlines()] + _inline(page)
+        for line in lines:
+            if made := re.match(r"make ([a-z][a-z -]*)", line):
+                assert set(made[1].split()) <= targets, f"{page.name}: {line}"
+            if not (asked := re.match(r"(?:python -m )?attnhub ([a-z][a-z-]*)(.*)", line)):
+                continue
+            assert asked[1] in COMMANDS, f"{page.name}: {line}"
+            words = asked[2].split()
+            if words and words[-1].startswith("--"):
+                # An option is spoken of, which may want a value.
+                (commands,) = _parser(asked[1])._subparsers._group_actions  # type: ignore[union-attr]
+                assert words[-1] in commands.choices[asked[1]]._option_string_actions, f"{page.name}: {line}"  # type: ignore[index,call-overload]
+            elif " --" in asked[2]:
+                try:
+                    _parser(asked[1]).parse_args([asked[1], *words])
+                except SystemExit:
+                    pytest.fail(f"{page.name}: {line}")
 
 
 def test_blocks_are_filled_between_their_markers() -> None:

@@ -288,7 +288,6 @@ ATTNHUB_INLINE F maxima(F *r) {
 // -- functions
 
 constexpr float kLog2E = 1.44269504088896340736f;
-constexpr float kLn2 = 0.693147180559945309417f;
 
 // A polynomial of degree 6 (2e-9 before rounding), or of degree 4 (3e-6) for weights that are rounded to 8 bits anyway.
 enum Precision { kExact, kRounded };
