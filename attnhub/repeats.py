@@ -93,7 +93,7 @@ def read_again(
         if not is_usual_tensor(t):
             return None
         addresses |= t.data_ptr()
-    if addresses & 15 or (torch.is_grad_enabled() and any(t.requires_grad for t in (q, keys, values, *added))):
+    if addresses & 15 or (torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad or values.requires_grad or any(t.requires_grad for t in added))):
         return None
     key = (
         KVCache, table is None, None if rotary is None else rotary[2:],

@@ -48,7 +48,10 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interle
     """
     _check_tables(cos, sin, x.shape[-1])
     half = cos.shape[-1]
-    c, s = cos[positions].float().unsqueeze(1), sin[positions].float().unsqueeze(1)
+    try:
+        c, s = cos[positions].float().unsqueeze(1), sin[positions].float().unsqueeze(1)
+    except IndexError as error:  # of the host's memory; devices assert it
+        raise ValueError(f"rotary: a position is beyond the table of {cos.shape[0]} positions: {error}") from error
     rotated, passed = x[..., : 2 * half].float(), x[..., 2 * half :]
     if interleaved:
         a, b = rotated[..., 0::2], rotated[..., 1::2]

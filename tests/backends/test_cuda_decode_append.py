@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 import attnhub
-from attnhub import KVCache, Rotary
+from attnhub import KVCache, Rotary, runtime
 from attnhub.backend import Append, Backend, Call, Plan, PrepareError
 from attnhub.backends.cuda import backend as cuda_backend
-from attnhub.backends.cuda import decode, decode_append, decode_plan, loading
+from attnhub.backends.cuda import decode, decode_append, decode_params, decode_plan, loading
 from attnhub.backends.cuda.decode import DecodeVariant
 from attnhub.backends.cuda.decode_plan import DecodePlan
 from attnhub.capability import Capability, DeviceRange
@@ -50,8 +50,9 @@ class Host(Backend):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.libraries: dict[DecodeVariant, Any] = {}
-        #: `DecodeVariant.append` of each launch.
+        #: Of each launch: `DecodeVariant.append`, splits.
         self.launched: list[int] = []
+        self.splits: list[int] = []
         self.backwards = False
 
     def prepare(self, problem: Problem) -> Plan:
@@ -71,6 +72,7 @@ class Host(Backend):
             library.set_backwards(self.backwards)
             library.run(np.frombuffer(arguments[0].tobytes(), np.uint8).ctypes.data_as(cuda_on_host.ctypes.c_void_p), grid[0], block[0], shared_bytes)
             self.launched.append(variant.append)
+            self.splits.append(int(np.frombuffer(arguments[0].tobytes(), np.int32, 1, decode_params.offsets()["splits"])[0]))
             if library.failure():
                 raise RuntimeError(library.failure().decode())
             assert library.most_stores() <= 1, "several blocks write the same token"
@@ -100,6 +102,8 @@ def host(built: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(decode_plan, "_tickets", decode_plan._Tickets())
     built.backwards = False
     built.launched.clear()
+    built.splits.clear()
+    runtime.clear()  # plans keep launches, and these their splits
     return built
 
 
@@ -218,7 +222,7 @@ def test_it_is_append_and_then_attend(case: Case, splits: int, host: Host, monke
     settings: dict[str, Any] = {"mask": case.mask, "return_lse": True, **dict(case.settings)}
     right = copied(given.cache)
     want, want_lse = attnhub.attention(given.q, given.k, given.v, kv_cache=right, rotary=given.rotary, backend="reference", **settings)
-    for host.backwards in (False, True):
+    for host.backwards in (True, False)[: splits]:
         mine = copied(given.cache)
         host.launched.clear()
         out, lse = attnhub.attention(given.q, given.k, given.v, kv_cache=mine, rotary=given.rotary, backend=NAME, **settings)
@@ -233,6 +237,7 @@ def test_it_is_append_and_then_attend(case: Case, splits: int, host: Host, monke
         assert host.launched[1:] == [decode_append.NONE]
         assert torch.equal(out, again) and torch.equal(lse, again_lse)
         assert same(mine, right), "reading writes nothing"
+    assert set(host.splits) == {splits}
     torch.testing.assert_close(out, want, rtol=0.02, atol=0.02)
     torch.testing.assert_close(lse, want_lse, rtol=1e-3, atol=1e-3)
 
@@ -329,6 +334,18 @@ def test_a_decode_loop_goes_the_short_way(host: Host, monkeypatch: pytest.Monkey
         assert host.launched == [decode_append.ROTARY] * 5 and looked == 2
         assert same(made.cache, right.cache) and made.position.tolist() == [13, 13] and made.served == {NAME: 5}
         assert attnhub.last_decision().plan["append"] == ["new tokens and rotary"]  # type: ignore[union-attr]
+
+
+def test_the_short_way_tells_rotations_apart(host: Host) -> None:
+    given = inputs(Case(rotary=32, queries=3))
+    assert given.rotary is not None
+    ways = [given.rotary._replace(interleaved=a, one_position=b) for a, b in ((False, False), (True, False), (False, True))]
+    for rotary in (*ways, *ways):
+        mine, right = copied(given.cache), copied(given.cache)
+        out, want = (attnhub.attention(given.q, given.k, given.v, kv_cache=cache, rotary=rotary, backend=name) for cache, name in ((mine, NAME), (right, "reference")))
+        torch.testing.assert_close(out, want, rtol=0.02, atol=0.02)
+        assert same(mine, right)
+    assert host.launched == [decode_append.ROTARY] * 6
 
 
 def test_a_layer_whose_mask_holds_tensors(host: Host) -> None:
