@@ -84,7 +84,7 @@ def read_again(
     if rotary is not None and type(rotary) is not Rotary:
         return None
     append = None if k is None or v is None else Append(k, v, rotary)
-    added = () if append is None else (k, v) if rotary is None else (k, v, rotary.cos, rotary.sin)
+    added: tuple[Any, ...] = () if append is None else (k, v) if rotary is None else (k, v, rotary.cos, rotary.sin)
     keys, values = cache.heads_first()
     table = cache.table()
     tensors = (q, keys, values, cache.cache_seqlens) if table is None else (q, keys, values, cache.cache_seqlens, table)
