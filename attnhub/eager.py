@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from attnhub import ops, runtime, spec
 from attnhub.backend import Call, PrepareError
+from attnhub.kv_cache import KVCache
 from attnhub.mask import Mask
 
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -42,6 +43,13 @@ def _run_with_grad(call: Call, backend: str, return_lse: bool) -> tuple[Tensor, 
             return result if return_lse else (result, None)
         except PrepareError as error:
             runtime.launch_failed(chosen, error)
+
+
+def append_in_launch(call: Call, cache: KVCache, backend: str) -> Optional[tuple[Tensor, Optional[Tensor]]]:
+    """A call with new tokens by a plan that appends them itself, or None."""
+    # What the call holds is a copy of a cache whose rows have gaps.
+    own = all(t.stride(3) == 1 for t in cache.heads_first())
+    return runtime.append_in_launch(call, backend) if own and not torch.compiler.is_compiling() and is_eager(call) else None
 
 
 def is_eager(call: Call) -> bool:

@@ -12,6 +12,8 @@ from attnhub.bench import models as bench_models
 from attnhub.bench import presets as bench_presets
 from attnhub.bench.cases import Case
 from attnhub.cli import CommandError, console, files, progress
+from attnhub.cli.values import names as _names
+from attnhub.cli.values import numbers as _numbers
 
 _PEERS = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "v1", "portable", "onnxruntime", "onnxruntime-mha", "onnxruntime-graph")
 
@@ -268,11 +270,3 @@ def _draw(result: dict[str, Any], path: str) -> None:
     except ValueError as error:
         raise CommandError(str(error)) from error
     print(f"written: {path}", file=sys.stderr)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(name) for name in _names(text))
