@@ -199,11 +199,20 @@ def _saved(row: dict[str, Any], naive: Optional[float]) -> str:
 def _models(result: dict[str, Any]) -> str:
     """Whole models: one table, and who took no part."""
     absent = [f"{ModelCase.of(row)}: {row['peer']} ({row['skipped']})" for row in result["rows"] if "skipped" in row]
-    said = (
-        f"\ntransformers {result['environment'].get('transformers', 'unknown')}. Peers are the implementations of attention of one model with the same "
-        "weights. Difference is the\nlargest one to the output of `sdpa`: of unit vectors as it is, else as a part of the largest value; of a training step, of\n"
-        "the gradient of the embeddings.\n\n"
-    )
+    environment = result["environment"]
+    said = f"\ntransformers {environment.get('transformers', 'unknown')}. "
+    if "onnxruntime" in environment:
+        said += (
+            f"Files of one model, in ONNX Runtime {environment['onnxruntime']} with all its optimisations: `sdpa` and `eager` as torch's exporter writes\n"
+            "those implementations, `fused` by ONNX Runtime's own optimizer, `attnhub` with attnhub's library and `body` the same file without. Extra MiB is the\n"
+            "peak of the resident set of a process of its own above what it was once the file was loaded and had run 8 tokens. Difference is the largest one\n"
+            "to torch's outputs: of unit vectors as it is, else as a part of the largest value.\n\n"
+        )
+    else:
+        said += (
+            "Peers are the implementations of attention of one model with the same weights. Difference is the\nlargest one to the output of `sdpa`: of unit "
+            "vectors as it is, else as a part of the largest value; of a training step, of\nthe gradient of the embeddings.\n\n"
+        )
     table = markdown_table(*model_table([row for row in result["rows"] if "skipped" not in row]), right=NUMERIC)
     return said + table + ("\nNot timed: " + "; ".join(absent) + ".\n" if absent else "")
 
