@@ -132,6 +132,24 @@ def test_gates(rows: list[dict[str, Any]], missed: int) -> None:
     assert sum(v.word == targets.MISSED for v in verdicts) == missed and all(v.cases == 1 for v in verdicts) and not targets.unjudged(document)
 
 
+@pytest.mark.parametrize(("ours", "missed"), [(0.3, 0), (0.34, 1), (0.7, 2), (0.8, 3)])
+def test_gates_of_the_node(ours: float, missed: int, tmp_path: pathlib.Path) -> None:
+    """The suite cpu: 1.3, 1.5 and 3 times the speed of ONNX Runtime's nodes and of the exported graph, and what the last takes of the processor."""
+    seconds = {"ONNX Runtime": 1.0, "ONNX Runtime MultiHeadAttention": 1.0, "ONNX Runtime graph": 1.0, "attnhub onnx": ours, "attnhub cpu": 0.1}
+    common = {"speedup": 1.0, "tflops": 1.0, "tokens_per_s": 1.0, "extra_mib": 1.0}
+    rows = [
+        {**targets.NODE_CASE.to_json(), **common, "peer": peer, "seconds": taken, "peak_fraction": 0.25 / taken} for peer, taken in seconds.items()
+    ]  # fmt: skip
+    document = {**_document(rows), "suite": "cpu"}
+    assert sum(v.word == targets.MISSED for v in targets.judge(document)) == missed and not targets.unjudged(document)
+    folder = tmp_path / results.FOLDER / "x"
+    folder.mkdir(parents=True)
+    (folder / "cpu-onnx.json").write_text(json.dumps(document))
+    text = pages.page(tmp_path)
+    assert f"the exported graph reaches 25% of the multiply-adds that the processor makes on registers alone, the node {0.25 / ours:.0%};" in text
+    assert "3 times the graph's speed would be 75%." in text
+
+
 def test_the_page_says_what_files_are(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / results.FOLDER / "x"
     folder.mkdir(parents=True)

@@ -112,9 +112,22 @@ def _ceilings(result: dict[str, Any]) -> str:
 
 def _verdicts(result: dict[str, Any]) -> str:
     """The targets that a result file speaks of, as a table."""
-    if result["suite"] != MODELS and result["preset"] not in (("limits",) if result["environment"]["device"]["type"] == "cpu" else targets.GPU):
+    if result["suite"] != MODELS and result["preset"] not in (("limits", "onnx") if result["environment"]["device"]["type"] == "cpu" else targets.GPU):
         return ""
-    return "\n" + markdown_table(*verdict_table(targets.judge(result)), right=NUMERIC)
+    said = _bound(result)
+    return "\n" + markdown_table(*verdict_table(targets.judge(result)), right=NUMERIC) + (f"\n{said}\n" if said else "")
+
+
+def _bound(result: dict[str, Any]) -> str:
+    """A sentence: what the target of attnhub's node over the exported graph takes of the machine; "" where the file does not tell."""
+    rows = targets.by_case(result).get(targets.NODE_CASE, {}) if result["preset"] == "onnx" and result["suite"] != MODELS else {}
+    graph, node = (rows.get(name, {}).get("peak_fraction") for name in ("ONNX Runtime graph", "attnhub onnx"))
+    if not graph or not node:
+        return ""
+    return (
+        f"At {targets.NODE_CASE} the exported graph reaches {graph:.0%} of the multiply-adds that the processor makes on registers alone, the node {node:.0%};\n"
+        f"{targets.OVER_GRAPH:g} times the graph's speed would be {targets.OVER_GRAPH * graph:.0%}."
+    )
 
 
 def verdict_table(verdicts: list[targets.Verdict]) -> tuple[list[str], list[list[str]]]:

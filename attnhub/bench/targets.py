@@ -22,7 +22,7 @@ BELOW = "below aim"
 DISTURBED = "DISTURBED"
 _MOST = 1.05
 #: Who is judged: the first of these that has a row.
-_JUDGED, _JUDGED_ON_GPUS = ("attnhub", "attnhub cpu"), ("attnhub triton",)
+_JUDGED, _JUDGED_ON_GPUS, _JUDGED_IN_ONNX = ("attnhub", "attnhub cpu"), ("attnhub triton",), ("attnhub onnx",)
 
 Rows = dict[str, dict[str, Any]]
 #: (rows of a case by peer, the judged row) -> what is compared; None where it was not measured.
@@ -146,6 +146,19 @@ AMX = (
     Target("bf16 decode over F.sdpa", 3.0, 3.0, _SDPA, _decode("bfloat16")),
     *_EVERYWHERE,
 )
+
+
+#: The node beside ONNX Runtime's own, at the shape of its target.
+NODE_CASE = Case(2048, heads=32, head_dim=128, causal=True)
+#: Speed-up that is asked for over the graph that exporters write.
+OVER_GRAPH = 3.0
+NODE = tuple(
+    Target(f"causal prefill over {name}", gate, gate, _over(peer), _one(NODE_CASE))
+    for name, peer, gate in (
+        ("GroupQueryAttention", "ONNX Runtime", 1.3), ("MultiHeadAttention", "ONNX Runtime MultiHeadAttention", 1.5),
+        ("the exported graph", "ONNX Runtime graph", OVER_GRAPH),
+    )
+)  # fmt: skip
 
 
 # -- GPU -----------------------------------------------------------------------------------------------------------------
@@ -306,7 +319,7 @@ def table(environment: dict[str, Any], preset: str = "limits") -> tuple[Target, 
     """The targets of a result file's device and preset. ValueError where there are none."""
     device = environment["device"]
     if device["type"] == "cpu":
-        return AMX if "amx_bf16" in device["isa"] else AVX
+        return NODE if preset == "onnx" else AMX if "amx_bf16" in device["isa"] else AVX
     if preset not in GPU:
         raise ValueError(f"there are targets for CPUs and, on GPUs, for the presets {', '.join(GPU)}; this file is of {device['name']} and {preset}")
     return GPU[preset] + (_H200 if preset == "decode" and "H200" in device["name"] else ())
@@ -314,10 +327,10 @@ def table(environment: dict[str, Any], preset: str = "limits") -> tuple[Target, 
 
 def judge(result: dict[str, Any]) -> list[Verdict]:
     """A verdict for every target of the file's device."""
-    return [_verdict(target, _by_case(result), _judged(result)) for target in targets_of(result)]
+    return [_verdict(target, by_case(result), _judged(result)) for target in targets_of(result)]
 
 
-def _by_case(result: dict[str, Any]) -> dict[Any, Rows]:
+def by_case(result: dict[str, Any]) -> dict[Any, Rows]:
     """The rows that were timed, by case and peer."""
     cases: dict[Any, Rows] = {}
     for row in result["rows"]:
@@ -327,6 +340,8 @@ def _by_case(result: dict[str, Any]) -> dict[Any, Rows]:
 
 
 def _judged(result: dict[str, Any]) -> tuple[str, ...]:
+    if result["suite"] != models.SUITE and result["preset"] == "onnx":
+        return _JUDGED_IN_ONNX
     on_gpu = result["environment"]["device"]["type"] != "cpu" and result["suite"] != models.SUITE
     return _JUDGED_ON_GPUS if on_gpu else _JUDGED
 
@@ -340,7 +355,7 @@ def unjudged(result: dict[str, Any]) -> list[str]:
     whole = result["suite"] == models.SUITE
     if result["environment"]["device"]["type"] == "cpu" and not whole:
         return []
-    rows = _by_case(result)
+    rows = by_case(result)
     expected: tuple[Union[Case, ModelCase], ...] = (
         models.PRESETS[result["preset"]].cases if whole else tuple(PRESETS[result["preset"]].make("cuda"))
     )
