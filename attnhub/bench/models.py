@@ -104,7 +104,7 @@ PRESETS = {
     ),
     ONNX: ModelPreset(
         "MiniLM's sentences and the prefill of an 8-layer decoder as files in ONNX Runtime: attnhub's node beside exported graphs", "cpu",
-        (ModelCase("minilm", "embed", 256, 8), ModelCase("llama-8-layers", "prefill", 1024)), ONNX_PEERS, (13, 0.25),
+        (ModelCase("minilm", "embed", 256, 8), ModelCase("llama-8-layers", "prefill", 1024)), ONNX_PEERS, (9, 0.25),
     ),
     "gpu": ModelPreset(
         "a Llama of 8B: prefill and decode; a Llama of 1B: a training step; random weights", "cuda",
