@@ -43,8 +43,8 @@ def test_presets_hold_what_they_must() -> None:
     assert case.units() == 16 and ModelCase("m", "prefill", 64, 2).units() == 128 and ModelCase("m", "embed", 64, 2).units() == 2
     assert ModelCase.of({**case.to_json(), "peer": "x"}) == case and models.case_of("models", case.to_json()) == case
     assert isinstance(models.case_of("cpu", cases.Case(8).to_json()), cases.Case)
-    for preset in models.PRESETS.values():
-        assert not [t.name for t in targets.MODELS[preset.device.replace("cuda", "gpu")] if not any(t.holds(c) for c in preset.cases)]
+    for name, preset in models.PRESETS.items():
+        assert not [t.name for t in targets.MODELS[name] if not any(t.holds(c) for c in preset.cases)]
 
 
 @pytest.mark.parametrize("model", [DECODER, "bert-base"])

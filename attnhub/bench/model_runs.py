@@ -18,7 +18,7 @@ from attnhub.bench.tasks import TASKS, Step, Task
 
 
 @dataclass(frozen=True)
-class _Peer:
+class Peer:
     """A model's name in a table. A backend that was asked for is set around every call, since a thread has its own policy."""
 
     name: str
@@ -64,7 +64,7 @@ def run_case(
             # Behind the clause that held the error and with it all that the call had made.
             models.tidy()
             continue
-        runners.append(measure.Runner(row, _Peer(name), step, rounds, calls, step))
+        runners.append(measure.Runner(row, Peer(name), step, rounds, calls, step))
     measure.interleave(runners, settings, device, tick)
     for runner in runners:
         row = runner.row

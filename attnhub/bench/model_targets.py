@@ -7,13 +7,17 @@ from typing import Any, Optional
 
 from attnhub.bench import models
 from attnhub.bench.models import ModelCase
-from attnhub.bench.target import Rows, Target, figure, over
+from attnhub.bench.target import Measure, Rows, Target, figure, over
 
 
-def _over_memory(rows: Rows, mine: dict[str, Any]) -> Optional[float]:
-    """The peak of memory as a part of the baseline's."""
-    theirs, ours = rows.get(models.BASELINE, {}).get("extra_mib"), mine.get("extra_mib")
-    return ours / theirs if theirs and ours is not None else None
+def _memory_over(peer: str) -> Measure:
+    """The peak of memory as a part of a peer's."""
+
+    def measure(rows: Rows, mine: dict[str, Any]) -> Optional[float]:
+        theirs, ours = rows.get(peer, {}).get("extra_mib"), mine.get("extra_mib")
+        return ours / theirs if theirs and ours is not None else None
+
+    return measure
 
 
 def _task(task: str, longer: bool | None = None) -> Callable[[ModelCase], bool]:
@@ -21,7 +25,8 @@ def _task(task: str, longer: bool | None = None) -> Callable[[ModelCase], bool]:
     return lambda c: c.task == task and (longer is None or (c.length >= 2048) == longer)
 
 
-_PATCHED, _MEMORY_OF = over(models.BASELINE), ("training step's peak memory of sdpa's", 1.0, 1.0, _over_memory, _task("training"), "{:.1%}", True)
+_PATCHED, _MEMORY_OF = over(models.BASELINE), ("training step's peak memory of sdpa's", 1.0, 1.0, _memory_over(models.BASELINE), _task("training"), "{:.1%}", True)
+_FILES, _GRAPHS = ("embed", "prefill"), ("sdpa", "eager")
 #: By the preset.
 MODELS: dict[str, tuple[Target, ...]] = {
     "cpu": (
@@ -41,5 +46,17 @@ MODELS: dict[str, tuple[Target, ...]] = {
         Target("decode over flex", 0.0, 1.0, over("flex"), _task("decode"), every=True),
         Target("training step over sdpa", 0.0, 1.0, _PATCHED, _task("training"), every=True),
         Target(*_MEMORY_OF),
+    ),
+    # Files in ONNX Runtime: the graphs of torch's exporter, and what ONNX Runtime's own optimizer makes of one.
+    models.ONNX: (
+        Target("embeddings' largest difference to torch", 1e-5, 1e-5, figure("difference"), _task("embed"), "{:.1e}", at_most=True),
+        Target("other outputs' largest difference to torch", 1e-5, 1e-5, figure("difference"), _task("prefill"), "{:.1e}", at_most=True),
+        *(Target(f"{task} over the exported graph of {peer}", 1.0, 1.0, over(peer), _task(task), every=True) for task in _FILES for peer in _GRAPHS),
+        Target("embed over ONNX Runtime's fused graph", 0.0, 1.0, over("fused"), _task("embed"), every=True),
+        *(
+            Target(f"{task}'s peak memory of the exported graph of {peer}", 0.99, 0.6, _memory_over(peer), _task(task), "{:.0%}", at_most=True)
+            for task in _FILES for peer in _GRAPHS
+        ),
+        Target("embed's peak memory of ONNX Runtime's fused graph", 0.99, 0.99, _memory_over("fused"), _task("embed"), "{:.0%}", at_most=True),
     ),
 }

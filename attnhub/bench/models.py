@@ -11,6 +11,9 @@ from attnhub.bench.cases import Case
 from attnhub.bench.overhead_case import SUITE as OVERHEAD
 
 SUITE = "models"
+#: The preset whose models are files that ONNX Runtime runs (onnx_models.py), and who takes part in it: what is exported, and how it is run.
+ONNX = "onnx"
+ONNX_PEERS = ("sdpa", "eager", "fused", "body")
 #: Who a model without attnhub is: the implementations of transformers. The first one is its default, and what ratios are to.
 PEERS = ("sdpa", "eager", "flex")
 BASELINE = "sdpa"
@@ -100,6 +103,10 @@ PRESETS = {
         # Many short turns: what disturbs a shared machine lasts longer than a turn, and then hits all of a round.
         ("sdpa",), (21, 0.05),
     ),
+    ONNX: ModelPreset(
+        "MiniLM's sentences and the prefill of an 8-layer decoder as files in ONNX Runtime: attnhub's node beside exported graphs", "cpu",
+        (ModelCase("minilm", "embed", 256, 8), ModelCase("llama-8-layers", "prefill", 1024)), ONNX_PEERS, (9, 0.25),
+    ),
     "gpu": ModelPreset(
         "a Llama of 8B: prefill and decode; a Llama of 1B: a training step; random weights", "cuda",
         (
@@ -138,8 +145,15 @@ def case_of(suite: str, row: dict[str, Any]) -> Union[Case, ModelCase, str]:
     return ModelCase.of(row) if suite == SUITE else Case.of(row)
 
 
+def peers_of(preset: str) -> tuple[str, ...]:
+    """Who can take part in a preset beside attnhub."""
+    return ONNX_PEERS if preset == ONNX else PEERS
+
+
 def left_out(case: ModelCase, peer: str, device: str) -> str:
     """Why a peer takes no part in a case; "" where it does."""
+    if peer == "fused" and case.task != "embed":
+        return "ONNX Runtime's optimizer is asked for BERT alone"
     if peer == "flex" and device == "cpu":
         return "it is timed on GPUs"
     if peer == "flex" and case.cache == "dynamic":

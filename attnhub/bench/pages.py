@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import Any, Optional
 
-from attnhub.bench import ceilings, results, targets
+from attnhub.bench import ceilings, onnx_targets, results, targets
 from attnhub.bench.cases import Case
 from attnhub.bench.models import SUITE as MODELS
 from attnhub.bench.models import ModelCase
@@ -112,9 +112,22 @@ def _ceilings(result: dict[str, Any]) -> str:
 
 def _verdicts(result: dict[str, Any]) -> str:
     """The targets that a result file speaks of, as a table."""
-    if result["suite"] != MODELS and result["preset"] not in (("limits",) if result["environment"]["device"]["type"] == "cpu" else targets.GPU):
+    if result["suite"] != MODELS and result["preset"] not in (("limits", "onnx") if result["environment"]["device"]["type"] == "cpu" else targets.GPU):
         return ""
-    return "\n" + markdown_table(*verdict_table(targets.judge(result)), right=NUMERIC)
+    said = _bound(result)
+    return "\n" + markdown_table(*verdict_table(targets.judge(result)), right=NUMERIC) + (f"\n{said}\n" if said else "")
+
+
+def _bound(result: dict[str, Any]) -> str:
+    """A sentence: what the target of attnhub's node over the exported graph takes of the machine; "" where the file does not tell."""
+    rows = targets.by_case(result).get(onnx_targets.CASE, {}) if result["preset"] == "onnx" and result["suite"] != MODELS else {}
+    graph, node = (rows.get(name, {}).get("peak_fraction") for name in ("ONNX Runtime graph", "attnhub onnx"))
+    if not graph or not node:
+        return ""
+    return (
+        f"At {onnx_targets.CASE} the exported graph reaches {graph:.0%} of the multiply-adds that the processor makes on registers alone, the node {node:.0%};\n"
+        f"{onnx_targets.OVER_GRAPH:g} times the graph's speed would be {onnx_targets.OVER_GRAPH * graph:.0%}."
+    )
 
 
 def verdict_table(verdicts: list[targets.Verdict]) -> tuple[list[str], list[list[str]]]:
@@ -248,11 +261,20 @@ def _saved(row: dict[str, Any], naive: Optional[float]) -> str:
 def _models(result: dict[str, Any]) -> str:
     """Whole models: one table, and who took no part."""
     absent = [f"{ModelCase.of(row)}: {row['peer']} ({row['skipped']})" for row in result["rows"] if "skipped" in row]
-    said = (
-        f"\ntransformers {result['environment'].get('transformers', 'unknown')}. Peers are the implementations of attention of one model with the same "
-        "weights. Difference is the\nlargest one to the output of `sdpa`: of unit vectors as it is, else as a part of the largest value; of a training step, of\n"
-        "the gradient of the embeddings.\n\n"
-    )
+    environment = result["environment"]
+    said = f"\ntransformers {environment.get('transformers', 'unknown')}. "
+    if "onnxruntime" in environment:
+        said += (
+            f"Files of one model, in ONNX Runtime {environment['onnxruntime']} with all its optimisations: `sdpa` and `eager` as torch's exporter writes\n"
+            "those implementations, `fused` by ONNX Runtime's own optimizer, `attnhub` with attnhub's library and `body` the same file without. Extra MiB is the\n"
+            "peak of the resident set of a process of its own above what it was once the file was loaded and had run 8 tokens. Difference is the largest one\n"
+            "to torch's outputs: of unit vectors as it is, else as a part of the largest value.\n\n"
+        )
+    else:
+        said += (
+            "Peers are the implementations of attention of one model with the same weights. Difference is the\nlargest one to the output of `sdpa`: of unit "
+            "vectors as it is, else as a part of the largest value; of a training step, of\nthe gradient of the embeddings.\n\n"
+        )
     table = markdown_table(*model_table([row for row in result["rows"] if "skipped" not in row]), right=NUMERIC)
     return said + table + ("\nNot timed: " + "; ".join(absent) + ".\n" if absent else "")
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
-from attnhub.bench import cpu_targets, cuda_targets, models, overhead_case, triton_targets
+from attnhub.bench import cpu_targets, cuda_targets, models, onnx_targets, overhead_case, triton_targets
 from attnhub.bench.cases import Case
 from attnhub.bench.cpu_targets import AMX, AVX
 from attnhub.bench.model_targets import MODELS
@@ -61,7 +61,7 @@ def table(environment: dict[str, Any], preset: str = "limits") -> tuple[Target, 
     """The targets of a device and a preset of single calls. ValueError where there are none."""
     device = environment["device"]
     if device["type"] == "cpu":
-        return AMX if "amx_bf16" in device["isa"] else AVX
+        return onnx_targets.NODE if preset == "onnx" else AMX if "amx_bf16" in device["isa"] else AVX
     if preset not in GPU:
         raise ValueError(f"there are targets for CPUs and, on GPUs, for the presets {', '.join(GPU)}; this file is of {device['name']} and {preset}")
     return H200.get(preset, GPU[preset]) if "H200" in device["name"] else GPU[preset]
@@ -69,15 +69,17 @@ def table(environment: dict[str, Any], preset: str = "limits") -> tuple[Target, 
 
 def judge(result: dict[str, Any]) -> list[Verdict]:
     """A verdict for every target of the file's device."""
-    return [_verdict(target, _by_case(result), judged(result)) for target in targets_of(result)]
+    return [_verdict(target, by_case(result), judged(result)) for target in targets_of(result)]
 
 
 def judged(result: dict[str, Any]) -> tuple[str, ...]:
     """Who is judged: the first of these that has a row."""
     if result["suite"] == overhead_case.SUITE:
         return ("attnhub auto",) if _on_cpu(result) else ("attnhub cuda",)
-    if result["suite"] == models.SUITE or _on_cpu(result):
-        return "attnhub", "attnhub cpu"
+    if result["suite"] == models.SUITE:
+        return ("attnhub",)
+    if _on_cpu(result):
+        return ("attnhub onnx",) if result["preset"] == "onnx" else ("attnhub", "attnhub cpu")
     return (PRESETS[result["preset"]].judged,)
 
 
@@ -85,7 +87,7 @@ def _on_cpu(result: dict[str, Any]) -> bool:
     return bool(result["environment"]["device"]["type"] == "cpu")
 
 
-def _by_case(result: dict[str, Any]) -> dict[Any, Rows]:
+def by_case(result: dict[str, Any]) -> dict[Any, Rows]:
     """The rows that were timed, by case and peer."""
     cases: dict[Any, Rows] = {}
     for row in result["rows"]:
@@ -104,7 +106,7 @@ def unjudged(result: dict[str, Any]) -> list[str]:
     whole = result["suite"] == models.SUITE
     if _on_cpu(result) and not whole:
         return []
-    rows, asked = _by_case(result), targets_of(result)
+    rows, asked = by_case(result), targets_of(result)
     found = _hasty(result)
     for case in _expected(result):
         mine = next((rows[case][name] for name in judged(result) if name in rows.get(case, {})), None)

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=_numbers, default=(), help="keep only the cases with these numbers of keys")
     parser.add_argument("--dtypes", type=_names, default=(), help="time every case in these dtypes instead of its own")
     parser.add_argument("--modes", type=_names, default=(), help="keep only forward, backward or training cases")
-    parser.add_argument("--peers", type=_names, default=None, help=f"joined by commas: {', '.join(_PEERS)}; of models: {', '.join(bench_models.PEERS)}; default: the preset's")
+    parser.add_argument("--peers", type=_names, default=None, help=f"joined by commas: {', '.join(_PEERS)}; of models: {', '.join(bench_models.PEERS)}, as files: {', '.join(bench_models.ONNX_PEERS)}; default: the preset's")
     parser.add_argument("--backends", type=_names, default=None, help="attnhub backends (auto is the automatic choice); default: the preset's, or all that accept")
     parser.add_argument("--only", action="append", default=[], help="keep only the cases whose text (as --list shows it) holds this; may be repeated")
     parser.add_argument("--scale", choices=bench_models.SCALES, default="full", help="models: tiny ones run the whole path in seconds; their figures say nothing")

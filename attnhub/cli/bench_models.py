@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Optional
 
 from attnhub.bench import models
@@ -25,7 +26,6 @@ def run(args: argparse.Namespace) -> int:
 
     from attnhub.bench import pages, results
     from attnhub.bench.measure import Settings
-    from attnhub.bench.model_runs import run_case
     from attnhub.bench.zoo import Zoo
 
     forbid_hub()
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
             raise CommandError(str(error)) from error
         known = {models.ModelCase.of(row) for row in result["rows"]}
         todo = [case for case in todo if case not in known]
+    run_case = _runner(args.preset, result)
     zoo = Zoo(device, args.scale)
     for n, case in enumerate(todo):
         if args.limit and time.monotonic() - started > args.limit:
@@ -79,6 +80,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _runner(preset: str, result: dict[str, Any]) -> Callable[..., list[dict[str, Any]]]:
+    """Who measures a case of the preset. The environment tells what it needs besides torch."""
+    if preset != models.ONNX:
+        from attnhub.bench.model_runs import run_case
+
+        return run_case
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CommandError(f"files of models need {', '.join(missing)}: pip install 'attnhub[onnx]'")
+    result["environment"]["onnxruntime"] = importlib.import_module("onnxruntime").__version__
+    from attnhub.bench.onnx_models import run_case as run_file
+
+    return run_file
+
+
 def _chosen(args: argparse.Namespace) -> tuple[tuple[str, ...], list[models.ModelCase]]:
     """(peers, cases). The baseline and attnhub always take part."""
     if args.preset is None:
@@ -87,9 +103,12 @@ def _chosen(args: argparse.Namespace) -> tuple[tuple[str, ...], list[models.Mode
         raise CommandError(f"--preset {args.preset} is none of the suite models; it has {', '.join(models.PRESETS)}")
     if args.lengths or args.dtypes or args.modes:
         raise CommandError("--lengths, --dtypes and --modes are of single calls; --only chooses among the cases of models")
+    known = models.peers_of(args.preset)
     wanted = models.PRESETS[args.preset].peers if args.peers is None else args.peers
-    if unknown := [name for name in wanted if name not in models.PEERS]:
-        raise CommandError(f"--peers: unknown {', '.join(unknown)}; models know {', '.join(models.PEERS)}")
+    if unknown := [name for name in wanted if name not in known]:
+        raise CommandError(f"--peers: unknown {', '.join(unknown)}; models know {', '.join(known)}")
+    if args.preset == models.ONNX and (args.backends or args.device not in ("", "cpu")):
+        raise CommandError("--backends, --device: files run by attnhub's native library, and that on the CPU")
     ours = ["attnhub" if name == "auto" else f"attnhub {name}" for name in args.backends or ("auto",)]
     names = tuple(dict.fromkeys((models.BASELINE, *wanted, *ours)))
     todo = models.select(args.preset, args.scale, args.only)

@@ -18,6 +18,7 @@ from attnhub import ops
 from attnhub.backends.onnx import cached
 from attnhub.backends.onnx.bodies import give_bodies, nodes_of
 from attnhub.backends.onnx.body import OPSETS
+from attnhub.backends.onnx.gelu import reorder_gelu
 from attnhub.backends.onnx.model import EXTERNAL_BYTES, IR_VERSION
 from attnhub.backends.onnx.node import Form
 from attnhub.backends.onnx.translate import IN_PLACE_CACHE, UnsupportedInOnnx, translate_forward
@@ -198,6 +199,7 @@ def _finish(model: Any) -> list[Form]:
     """Give every node its final outputs and its body. Changes the model; the forms found, one per node."""
     for node in nodes_of(model):
         _drop_unused_outputs(node)
+    reorder_gelu(model)
     forms = give_bodies(model)
     model.ir_version = IR_VERSION
     return forms

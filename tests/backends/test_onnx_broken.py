@@ -73,6 +73,16 @@ def test_mutants_under_sanitizers(tmp_path: pathlib.Path) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [onnx.TensorProto.DOUBLE, onnx.TensorProto.INT32])
+def test_a_dtype_that_is_not_served(dtype: int) -> None:
+    """With the library, a file of another dtype is turned away by node and input; also float64, which the body alone would run."""
+    model = one_node(Form(), dtype)
+    model.graph.node[0].name = "layer.0"
+    name = {onnx.TensorProto.DOUBLE: "double", onnx.TensorProto.INT32: "int32"}[dtype]
+    with pytest.raises(Exception, match=rf"tensor\({name}\)' of input parameter \(Q\) of operator \(FlashAttention\) in node \(layer.0\) is invalid"):
+        ort.InferenceSession(model.SerializeToString(), attnhub.onnx.register())
+
+
 SOURCES = [
     """<ir_version: 10, opset_import: ["" : 18]>
     graph (float[B, 4, S, 8] q, float[B, 2, T, 8] k, float[B, 2, T, 8] v, float[B, 1, S, T] m) => (float[B, 4, S, 8] y) {

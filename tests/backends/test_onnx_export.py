@@ -349,3 +349,28 @@ def test_minilm(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None
         for (hidden,) in both_ways(path, feed):
             kept = feed["attention_mask"].bool()
             torch.testing.assert_close(hidden[kept], want[kept], atol=2e-5, rtol=0)
+
+
+class Feed(torch.nn.Module):
+    """An encoder's layer with a GELU, and things like one that are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.wide, self.narrow = Attention(lambda: None), torch.nn.Linear(32, 48), torch.nn.Linear(48, 32)
+
+    def forward(self, x: Tensor) -> Any:
+        wide = self.wide(self.attention(x))
+        other = wide * (0.5 * (1.0 + torch.erf(x.mean() / 2.0**0.5)))
+        scaled = x * (0.25 * (1.0 + torch.erf(x / 2.0**0.5)))
+        return self.narrow(torch.nn.functional.gelu(wide)), other, scaled
+
+
+def test_gelu_is_one_that_the_runtime_knows(tmp_path: pathlib.Path) -> None:
+    path, x = tmp_path / "feed.onnx", torch.randn(2, 5, 32)
+    report = attnhub.onnx.export(Feed().eval(), (x,), path, dynamic_shapes=({0: BATCH, 1: LENGTH},))
+    assert report.native_difference is not None and report.native_difference < 1e-5
+    for options in (attnhub.onnx.register(), ort.SessionOptions()):
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        ort.InferenceSession(str(path), options)
+        counts = collections.Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+        assert (counts["BiasGelu"] + counts["Gelu"], counts["Erf"]) == (1, 2)
