@@ -34,7 +34,7 @@ def _splits_keys(problem: Problem) -> bool:
     before 4096 keys. A single token is cuDNN's as much (docs/results.md).
     """
     tiles = problem.batch * problem.q_heads * -(-problem.seqlen_q // 128)
-    return 16 < problem.seqlen_q and tiles <= 66 and problem.seqlen_k >= 8 * problem.seqlen_q
+    return problem.seqlen_q > 16 and tiles <= 66 and problem.seqlen_k >= 8 * problem.seqlen_q
 
 
 class TritonBackend(Backend):
