@@ -26,10 +26,14 @@ class SdpaBackend(Backend):
         return probe_torch()
 
     def cost(self, problem: Problem) -> float:
-        """1 by definition where torch's kernel serves the call; the tiled maths read and write scores through memory."""
+        """1 by definition where torch's kernel serves the call; the tiled maths read and write scores through memory. On a GPU a mask that has to be
+        written out first costs launches, memory and the faster kernels.
+        """
         from attnhub.backends.sdpa import launcher
 
-        return 1.0 if launcher.expressible(problem) else 4.0
+        if not launcher.expressible(problem):
+            return 4.0
+        return 2.0 if problem.device.type == "cuda" and problem.features & launcher.WRITTEN_OUT else 1.0
 
     def prepare(self, problem: Problem) -> Plan:
         from attnhub.backends.sdpa import launcher

@@ -28,6 +28,11 @@ _MASKLESS = frozenset({Feature.GQA, Feature.DV_DIFFERS, Feature.CAUSAL_TOP_LEFT,
 #: Far below any score, and far enough above the smallest number for a factor of log2(e). fp16 masks are not that small.
 _LEAST_BIAS = -1e30
 
+#: Mask parts that torch's kernels take as a dense mask only.
+WRITTEN_OUT = frozenset(
+    {Feature.SEQLENS, Feature.LEFTPAD, Feature.WINDOW, Feature.CHUNK, Feature.PREFIX, Feature.SEGMENTS, Feature.ALIBI, Feature.BLOCK_SPARSE}
+)
+
 
 def expressible(problem: Problem) -> bool:
     """Whether torch's kernel serves the forward."""
