@@ -17,10 +17,11 @@ from torch import Tensor, nn
 import attnhub
 from attnhub.bench.workers import answer
 from attnhub.cli.offline import forbid_hub
-from attnhub.integrations.huggingface.inputs import BATCH, LENGTH, VARIANTS, padding, tiny_inputs
+from attnhub.integrations.huggingface.inputs import VARIANTS, tiny_inputs
+from attnhub.integrations.huggingface.media import BATCH, LENGTH, padding
 from attnhub.integrations.huggingface.modules import find_attention
 from attnhub.integrations.huggingface.own import OWN
-from attnhub.integrations.huggingface.tiny import tiny_model
+from attnhub.integrations.huggingface.tiny import WAYS, TooLarge, tiny_model
 from attnhub.patching import PatchError
 
 #: A process that needs more address space than this fails at the class that does.
@@ -44,8 +45,7 @@ def probe(name: str) -> dict[str, Any]:
     if getattr(cls, "config_class", None) is None:
         return {"state": "not run", "reason": "it has no configuration class of its own"}
     try:
-        model = tiny_model(cls)
-        variant, without = _first_run(model)
+        model, way, variant, without = _first_that_runs(cls)
         paddings = ("left", "right") if "attention_mask" in tiny_inputs(model, "none", variant) else ()
         eager = {"none": without} | {pad: _run(model, pad, variant) for pad in paddings}
     except MemoryError:
@@ -53,12 +53,12 @@ def probe(name: str) -> dict[str, Any]:
     except Exception as error:
         return {"state": "not run", "reason": f"tiny: {_line(error)}"}
     try:
-        return _compare(model, eager, variant)
+        return _compare(model, eager, variant, way)
     except Exception as error:
         return {"state": "fails", "reason": _line(error)}
 
 
-def _compare(model: Any, eager: dict[str, list[Tensor]], variant: tuple[str, ...]) -> dict[str, Any]:
+def _compare(model: Any, eager: dict[str, list[Tensor]], variant: tuple[str, ...], way: str) -> dict[str, Any]:
     try:
         report = attnhub.patch(model)
     except PatchError:
@@ -87,7 +87,7 @@ def _compare(model: Any, eager: dict[str, list[Tensor]], variant: tuple[str, ...
     if not ran:
         return {"state": "not run", "reason": "none of its attention modules ran", **found}
     if largest > TOLERANCE * size:
-        other = _by_sdpa(type(model), variant, tuple(eager))
+        other = _by_sdpa(type(model), way, variant, tuple(eager))
         if other is not None and (gap := _largest(ours, other))[0] <= TOLERANCE * gap[1]:
             # Eager attention adds a boolean mask as numbers, for one.
             found |= {"difference": gap[0], "note": f"compared with sdpa attention, from which eager attention is {largest:.1e} away"}
@@ -109,13 +109,28 @@ def _largest(ours: dict[str, list[Tensor]], theirs: dict[str, list[Tensor]]) -> 
     return worst
 
 
-def _by_sdpa(cls: Any, variant: tuple[str, ...], paddings: tuple[str, ...]) -> Optional[dict[str, list[Tensor]]]:
+def _by_sdpa(cls: Any, way: str, variant: tuple[str, ...], paddings: tuple[str, ...]) -> Optional[dict[str, list[Tensor]]]:
     """The outputs by transformers' sdpa attention, where the class has it."""
     try:
-        model = tiny_model(cls, "sdpa")
+        model = tiny_model(cls, "sdpa", way)
         return {pad: _run(model, pad, variant) for pad in paddings}
     except Exception:
         return None
+
+
+def _first_that_runs(cls: Any) -> tuple[Any, str, tuple[str, ...], list[Tensor]]:
+    """The first tiny model of the class that runs, its way, inputs and outputs. Raises what the last one raised, of small enough ones."""
+    last: Optional[Exception] = None
+    for way in WAYS:
+        try:
+            model = tiny_model(cls, way=way)
+            return (model, way, *_first_run(model))
+        except TooLarge as error:
+            last = last or error
+        except Exception as error:
+            last = error
+    assert last is not None
+    raise last
 
 
 def _first_run(model: Any) -> tuple[tuple[str, ...], list[Tensor]]:
