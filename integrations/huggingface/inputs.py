@@ -12,8 +12,10 @@ from attnhub.integrations.huggingface.media import BATCH, BESIDE, GRIDS, INPUTS,
 #: What a forward pass may need beside its main input, tried in this order until one runs: names of inputs, and of `SHAPES`.
 VARIANTS: tuple[tuple[str, ...], ...] = (
     (), ("pixel_values",), ("input_features",), ("input_values",), ("pixel_values", "input_features"), ("one channel",), ("codebooks",),
-    ("features turned",), ("codebooks in the batch",), ("pixel_values", "patches"), ("patches",), ("pixel_values", "many images"), ("many images",),
-    ("pixel_values", "placeholders"), ("input_ids",), ("inputs_embeds",), ("longer sound",), ("longer features",), ("one text an image",),
+    ("features turned",), ("codebooks of the decoder",), ("codebooks in the batch",), ("input_values", "codebooks in the batch"), ("pixel_values", "patches"), ("patches",),
+    ("pixel_values", "many images"), ("many images",), ("input_ids",), ("input_ids", "placeholders"), ("pixel_values", "placeholders"),
+    ("inputs_embeds",), ("entity_ids",), ("region_to_phrase_position",), ("marked",), ("inputs of sound",), ("inputs of pixels",), ("inputs of floats",),
+    ("longer sound",), ("longer features",), ("one text an image",),
 )  # fmt: skip
 
 
@@ -30,7 +32,7 @@ def tiny_inputs(model: Any, pad: str, variant: tuple[str, ...] = ()) -> dict[str
     if any(n not in parameters for n in extra):
         raise ValueError(f"it takes no {', '.join(extra)}")
     wanted = list(dict.fromkeys([*required, *([main] if main in parameters else [])]))
-    if "input_ids" in parameters and "decoder_input_ids" not in parameters:
+    if "input_ids" in parameters and "decoder_input_ids" not in parameters and "inputs" not in wanted:
         wanted.append("input_ids")
     if "inputs_embeds" in extra:
         wanted = [n for n in wanted if n != "input_ids"]

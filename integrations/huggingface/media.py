@@ -49,6 +49,8 @@ def _width(config: Any, *names: str) -> int:
 def _pixels(model: Any, generator: torch.Generator) -> Tensor:
     config = model.config
     size, channels = IMAGE, 3
+    if ratios := getattr(config, "scaled_images_ratios", None):
+        return torch.randn(BATCH, 3, *[int(config.patch_size / min(ratios))] * 2, generator=generator)
     for inner in configs_of(config):
         found = getattr(inner, "image_size", None)
         if found is not None:
@@ -155,8 +157,10 @@ def _steps(model: Any, generator: torch.Generator, *names: str) -> Tensor:
 Rule = Callable[[Any, Tensor, str, torch.Generator], Any]
 #: Parameters that are given wherever another one is, if the model takes them.
 BESIDE: dict[str, tuple[str, ...]] = {
-    "pixel_values": ("image_grid_thw", "image_position_ids", "pixel_attention_mask", "spatial_shapes", "aspect_ratio_ids", "aspect_ratio_mask", "image_sizes"),
+    "pixel_values": ("image_grid_thw", "image_position_ids", "pixel_attention_mask", "spatial_shapes", "aspect_ratio_ids", "aspect_ratio_mask", "image_sizes", "image_embeds_position_mask", "target_sizes"),
     "input_features": ("input_features_mask", "feature_attention_mask"),
+    "input_ids": ("context_input_ids", "context_attention_mask", "doc_scores"),
+    "entity_ids": ("entity_attention_mask", "entity_position_ids", "entity_start_positions", "entity_end_positions"),
     "states": ("actions", "rewards", "returns_to_go", "timesteps"),
     "boxes": ("labels", "mask"),
     "flattened_patches": ("attention_mask",),
@@ -168,6 +172,17 @@ INPUTS: dict[str, Rule] = {
     "qformer_input_ids": lambda model, text, pad, g: text,
     "inputs_embeds": lambda model, text, pad, g: _steps(model, g, "hidden_size"),
     "inputs": lambda model, text, pad, g: text,
+    "context_input_ids": lambda model, text, pad, g: text.repeat(_first_int(model.config, "n_docs") or 1, 1),
+    "context_attention_mask": lambda model, text, pad, g: torch.ones_like(text.repeat(_first_int(model.config, "n_docs") or 1, 1)),
+    "doc_scores": lambda model, text, pad, g: torch.rand(BATCH, _first_int(model.config, "n_docs") or 1, generator=g),
+    "entity_ids": lambda model, text, pad, g: text[:, :2] % 16,
+    "entity_attention_mask": lambda model, text, pad, g: torch.ones(BATCH, 2, dtype=torch.long),
+    "entity_position_ids": lambda model, text, pad, g: torch.tensor([[[2, 3], [5, 6]]] * BATCH),
+    "entity_start_positions": lambda model, text, pad, g: torch.tensor([[2, 5]] * BATCH),
+    "entity_end_positions": lambda model, text, pad, g: torch.tensor([[3, 6]] * BATCH),
+    "region_to_phrase_position": lambda model, text, pad, g: torch.tensor([[2, 3, -1]] * BATCH),
+    "image_embeds_position_mask": lambda model, text, pad, g: (torch.arange(LENGTH) < (_first_int(model.config, "latent_query_num") or 1)).long().expand(BATCH, -1),
+    "target_sizes": lambda model, text, pad, g: _grid()[:, 1:].int(),
     "hidden_states": lambda model, text, pad, g: _steps(model, g, "input_dim"),
     "query_embeds": lambda model, text, pad, g: _steps(model, g, "hidden_size"),
     "codebook_idx": lambda model, text, pad, g: 1,
@@ -253,6 +268,10 @@ def _codebooks(model: Any, made: Made, generator: torch.Generator) -> Made:
     return {n: t.unsqueeze(-1).expand(*t.shape, books) % 16 for n, t in made.items() if n in ("input_ids", "decoder_input_ids")}
 
 
+def _decoder_codebooks(model: Any, made: Made, generator: torch.Generator) -> Made:
+    return {n: t for n, t in _codebooks(model, made, generator).items() if n == "decoder_input_ids"}
+
+
 def _stacked_codebooks(model: Any, made: Made, generator: torch.Generator) -> Made:
     """[batch * codebooks, length]: of the decoder, if there is one."""
     books = _first_int(model.config, "num_codebooks")
@@ -294,6 +313,20 @@ def _placeholders(model: Any, made: Made, generator: torch.Generator) -> Made:
     return {}
 
 
+def _marked(model: Any, made: Made, generator: torch.Generator) -> Made:
+    """Texts with three separators, or with a question."""
+    token = _first_int(model.config, "question_token_id", "sep_token_id", "eos_token_id")
+    if token is None or "input_ids" not in made:
+        return {}
+    text = made["input_ids"].masked_fill(made["input_ids"] == token, 99)
+    text[:, [4, 9, 10] if _first_int(model.config, "question_token_id") is None else [4]] = token
+    return {"input_ids": text}
+
+
+def _as_inputs(rule: Callable[[Any, torch.Generator], Tensor]) -> Callable[[Any, Made, torch.Generator], Made]:
+    return lambda model, made, generator: {"inputs": rule(model, generator)} if "inputs" in made else {}
+
+
 def _longer(model: Any, made: Made, generator: torch.Generator) -> Made:
     return {"input_values": torch.randn(BATCH, 32000, generator=generator)} if "input_values" in made else {}
 
@@ -316,10 +349,15 @@ SHAPES: dict[str, Callable[[Any, Made, torch.Generator], Made]] = {
     "one channel": _one_channel,
     "features turned": _turned,
     "codebooks": _codebooks,
+    "codebooks of the decoder": _decoder_codebooks,
     "codebooks in the batch": _stacked_codebooks,
     "patches": _flat_patches,
     "many images": _many_images,
     "placeholders": _placeholders,
+    "marked": _marked,
+    "inputs of sound": _as_inputs(_sound),
+    "inputs of pixels": _as_inputs(_pixels),
+    "inputs of floats": _as_inputs(lambda model, generator: _steps(model, generator, "d_model")),
     "longer sound": _longer,
     "longer features": _longer_features,
     "one text an image": _one_text_an_image,

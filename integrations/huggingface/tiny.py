@@ -13,7 +13,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
-from attnhub.integrations.huggingface.hints import HINTS
+from attnhub.integrations.huggingface.hints import HINTS, OF_CLASSES
 from attnhub.integrations.huggingface.modules import is_config
 
 VOCAB = 128
@@ -71,10 +71,13 @@ class TooLarge(ValueError):
     """A tiny configuration that is none."""
 
 
-def tiny_config(cls: type, way: str = "narrow") -> Any:
-    """The default configuration of a configuration class with small sizes, nested ones too, and eager attention."""
+def tiny_config(cls: type, way: str = "narrow", model: str = "") -> Any:
+    """The default configuration of a configuration class with small sizes, nested ones too, and eager attention, for a model class of this name."""
     config = cls()
-    made = type(config)(**_shrunk(config, way))
+    given = _shrunk(config, way)
+    for key, value in OF_CLASSES.get(model, {}).items():
+        given[key] = type(given[key])(**_shrunk(getattr(config, key), way) | value) if isinstance(value, dict) and is_config(given.get(key)) else value
+    made = type(config)(**given)
     for inner in configs_of(made):
         if "pad_token_id" in inner.__dict__ and inner.pad_token_id is None:
             inner.pad_token_id = 0
@@ -103,7 +106,7 @@ def _shrunk(config: Any, way: str) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for key, value in known.items():
         if is_config(value):
-            made[key] = type(value)(**_shrunk(value, way))
+            made[key] = _resnet(value) if value.model_type == "timm_backbone" else type(value)(**_shrunk(value, way))
         elif key == "attention_types" and isinstance(value, list) and value and isinstance(value[0], (list, tuple)):
             made[key] = [[list(value[0][0])[:layers], 1]]
         elif key in _KINDS and isinstance(value, (list, tuple)) and value:
@@ -120,8 +123,17 @@ def _shrunk(config: Any, way: str) -> dict[str, Any]:
                 made[key] = min(value, layers)
     if way == "narrow":
         _agree(made, known)
-        made |= HINTS.get(getattr(config, "model_type", ""), {})
+        made |= HINTS.get(config.model_type, {})
     return made
+
+
+def _resnet(backbone: Any) -> Any:
+    """A backbone of the same stages that needs no timm."""
+    from transformers import ResNetConfig
+
+    stages = list(getattr(backbone, "out_indices", None) or [4])
+    stages = [n if n >= 0 else 5 + n for n in stages]
+    return ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 1, 1], out_indices=stages)
 
 
 _INSTEAD_OF_NONE = {"head_dim": HEAD_DIM, "num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 2, "top_k_experts": 2, "moe_intermediate_size": 48, "vocab_size": VOCAB}
@@ -218,7 +230,8 @@ def _small(key: str, value: Any, tokens: Callable[[int], int], way: str) -> Any:
             return min(value, PIXELS)
         return _scaled(value) if way == "scaled" and small in _WIDTHS else value
     if isinstance(value, (list, tuple)) and value and all(is_int(v) for v in value):
-        return type(value)(_small_list(key, list(value), tokens, way))
+        # Some models append to a list of the checkpoint, and their own default is a tuple.
+        return (type(value) if way == "narrow" else list)(_small_list(key, list(value), tokens, way))
     if isinstance(value, dict) and value and all(isinstance(k, str) for k in value):
         if "rope" in key or "rotary" in key:
             return {k: _small(key, v, tokens, way) if isinstance(v, dict) else _rope(k, v, way) for k, v in value.items()}
@@ -281,13 +294,13 @@ def _each_kind(kinds: Union[list[Any], tuple[Any, ...]]) -> list[Any]:
 
 def tiny_model(cls: Any, implementation: str = "eager", way: str = "narrow") -> Any:
     """A model of the class in eval mode, and weights so large that attention is far from uniform."""
-    config = tiny_config(cls.config_class, way)
+    config = tiny_config(cls.config_class, way, cls.__name__)
     with torch.device("meta"):
         count = sum(p.numel() for p in _made(cls, config, implementation).parameters())
     if count > MOST_PARAMETERS:
         raise TooLarge(f"its tiny configuration still has {count:,} parameters")
     torch.manual_seed(1)
-    model = _made(cls, tiny_config(cls.config_class, way), implementation).eval()
+    model = _made(cls, tiny_config(cls.config_class, way, cls.__name__), implementation).eval()
     enlarge(model)
     return model
 
