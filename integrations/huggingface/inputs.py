@@ -14,7 +14,7 @@ VARIANTS: tuple[tuple[str, ...], ...] = (
     (), ("pixel_values",), ("input_features",), ("input_values",), ("pixel_values", "input_features"), ("one channel",), ("codebooks",),
     ("features turned",), ("codebooks of the decoder",), ("codebooks in the batch",), ("input_values", "codebooks in the batch"), ("pixel_values", "patches"), ("patches",),
     ("pixel_values", "many images"), ("many images",), ("input_ids",), ("input_ids", "placeholders"), ("pixel_values", "placeholders"),
-    ("inputs_embeds",), ("entity_ids",), ("region_to_phrase_position",), ("marked",), ("inputs of sound",), ("inputs of pixels",), ("inputs of floats",),
+    ("inputs_embeds",), ("entity_ids",), ("region_to_phrase_position",), ("marked",), ("inputs of sound",), ("inputs of pixels",), ("inputs of floats",), ("states of pixels",), ("states of sound",),
     ("longer sound",), ("longer features",), ("one text an image",),
 )  # fmt: skip
 

@@ -323,8 +323,8 @@ def _marked(model: Any, made: Made, generator: torch.Generator) -> Made:
     return {"input_ids": text}
 
 
-def _as_inputs(rule: Callable[[Any, torch.Generator], Tensor]) -> Callable[[Any, Made, torch.Generator], Made]:
-    return lambda model, made, generator: {"inputs": rule(model, generator)} if "inputs" in made else {}
+def _in_place_of(name: str, rule: Callable[[Any, torch.Generator], Tensor]) -> Callable[[Any, Made, torch.Generator], Made]:
+    return lambda model, made, generator: {name: rule(model, generator)} if name in made else {}
 
 
 def _longer(model: Any, made: Made, generator: torch.Generator) -> Made:
@@ -355,9 +355,11 @@ SHAPES: dict[str, Callable[[Any, Made, torch.Generator], Made]] = {
     "many images": _many_images,
     "placeholders": _placeholders,
     "marked": _marked,
-    "inputs of sound": _as_inputs(_sound),
-    "inputs of pixels": _as_inputs(_pixels),
-    "inputs of floats": _as_inputs(lambda model, generator: _steps(model, generator, "d_model")),
+    "inputs of sound": _in_place_of("inputs", _sound),
+    "inputs of pixels": _in_place_of("inputs", _pixels),
+    "inputs of floats": _in_place_of("inputs", lambda model, generator: _steps(model, generator, "d_model")),
+    "states of pixels": _in_place_of("hidden_states", _pixels),
+    "states of sound": _in_place_of("hidden_states", lambda model, generator: torch.randn(BATCH, 1, 320, generator=generator)),
     "longer sound": _longer,
     "longer features": _longer_features,
     "one text an image": _one_text_an_image,

@@ -57,7 +57,7 @@ _SIZES: tuple[tuple[str, Optional[int]], ...] = (
     (r".*image_?size.*|img_size|input_size|.*crop_size", IMAGE),
     (r".*patch_?size.*", PATCH),
     (r".*num_mel_bins|.*n_mels|input_feat_per_channel|.*num_mels", 16),
-    (r".*(hidden|embed|embedding|model|proj|projection|feature|output|input)_?(size|dim|dims)|d_model|.*_dim|dim|n_embd|hidden|width|.*_hidden_size.*|.*embd.*|.*channels|.*_size|.*d_model", WIDTH),
+    (r".*(hidden|embed|embedding|model|proj|projection|feature|output|input)_?(size|dim|dims)|bottleneck_features|d_model|.*_dim|dim|n_embd|hidden|width|.*_hidden_size.*|.*embd.*|.*channels|.*_size|.*d_model", WIDTH),
 )  # fmt: skip
 _COMPILED = tuple((re.compile(pattern), value) for pattern, value in _SIZES)
 _COUNTS = re.compile(r".*(vocab|expert|layer|block|depth|top_?k|n_group).*")
@@ -97,7 +97,7 @@ def _shrunk(config: Any, way: str) -> dict[str, Any]:
         given["out_indices"] = list(stages)
     parameters = _parameters(type(config).__init__) | _fields(type(config))
     known = {key: value for key, value in given.items() if not parameters or key in parameters or is_config(value) or key == "out_indices"}
-    hierarchy = next((v for k, v in known.items() if k in _HIERARCHY and isinstance(v, (list, tuple)) and v), ())
+    hierarchy = next((v for k, v in given.items() if k in _HIERARCHY and isinstance(v, (list, tuple)) and v), ())
     before = next((v for k, v in known.items() if is_int(v) and _value(k) == LAYERS and "layer" in k), 0)
     kinds = next((_each_kind(v) for k, v in known.items() if k in _KINDS and isinstance(v, (list, tuple)) and v), [])
     indices = [v for k, v in known.items() if k.endswith("out_indices") and isinstance(v, (list, tuple)) and len(v) > 1]
@@ -174,7 +174,7 @@ def _agree(made: dict[str, Any], before: dict[str, Any]) -> None:
 
 
 #: Layers of each stage of a hierarchy.
-_HIERARCHY = ("depths", "depth", "stage_num_blocks", "layers", "num_blocks", "block_repeats", "encoder_blocks")
+_HIERARCHY = ("depths", "depth", "stage_num_blocks", "layers", "num_blocks", "block_repeats", "encoder_blocks", "block_configs", "stage_configs")
 _KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "layer_type_list", "block_types", "attention_types_per_layer")
 _DERIVED = {
     "transformers_version", "architectures", "model_type", "dtype", "torch_dtype", "id2label", "label2id", "num_labels", "return_dict", "output_attentions",
@@ -261,26 +261,26 @@ def _small_list(key: str, value: list[int], tokens: Callable[[int], int], way: s
         return [tokens(v) for v in value]
     if "depth" in key or key in ("layers", "num_blocks", "block_repeats"):
         return [min(v, 1) for v in value]
-    if way != "narrow" and _PIXELS.fullmatch(key):
+    if way == "shallow":
+        return [min(v, PIXELS) for v in value] if _PIXELS.fullmatch(key) else value
+    if way == "scaled" and _PIXELS.fullmatch(key):
         return [min(v, PIXELS) for v in value]
-    if way == "scaled" and not _KEPT_LISTS.fullmatch(key) and _value(key) in _WIDTHS:
-        return [_scaled(v) for v in value]
-    if way != "narrow":
-        return value
+    if way == "narrow" and (small := _narrow_list(key, value)) is not None:
+        return small
+    if not _KEPT_LISTS.fullmatch(key) and re.fullmatch(r".*(hidden|embed|dim|channel|width|size).*", key) and max(value) >= 32:
+        # A hierarchy keeps its ratios, also to other lists; the channels of an image stay.
+        return [max(4, v // SCALE) if v > 4 else v for v in value]
+    return value
+
+
+def _narrow_list(key: str, value: list[int]) -> Optional[list[int]]:
     if re.fullmatch(r".*heads?.*", key):
         return [min(v, 2) for v in value]
     if key in ("attn_layer_indices", "axial_pos_embds_dim"):
         return [1] if key == "attn_layer_indices" else [WIDTH // len(value)] * len(value)
-    if re.fullmatch(r".*(image|img|crop)_?size.*", key):
+    if _PIXELS.fullmatch(key):
         return [IMAGE] * len(value)
-    if re.fullmatch(r".*patch_?size.*", key):
-        return [min(v, PATCH) for v in value]
-    if _KEPT_LISTS.fullmatch(key):
-        return value
-    if re.fullmatch(r".*(hidden|embed|dim|channel|width|size).*", key) and max(value) >= 32:
-        # A hierarchy keeps its ratios, also to other lists; the channels of an image stay.
-        return [max(4, v // 4) if v > 4 else v for v in value]
-    return value
+    return [min(v, PATCH) for v in value] if re.fullmatch(r".*patch_?size.*", key) else None
 
 
 def _each_kind(kinds: Union[list[Any], tuple[Any, ...]]) -> list[Any]:

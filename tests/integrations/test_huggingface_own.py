@@ -143,6 +143,7 @@ def test_weights_that_are_asked_for_are_the_models_own() -> None:
         report = attnhub.patch(model)
         ours = model(input_ids=ids, output_attentions=True).attentions
     assert all(type(a) is Tensor and torch.equal(a, b) for a, b in zip(ours, theirs)) and report.calls == 0
+    assert all("is asked for its attention weights" in m.reason for m in report.modules)
 
 
 def test_dropout_acts_in_training_only() -> None:
@@ -291,7 +292,9 @@ def test_einsum(scores: str, values: str, axes: str) -> None:
     theirs = torch.einsum(values, torch.einsum(scores, q, k).softmax(-1), v)
     with DeferredMaths() as scope:
         ours = torch.einsum(values, torch.einsum(scores, q, k).softmax(-1), v)
-    assert len(scope.served) == 1
+        # CvT's notation.
+        listed = torch.einsum(values, [torch.einsum(scores, [q, k]).softmax(-1), v])
+    assert len(scope.served) == 2 and torch.equal(ours, listed)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
