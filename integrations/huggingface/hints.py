@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 _ALL_LAYERS = {"full_attention": {"rope_theta": 1e4, "rope_type": "default"}, "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}}
+#: The widths of these follow from a coefficient.
+_EFFICIENT = {"in_channels": [32, 16, 24, 40, 80, 112, 192], "out_channels": [16, 24, 40, 80, 112, 192, 320], "hidden_dim": 640}
 
 #: model_type -> arguments of its configuration, at the widths that `tiny` gives by names (32 wide, 4 heads of 8).
 HINTS: dict[str, dict[str, Any]] = {
@@ -28,9 +30,9 @@ HINTS: dict[str, dict[str, Any]] = {
     "sam_vision_model": {"num_pos_feats": 16},
     "sam_hq_vision_model": {"num_pos_feats": 16},
     "blip-2": {"image_token_index": 120},
-    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "blt": {"encoder_hash_byte_group_vocab": 64, "num_hidden_layers": 2},
     "depth_pro": {"patch_size": 32},
-    "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
+    "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "layer_types": None},
     "efficientloftr": {"out_features": [8, 8, 16, 32]},
     "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6, **{f"<|visual token {n:06d}|>": 7 + n for n in range(8)}}},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
@@ -46,8 +48,7 @@ HINTS: dict[str, dict[str, Any]] = {
     "mimi": {"upsample_groups": 32},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "dots1": {"n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dbrx_attention": {"rope_theta": 1e4},
-    "inkling_vision_model": {"hidden_size": 32, "text_hidden_size": 32, "patch_size": 8},
+    "attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0},
     "pix2struct_text_model": {"initializer_range": 0.02},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 120},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 120},
@@ -60,6 +61,25 @@ HINTS: dict[str, dict[str, Any]] = {
     "vibevoice_acoustic_tokenizer_encoder": {"downsampling_ratios": [2, 2], "depths": [1, 1, 1], "num_filters": 8},
     "vibevoice_acoustic_tokenizer_decoder": {"downsampling_ratios": [2, 2], "depths": [1, 1, 1], "num_filters": 8},
     "wavtokenizer": {"codebook_dim": 32, "decoder_attention_num_groups": 8},
+    "kosmos-2": {"latent_query_num": 4},
+    "lw_detr": {"projector_scale_factors": [1.0]},
+    "talker_config": {"spatial_merge_size": 2},
+    "seggpt": {"image_size": [64, 32]},
+    "wavtokenizer_encoder": {"codebook_dim": 32, "decoder_attention_num_groups": 8},
+    "inkling_vision": {"hidden_size": 32, "text_hidden_size": 32, "patch_size": 8},
+    "align": {"projection_dim": 160},
+    "align_vision_model": {"width_coefficient": 0.5, "depth_coefficient": 0.1, **_EFFICIENT},
+    "clap_audio_model": {"hidden_size": 64},
+    "clipseg": {"extract_layers": [0, 1]},
+    "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.1, **_EFFICIENT},
+    "instructblip": {"image_token_index": 120},
+    "instructblipvideo": {"video_token_index": 120},
+    "mimi_decoder": {"upsample_groups": 32},
+    "oneformer": {"task_seq_len": 20},
+    "tvp": {"num_frames": 2, "max_img_size": 32, "visual_prompt_size": 8},
+    "molmo2_vision": {"num_position_embeddings": 16},
+    "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
+    "qwen3_asr_encoder": {"n_window": 8},
     "zamba": {"num_hidden_layers": 6, "layers_block_type": [*["linear_attention", "linear_attention", "hybrid"] * 2], "attention_hidden_size": 64, "attention_head_dim": 16},
 }
 
@@ -69,6 +89,7 @@ OF_CLASSES: dict[str, dict[str, Any]] = {
     "Blip2ForImageTextRetrieval": {"qformer_config": {"use_qformer_text_input": True}},
     "Blip2TextModelWithProjection": {"qformer_config": {"use_qformer_text_input": True}},
     "BridgeTowerForContrastiveLearning": {"logit_scale_init_value": 2.6},
+    "CHMv2ForDepthEstimation": {"backbone_config": {"return_class_token": True}},
     "ReformerModelWithLMHead": {"is_decoder": True},
     "T5ForSequenceClassification": {"decoder_start_token_id": 0},
     "T5GemmaEncoderModel": {"is_encoder_decoder": False},

@@ -13,7 +13,9 @@ from attnhub.integrations.huggingface.media import BATCH, BESIDE, GRIDS, INPUTS,
 VARIANTS: tuple[tuple[str, ...], ...] = (
     (), ("pixel_values",), ("input_features",), ("input_values",), ("pixel_values", "input_features"), ("one channel",), ("codebooks",),
     ("features turned",), ("codebooks of the decoder",), ("codebooks in the batch",), ("input_values", "codebooks in the batch"), ("pixel_values", "patches"), ("patches",),
-    ("pixel_values", "many images"), ("many images",), ("input_ids",), ("input_ids", "placeholders"), ("pixel_values", "placeholders"),
+    ("pixel_values", "many images"), ("many images",), ("input_ids",), ("input_ids", "placeholders"), ("input_ids", "many images", "placeholders"),
+    ("pixel_values", "placeholders"), ("input_features", "one channel"),
+    ("input_features", "features of every token"), ("features turned beside one channel",), ("patches of images",), ("input_values", "features turned beside one channel"),
     ("inputs_embeds",), ("entity_ids",), ("region_to_phrase_position",), ("marked",), ("inputs of sound",), ("inputs of pixels",), ("inputs of floats",), ("states of pixels",), ("states of sound",),
     ("longer sound",), ("longer features",), ("one text an image",),
 )  # fmt: skip
@@ -31,7 +33,7 @@ def tiny_inputs(model: Any, pad: str, variant: tuple[str, ...] = ()) -> dict[str
     extra = [n for n in variant if n in INPUTS]
     if any(n not in parameters for n in extra):
         raise ValueError(f"it takes no {', '.join(extra)}")
-    wanted = list(dict.fromkeys([*required, *([main] if main in parameters else [])]))
+    wanted = list(dict.fromkeys([*required, *(n for n in ([main] if isinstance(main, str) else main) if n in parameters)]))
     if "input_ids" in parameters and "decoder_input_ids" not in parameters and "inputs" not in wanted:
         wanted.append("input_ids")
     if "inputs_embeds" in extra:
@@ -68,6 +70,7 @@ def tiny_inputs(model: Any, pad: str, variant: tuple[str, ...] = ()) -> dict[str
 def _tokens(model: Any) -> int:
     """Tokens below this have an embedding, and are no special ones in a vocabulary that was made small."""
     try:
-        return min(100, int(model.get_input_embeddings().weight.shape[0]))
+        rows = int(model.get_input_embeddings().weight.shape[0])
+        return min(100, rows) if rows > 8 else 100
     except (AttributeError, NotImplementedError):
-        return 100
+        return min(100, getattr(model.config, "vocab_size", None) or 100)

@@ -54,7 +54,7 @@ def _pixels(model: Any, generator: torch.Generator) -> Tensor:
     for inner in configs_of(config):
         found = getattr(inner, "image_size", None)
         if found is not None:
-            size = found[0] if isinstance(found, (list, tuple)) else found
+            size = found[-1] if isinstance(found, (list, tuple)) and found else found
             size = size if isinstance(size, int) else IMAGE
         channels = getattr(inner, "num_channels", None) or getattr(inner, "in_channels", None) or channels
         if found is not None:
@@ -113,13 +113,21 @@ def _mels(model: Any, generator: torch.Generator) -> Tensor:
     for inner in configs_of(model.config):
         found = next((v for n in _BINS if is_int(v := getattr(inner, n, None))), None)
         if found is not None:
-            bins = found
+            bins = found * (_first_int(inner, "num_stacked_frames") or 1)
             positions = getattr(inner, "max_source_positions", None)
             if isinstance(positions, int) and "whisper" in str(getattr(inner, "model_type", "")):
                 frames = 2 * positions
             break
-    by_frame = getattr(model, "main_input_name", "") == "input_features" and "Whisper" not in type(model).__name__
-    return torch.randn((BATCH, frames, bins) if by_frame else (BATCH, bins, frames), generator=generator)
+    return torch.randn((BATCH, frames, bins) if _is_by_frame(model) else (BATCH, bins, frames), generator=generator)
+
+
+def _is_by_frame(model: Any) -> bool:
+    return getattr(model, "main_input_name", "") == "input_features" and "Whisper" not in type(model).__name__
+
+
+def _all_frames(model: Any, generator: torch.Generator) -> Tensor:
+    """The mask of features that holds all of them."""
+    return torch.ones(BATCH, _mels(model, generator).shape[1 if _is_by_frame(model) else 2], dtype=torch.long)
 
 
 def _sound(model: Any, generator: torch.Generator) -> Tensor:
@@ -157,10 +165,12 @@ def _steps(model: Any, generator: torch.Generator, *names: str) -> Tensor:
 Rule = Callable[[Any, Tensor, str, torch.Generator], Any]
 #: Parameters that are given wherever another one is, if the model takes them.
 BESIDE: dict[str, tuple[str, ...]] = {
-    "pixel_values": ("image_grid_thw", "image_position_ids", "pixel_attention_mask", "spatial_shapes", "aspect_ratio_ids", "aspect_ratio_mask", "image_sizes", "image_embeds_position_mask", "target_sizes"),
+    "pixel_values": ("image_grid_thw", "image_position_ids", "pixel_attention_mask", "spatial_shapes", "aspect_ratio_ids", "aspect_ratio_mask", "image_sizes", "image_embeds_position_mask", "target_sizes", "image_attention_mask"),
     "input_features": ("input_features_mask", "feature_attention_mask"),
-    "input_ids": ("context_input_ids", "context_attention_mask", "doc_scores"),
+    "input_ids": ("context_input_ids", "context_attention_mask", "doc_scores", "decoder_input_values"),
     "entity_ids": ("entity_attention_mask", "entity_position_ids", "entity_start_positions", "entity_end_positions"),
+    "query_embeds": ("encoder_hidden_states",),
+    "input_values": ("decoder_input_values",),
     "states": ("actions", "rewards", "returns_to_go", "timesteps"),
     "boxes": ("labels", "mask"),
     "flattened_patches": ("attention_mask",),
@@ -182,8 +192,12 @@ INPUTS: dict[str, Rule] = {
     "entity_end_positions": lambda model, text, pad, g: torch.tensor([[3, 6]] * BATCH),
     "region_to_phrase_position": lambda model, text, pad, g: torch.tensor([[2, 3, -1]] * BATCH),
     "image_embeds_position_mask": lambda model, text, pad, g: (torch.arange(LENGTH) < (_first_int(model.config, "latent_query_num") or 1)).long().expand(BATCH, -1),
+    "image_attention_mask": lambda model, text, pad, g: torch.ones(BATCH, LENGTH, 2, dtype=torch.long),
     "target_sizes": lambda model, text, pad, g: _grid()[:, 1:].int(),
     "hidden_states": lambda model, text, pad, g: _steps(model, g, "input_dim"),
+    "task_inputs": lambda model, text, pad, g: text,
+    "encoder_hidden_states": lambda model, text, pad, g: _steps(model, g, "encoder_hidden_size"),
+    "decoder_input_values": lambda model, text, pad, g: _steps(model, g, "num_mel_bins"),
     "query_embeds": lambda model, text, pad, g: _steps(model, g, "hidden_size"),
     "codebook_idx": lambda model, text, pad, g: 1,
     "codes": lambda model, text, pad, g: _codes(model, g),
@@ -210,8 +224,8 @@ INPUTS: dict[str, Rule] = {
     "boxes": lambda model, text, pad, g: torch.tensor([1, 2, 8, 9]).expand(BATCH, LENGTH, 4).clone(),
     # Sound
     "input_features": lambda model, text, pad, g: _mels(model, g),
-    "input_features_mask": lambda model, text, pad, g: torch.ones(BATCH, max(_mels(model, g).shape[1:]), dtype=torch.long),
-    "feature_attention_mask": lambda model, text, pad, g: torch.ones(BATCH, max(_mels(model, g).shape[1:]), dtype=torch.long),
+    "input_features_mask": lambda model, text, pad, g: _all_frames(model, g),
+    "feature_attention_mask": lambda model, text, pad, g: _all_frames(model, g),
     "input_values": lambda model, text, pad, g: _sound(model, g),
     "spectrogram": lambda model, text, pad, g: _steps(model, g, "model_in_dim"),
     "mel_spectrogram": lambda model, text, pad, g: _steps(model, g, "mel_dim").transpose(1, 2),
@@ -294,7 +308,7 @@ def _many_images(model: Any, made: Made, generator: torch.Generator) -> Made:
 
 def _placeholders(model: Any, made: Made, generator: torch.Generator) -> Made:
     """Tokens that stand for images, as many as the model says that it expects."""
-    token = _first_int(model.config, "image_token_id", "image_token_index")
+    token = _first_int(model.config, "image_token_id", "image_token_index", "video_token_index")
     if token is None or "input_ids" not in made:
         return {}
     try:
@@ -327,6 +341,25 @@ def _in_place_of(name: str, rule: Callable[[Any, torch.Generator], Tensor]) -> C
     return lambda model, made, generator: {name: rule(model, generator)} if name in made else {}
 
 
+def _of_every_token(model: Any, made: Made, generator: torch.Generator) -> Made:
+    """Eight frames of sound for each token."""
+    if "input_features" not in made:
+        return {}
+    return {"input_features": torch.randn(BATCH, min(made["input_features"].shape[1:]), 8 * LENGTH, generator=generator)}
+
+
+def _turned_beside_one_channel(model: Any, made: Made, generator: torch.Generator) -> Made:
+    return {} if not {"input_values", "input_features"} <= set(made) else _turned(model, made, generator) | {"input_values": made["input_values"].unsqueeze(1)}
+
+
+def _patches_of_images(model: Any, made: Made, generator: torch.Generator) -> Made:
+    """[1, patches of all images, channels, height, width], and where they are."""
+    if "pixel_values" not in made:
+        return {}
+    side = _first_int(model.config, "patch_size") or PATCH
+    return {"pixel_values": torch.randn(1, BATCH * _PATCHES, 3, side, side, generator=generator), "grid_thw": _grid()}
+
+
 def _longer(model: Any, made: Made, generator: torch.Generator) -> Made:
     return {"input_values": torch.randn(BATCH, 32000, generator=generator)} if "input_values" in made else {}
 
@@ -354,6 +387,9 @@ SHAPES: dict[str, Callable[[Any, Made, torch.Generator], Made]] = {
     "patches": _flat_patches,
     "many images": _many_images,
     "placeholders": _placeholders,
+    "features of every token": _of_every_token,
+    "features turned beside one channel": _turned_beside_one_channel,
+    "patches of images": _patches_of_images,
     "marked": _marked,
     "inputs of sound": _in_place_of("inputs", _sound),
     "inputs of pixels": _in_place_of("inputs", _pixels),

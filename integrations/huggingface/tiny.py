@@ -57,10 +57,10 @@ _SIZES: tuple[tuple[str, Optional[int]], ...] = (
     (r".*image_?size.*|img_size|input_size|.*crop_size", IMAGE),
     (r".*patch_?size.*", PATCH),
     (r".*num_mel_bins|.*n_mels|input_feat_per_channel|.*num_mels", 16),
-    (r".*(hidden|embed|embedding|model|proj|projection|feature|output|input)_?(size|dim|dims)|bottleneck_features|d_model|.*_dim|dim|n_embd|hidden|width|.*_hidden_size.*|.*embd.*|.*channels|.*_size|.*d_model", WIDTH),
+    (r".*(hidden|embed|embedding|model|proj|projection|feature|output|input)_?(size|dim|dims)|bottleneck_features|d_model|.*_dim|dim|n_embd|hidden|width|(.*_)?hidden_size.*|.*embd.*|.*channels|.*_size|.*d_model", WIDTH),
 )  # fmt: skip
 _COMPILED = tuple((re.compile(pattern), value) for pattern, value in _SIZES)
-_COUNTS = re.compile(r".*(vocab|expert|layer|block|depth|top_?k|n_group).*")
+_COUNTS = re.compile(r".*(vocab|expert|layer|block|depth|top_?k|n_group|num_queries).*")
 _PIXELS = re.compile(r".*(image|img|crop)_?size.*")
 _TOKEN = re.compile(r".*(token_id|token_ids|token_index|_token|_id|_index|_idx)s?")
 #: Lists of numbers that are no sizes of a hierarchy.
@@ -123,7 +123,7 @@ def _shrunk(config: Any, way: str) -> dict[str, Any]:
                 made[key] = min(value, layers)
     if way == "narrow":
         _agree(made, known)
-        made |= HINTS.get(config.model_type, {})
+        made |= HINTS.get(config.model_type or getattr(config, "base_config_key", ""), {})
     return made
 
 
