@@ -11,10 +11,10 @@ from attnhub.integrations.huggingface.media import BATCH, BESIDE, GRIDS, INPUTS,
 
 #: What a forward pass may need beside its main input, tried in this order until one runs: names of inputs, and of `SHAPES`.
 VARIANTS: tuple[tuple[str, ...], ...] = (
-    (), ("pixel_values",), ("input_features",), ("input_values",), ("pixel_values", "input_features"), ("one channel",), ("codebooks",),
+    ("pixel_values", "placeholders"), ("pixel_values", "many images", "placeholders"), (), ("pixel_values",), ("input_features",), ("input_values",), ("pixel_values", "input_features"), ("one channel",), ("codebooks",),
     ("features turned",), ("codebooks of the decoder",), ("codebooks in the batch",), ("input_values", "codebooks in the batch"), ("pixel_values", "patches"), ("patches",),
     ("pixel_values", "many images"), ("many images",), ("input_ids",), ("input_ids", "placeholders"), ("input_ids", "many images", "placeholders"),
-    ("pixel_values", "placeholders"), ("input_features", "one channel"),
+    ("input_features", "features turned", "one channel"),
     ("input_features", "features of every token"), ("features turned beside one channel",), ("patches of images",), ("input_values", "features turned beside one channel"),
     ("inputs_embeds",), ("entity_ids",), ("region_to_phrase_position",), ("marked",), ("inputs of sound",), ("inputs of pixels",), ("inputs of floats",), ("states of pixels",), ("states of sound",),
     ("longer sound",), ("longer features",), ("one text an image",),
@@ -71,6 +71,6 @@ def _tokens(model: Any) -> int:
     """Tokens below this have an embedding, and are no special ones in a vocabulary that was made small."""
     try:
         rows = int(model.get_input_embeddings().weight.shape[0])
-        return min(100, rows) if rows > 8 else 100
     except (AttributeError, NotImplementedError):
-        return min(100, getattr(model.config, "vocab_size", None) or 100)
+        rows = getattr(model.config, "vocab_size", None) or 0
+    return min(100, rows) if rows > 8 else 100

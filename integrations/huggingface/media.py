@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable
@@ -323,7 +324,8 @@ def _placeholders(model: Any, made: Made, generator: torch.Generator) -> Made:
         if count > LENGTH - 3:
             return {}
         text[:, 2 : 2 + count] = token
-        return {"input_ids": text}
+        kinds = {"mm_token_type_ids": (text == token).long()} if "mm_token_type_ids" in inspect.signature(model.forward).parameters else {}
+        return {"input_ids": text, **kinds}
     return {}
 
 

@@ -157,14 +157,14 @@ def _first_that_runs(cls: Any) -> tuple[Any, str, tuple[str, ...], list[Tensor]]
 
 def _first_run(model: Any) -> tuple[tuple[str, ...], list[Tensor]]:
     """The first variant of inputs that the model runs with, and its outputs. Raises what the plain one raised."""
-    first: Optional[Exception] = None
+    plain: Optional[Exception] = None
     for variant in VARIANTS:
         try:
             return variant, _run(model, "none", variant)
         except Exception as error:
-            first = first or error
-    assert first is not None
-    raise first
+            plain = error if plain is None or not variant else plain
+    assert plain is not None
+    raise plain
 
 
 def _run(model: Any, pad: str, variant: tuple[str, ...]) -> list[Tensor]:
