@@ -55,6 +55,8 @@ HINTS: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 48},
     "sapiens2_head": {"upsample_out_channels": [8, 8], "conv_out_channels": [8], "scale_conv_out_channels": [8], "scale_final_hidden_sizes": [8]},
     "step3p5": {"sliding_window": 8},
+    # Of 32 pixels its last stage is one, and normalising one channel of one pixel makes values of rounding.
+    "swin": {"image_size": 64, "window_size": 2},
     "t5gemma2_encoder": {"dropout_rate": 0.0},
     "t5gemma2_text": {"dropout_rate": 0.0},
     "vibevoice_acoustic_tokenizer": {"downsampling_ratios": [2, 2], "depths": [1, 1, 1], "num_filters": 8},

@@ -33,10 +33,10 @@ def _first_int(config: Any, *names: str) -> Optional[int]:
     for inner in configs_of(config):
         for name in names:
             found = getattr(inner, name, None)
-            if is_int(found):
-                return int(found)
-            if isinstance(found, (list, tuple)) and found and is_int(found[0]):
-                return int(found[0])
+            if isinstance(found, (list, tuple)) and found:
+                found = found[0]
+            if isinstance(found, int) and is_int(found):
+                return found
     return None
 
 

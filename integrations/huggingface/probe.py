@@ -21,7 +21,7 @@ from attnhub.integrations.huggingface.inputs import VARIANTS, tiny_inputs
 from attnhub.integrations.huggingface.media import BATCH, LENGTH, padding
 from attnhub.integrations.huggingface.modules import find_attention
 from attnhub.integrations.huggingface.own import OWN
-from attnhub.integrations.huggingface.tiny import WAYS, TooLarge, tiny_model
+from attnhub.integrations.huggingface.tiny import WAYS, TooLargeError, tiny_model
 from attnhub.patching import PatchError
 
 #: A process that needs more address space than this fails at the class that does.
@@ -91,11 +91,12 @@ def _compare(model: Any, eager: dict[str, list[Tensor]], variant: tuple[str, ...
     if not ran:
         return {"state": "not run", "reason": "none of its attention modules ran", **found}
     if largest > TOLERANCE * size:
-        other = _by_sdpa(type(model), way, variant, tuple(eager))
-        if other is not None and (gap := _largest(ours, other))[0] <= TOLERANCE * gap[1]:
+        for other in ("sdpa", "default"):
             # Eager attention adds a boolean mask as numbers, for one.
-            found |= {"difference": gap[0], "note": f"compared with sdpa attention, from which eager attention is {largest:.1e} away"}
-            return {"state": "routed" if not unserved else "partly", **found}
+            theirs = _by_another(type(model), other, way, variant, tuple(eager))
+            if theirs is not None and (gap := _largest(ours, theirs))[0] <= TOLERANCE * gap[1]:
+                found |= {"difference": gap[0], "note": f"compared with {other} attention, from which eager attention is {largest:.1e} away"}
+                return {"state": "routed" if not unserved else "partly", **found}
         wide = _in_fp64(type(model), way, variant, tuple(eager))
         if wide is not None and wide[0] <= TOLERANCE_FP64 * wide[1]:
             # Fields of deformable attention that are sampled beside an edge, for one.
@@ -120,10 +121,10 @@ def _largest(ours: dict[str, list[Tensor]], theirs: dict[str, list[Tensor]]) -> 
     return worst
 
 
-def _by_sdpa(cls: Any, way: str, variant: tuple[str, ...], paddings: tuple[str, ...]) -> Optional[dict[str, list[Tensor]]]:
-    """The outputs by transformers' sdpa attention, where the class has it."""
+def _by_another(cls: Any, implementation: str, way: str, variant: tuple[str, ...], paddings: tuple[str, ...]) -> Optional[dict[str, list[Tensor]]]:
+    """The outputs by transformers' sdpa attention, where the class has it, or by what transformers chooses for each part of the model."""
     try:
-        model = tiny_model(cls, "sdpa", way)
+        model = tiny_model(cls, implementation, way)
         return {pad: _run(model, pad, variant) for pad in paddings}
     except Exception:
         return None
@@ -147,7 +148,7 @@ def _first_that_runs(cls: Any) -> tuple[Any, str, tuple[str, ...], list[Tensor]]
         try:
             model = tiny_model(cls, way=way)
             return (model, way, *_first_run(model))
-        except TooLarge as error:
+        except TooLargeError as error:
             last = last or error
         except Exception as error:
             last = error

@@ -67,12 +67,14 @@ _TOKEN = re.compile(r".*(token_id|token_ids|token_index|_token|_id|_index|_idx)s
 _KEPT_LISTS = re.compile(r".*(kernel|stride|pad|dilation|ratio|ids|mean|std|section|scale|range|lengths?|rates?|out_(features|ind)|features|indices|index|pool|grid).*")
 
 
-class TooLarge(ValueError):
+class TooLargeError(ValueError):
     """A tiny configuration that is none."""
 
 
-def tiny_config(cls: type, way: str = "narrow", model: str = "") -> Any:
-    """The default configuration of a configuration class with small sizes, nested ones too, and eager attention, for a model class of this name."""
+def tiny_config(cls: type, way: str = "narrow", model: str = "", implementation: str = "eager") -> Any:
+    """The default configuration of a configuration class with small sizes, nested ones too, for a model class of this name.
+
+    implementation: of attention; "default" leaves it to transformers."""
     config = cls()
     given = _shrunk(config, way)
     for key, value in OF_CLASSES.get(model, {}).items():
@@ -85,7 +87,8 @@ def tiny_config(cls: type, way: str = "narrow", model: str = "") -> Any:
         if isinstance(rope, dict) and "rope_type" in rope and "mrope_section" not in rope:
             # The default of those that divide a head by time, height and width is that of a head of 128; others do not look.
             rope["mrope_section"] = _rope("mrope_section", [0, 0, 0])
-    made._attn_implementation = "eager"
+    if implementation != "default":
+        made._attn_implementation = "eager"
     return made
 
 
@@ -133,7 +136,7 @@ def _resnet(backbone: Any) -> Any:
 
     stages = list(getattr(backbone, "out_indices", None) or [4])
     stages = [n if n >= 0 else 5 + n for n in stages]
-    return ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 1, 1], out_indices=stages)
+    return ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 1, 1], out_indices=stages)  # type: ignore[call-arg]
 
 
 _INSTEAD_OF_NONE = {"head_dim": HEAD_DIM, "num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 2, "top_k_experts": 2, "moe_intermediate_size": 48, "vocab_size": VOCAB}
@@ -294,19 +297,20 @@ def _each_kind(kinds: Union[list[Any], tuple[Any, ...]]) -> list[Any]:
 
 def tiny_model(cls: Any, implementation: str = "eager", way: str = "narrow") -> Any:
     """A model of the class in eval mode, and weights so large that attention is far from uniform."""
-    config = tiny_config(cls.config_class, way, cls.__name__)
     with torch.device("meta"):
-        count = sum(p.numel() for p in _made(cls, config, implementation).parameters())
+        count = sum(p.numel() for p in _made(cls, implementation, way).parameters())
     if count > MOST_PARAMETERS:
-        raise TooLarge(f"its tiny configuration still has {count:,} parameters")
+        raise TooLargeError(f"its tiny configuration still has {count:,} parameters")
     torch.manual_seed(1)
-    model = _made(cls, tiny_config(cls.config_class, way, cls.__name__), implementation).eval()
+    model = _made(cls, implementation, way).eval()
     enlarge(model)
     return model
 
 
-def _made(cls: Any, config: Any, implementation: str) -> Any:
-    return cls._from_config(config, attn_implementation=implementation, dtype=torch.float32)
+def _made(cls: Any, implementation: str, way: str) -> Any:
+    config = tiny_config(cls.config_class, way, cls.__name__, implementation)
+    asked = {} if implementation == "default" else {"attn_implementation": implementation}
+    return cls._from_config(config, dtype=torch.float32, **asked)
 
 
 def enlarge(model: nn.Module) -> None:
