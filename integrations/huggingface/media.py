@@ -93,6 +93,13 @@ def _positions() -> Tensor:
     return torch.stack((at % _SIDE, at // _SIDE), -1).expand(BATCH, -1, -1).clone()
 
 
+def _flattened(model: Any, generator: torch.Generator) -> Tensor:
+    """[BATCH, LENGTH, 2 + numbers of a patch]: row, column and pixels, as a text's tokens are padded."""
+    at = torch.arange(LENGTH)
+    where = 1.0 + torch.stack((at // _SIDE, at % _SIDE), -1).expand(BATCH, -1, -1)
+    return torch.cat((where, torch.randn(BATCH, LENGTH, _patch(model.config, False), generator=generator)), -1)
+
+
 def _some_patches(model: Any) -> Tensor:
     """Every second patch of each image, or of each tube of frames."""
     config = model.config
@@ -217,7 +224,7 @@ INPUTS: dict[str, Rule] = {
     "image_sizes": lambda model, text, pad, g: torch.tensor([[_first_int(model.config, "image_size") or IMAGE] * 2] * BATCH),
     "aspect_ratio_ids": lambda model, text, pad, g: torch.ones(BATCH, 1, dtype=torch.long),
     "aspect_ratio_mask": lambda model, text, pad, g: torch.ones(BATCH, 1, 1, dtype=torch.long),
-    "flattened_patches": lambda model, text, pad, g: torch.cat((1.0 + _positions()[:, :LENGTH], torch.randn(BATCH, _PATCHES, _patch(model.config, False), generator=g)), -1),
+    "flattened_patches": lambda model, text, pad, g: _flattened(model, g),
     "bool_masked_pos": lambda model, text, pad, g: _some_patches(model),
     "visual_feats": lambda model, text, pad, g: torch.randn(BATCH, 5, model.config.visual_feat_dim, generator=g),
     "visual_pos": lambda model, text, pad, g: torch.rand(BATCH, 5, model.config.visual_pos_dim, generator=g),
@@ -362,6 +369,19 @@ def _patches_of_images(model: Any, made: Made, generator: torch.Generator) -> Ma
     return {"pixel_values": torch.randn(1, BATCH * _PATCHES, 3, side, side, generator=generator), "grid_thw": _grid()}
 
 
+def _tiles(model: Any, made: Made, generator: torch.Generator) -> Made:
+    """[batch, images, tiles, ...]."""
+    tiles = _first_int(model.config, "max_num_tiles")
+    if tiles is None or "aspect_ratio_mask" not in made:
+        return {}
+    pixels = made["pixel_values"][:, None, None].repeat(1, 1, tiles, 1, 1, 1)
+    return {"pixel_values": pixels, "aspect_ratio_mask": torch.ones(BATCH, 1, tiles, dtype=torch.long)}
+
+
+def _larger_images(model: Any, made: Made, generator: torch.Generator) -> Made:
+    return {n: torch.randn(BATCH, t.shape[1], 4 * IMAGE, 4 * IMAGE, generator=generator) for n, t in made.items() if n == "pixel_values" and t.ndim == 4}
+
+
 def _longer(model: Any, made: Made, generator: torch.Generator) -> Made:
     return {"input_values": torch.randn(BATCH, 32000, generator=generator)} if "input_values" in made else {}
 
@@ -392,6 +412,8 @@ SHAPES: dict[str, Callable[[Any, Made, torch.Generator], Made]] = {
     "features of every token": _of_every_token,
     "features turned beside one channel": _turned_beside_one_channel,
     "patches of images": _patches_of_images,
+    "tiles": _tiles,
+    "larger images": _larger_images,
     "marked": _marked,
     "inputs of sound": _in_place_of("inputs", _sound),
     "inputs of pixels": _in_place_of("inputs", _pixels),

@@ -49,9 +49,7 @@ def probe(name: str) -> dict[str, Any]:
     if cls.forward is nn.Module.forward:
         return {"state": "not run", "reason": "it has no forward pass"}
     try:
-        model, way, variant, without = _first_that_runs(cls)
-        paddings = ("left", "right") if "attention_mask" in tiny_inputs(model, "none", variant) else ()
-        eager = {"none": without} | {pad: _run(model, pad, variant) for pad in paddings}
+        model, way, variant, eager = _first_that_runs(cls)
     except MemoryError:
         return {"state": "not run", "reason": "its tiny configuration needs too much memory"}
     except Exception as error:
@@ -99,8 +97,8 @@ def _compare(model: Any, eager: dict[str, list[Tensor]], variant: tuple[str, ...
                 return {"state": "routed" if not unserved else "partly", **found}
         wide = _in_fp64(type(model), way, variant, tuple(eager))
         if wide is not None and wide[0] <= TOLERANCE_FP64 * wide[1]:
-            # Fields of deformable attention that are sampled beside an edge, for one.
-            found |= {"difference": wide[0], "note": f"compared in fp64, as rounding grows to {largest:.1e} in fp32"}
+            # Some make much of rounding: where deformable attention samples beside an edge, where one value is normalised.
+            found |= {"difference": wide[0], "note": f"compared in fp64 with {wide[2]} attention; in fp32 it is {largest:.1e} from eager attention"}
             return {"state": "routed" if not unserved else "partly", **found}
         return {"state": "differs", "reason": f"{largest:.1e} from eager attention, of values up to {size:.1f}", **found}
     return {"state": "routed" if not unserved else "partly" if report.calls else "not routed", **found}
@@ -130,19 +128,26 @@ def _by_another(cls: Any, implementation: str, way: str, variant: tuple[str, ...
         return None
 
 
-def _in_fp64(cls: Any, way: str, variant: tuple[str, ...], paddings: tuple[str, ...]) -> Optional[tuple[float, float]]:
-    """`_largest` of the model in fp64, where it runs so."""
+def _in_fp64(cls: Any, way: str, variant: tuple[str, ...], paddings: tuple[str, ...]) -> Optional[tuple[float, float, str]]:
+    """`_largest` of the model in fp64, and from what: eager attention, or what transformers chooses. None if it does not run so."""
+    found: list[tuple[float, float, str]] = []
+    ours: dict[str, list[Tensor]] = {}
     try:
-        model = tiny_model(cls, way=way).double()
-        eager = {pad: _run(model, pad, variant) for pad in paddings}
-        attnhub.patch(model)
-        return _largest({pad: _run(model, pad, variant) for pad in paddings}, eager)
+        for name in ("eager", "default"):
+            model = tiny_model(cls, name, way).double()
+            theirs = {pad: _run(model, pad, variant) for pad in paddings}
+            if not ours:
+                attnhub.patch(model)
+                ours = {pad: _run(model, pad, variant) for pad in paddings}
+            found.append((*_largest(ours, theirs), name))
     except Exception:
-        return None
+        # What ran before counts.
+        pass
+    return min(found, key=lambda pair: pair[0] / pair[1], default=None)
 
 
-def _first_that_runs(cls: Any) -> tuple[Any, str, tuple[str, ...], list[Tensor]]:
-    """The first tiny model of the class that runs, its way, inputs and outputs. Raises what the last one raised, of small enough ones."""
+def _first_that_runs(cls: Any) -> tuple[Any, str, tuple[str, ...], dict[str, list[Tensor]]]:
+    """The first tiny model of the class that runs, its way, the variant of its inputs, and its outputs by padding. Raises what the last one raised, of small enough ones."""
     last: Optional[Exception] = None
     for way in WAYS:
         try:
@@ -156,12 +161,13 @@ def _first_that_runs(cls: Any) -> tuple[Any, str, tuple[str, ...], list[Tensor]]
     raise last
 
 
-def _first_run(model: Any) -> tuple[tuple[str, ...], list[Tensor]]:
-    """The first variant of inputs that the model runs with, and its outputs. Raises what the plain one raised."""
+def _first_run(model: Any) -> tuple[tuple[str, ...], dict[str, list[Tensor]]]:
+    """The first variant of inputs that the model runs with, padded too, and its outputs. Raises what the plain one raised."""
     plain: Optional[Exception] = None
     for variant in VARIANTS:
         try:
-            return variant, _run(model, "none", variant)
+            paddings = ("none", "left", "right") if "attention_mask" in tiny_inputs(model, "none", variant) else ("none",)
+            return variant, {pad: _run(model, pad, variant) for pad in paddings}
         except Exception as error:
             plain = error if plain is None or not variant else plain
     assert plain is not None
