@@ -124,15 +124,15 @@ def page(found: dict[str, Any]) -> str:
         "# Which transformers models attnhub routes\n\n"
         f"Measured with transformers {found.get('transformers', '?')} and torch {found.get('torch', '?')} on a CPU, in fp32: each model class that it "
         "exports, made with a tiny random\nconfiguration, run with eager attention, then patched and run again, without, with left and with right padding where it "
-        "takes text. Calls are\ncounted in every attention module that ran. Outputs of valid positions may be 2e-5 apart, relative to the largest one where that "
-        "is above 1.\n`attnhub coverage` measures it again. How routing works: [huggingface.md](huggingface.md).\n\n"
+        "takes text, and with\nimages where its text has places for them. Calls are counted in every attention module that ran. Outputs of valid positions may be 2e-5 apart,\n"
+        "relative to the largest one where that is above 1; a note names models that are compared otherwise.\n`attnhub coverage` measures it again. How routing works: [huggingface.md](huggingface.md).\n\n"
         + summary
         + "\n## Classes that ran\n\nA row is a folder of transformers and counts its classes. *interface*: the attention asks transformers' attention interface. "
         "*own maths*: it\nwrites out the operations, and attnhub reads them while it runs.\n\n"
         + table
         + "\n## Without attention\n\n"
         + (", ".join(f"`{f}`" for f in without) or "None.")
-        + "\n\n## Not run\n\nThese say nothing about attnhub: the rules that make configurations small know no architecture.\n\n"
+        + "\n\n## Not run\n\nThese say nothing about attnhub: the rules that make configurations and inputs small are general, with hints for some families.\n\n"
         + console.markdown_table(("folder", "class", "why"), [(f, f"`{name}`", _escape(why)) for f, name, why in unrun])
     )
 

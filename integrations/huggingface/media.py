@@ -369,6 +369,10 @@ def _patches_of_images(model: Any, made: Made, generator: torch.Generator) -> Ma
     return {"pixel_values": torch.randn(1, BATCH * _PATCHES, 3, side, side, generator=generator), "grid_thw": _grid()}
 
 
+def _frames_in_the_batch(model: Any, made: Made, generator: torch.Generator) -> Made:
+    return {n: t.flatten(0, 1) for n, t in made.items() if n == "pixel_values" and t.ndim == 5}
+
+
 def _tiles(model: Any, made: Made, generator: torch.Generator) -> Made:
     """[batch, images, tiles, ...]."""
     tiles = _first_int(model.config, "max_num_tiles")
@@ -412,6 +416,7 @@ SHAPES: dict[str, Callable[[Any, Made, torch.Generator], Made]] = {
     "features of every token": _of_every_token,
     "features turned beside one channel": _turned_beside_one_channel,
     "patches of images": _patches_of_images,
+    "frames in the batch": _frames_in_the_batch,
     "tiles": _tiles,
     "larger images": _larger_images,
     "marked": _marked,
