@@ -58,10 +58,11 @@ def test_what_is_infinite_in_both_is_no_difference(ours: float, theirs: float) -
     assert (gap == 0.0) == (ours == theirs) and size in (1.0, 2.0)
 
 
-def test_rounding_that_grows_is_told_from_a_difference() -> None:
-    """In fp64 a model of rounding is close, and one of a broken backend as far as before; eager attention that adds a bool mask is no measure."""
+def test_rounding_that_grows_is_told_from_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager attention adds this model's bool mask as numbers, and what transformers chooses is no nearer than rounding lets it; in fp64 it is."""
+    monkeypatch.setattr("attnhub.integrations.huggingface.probe._by_another", lambda *_: None)
     found = probe("GroundingDinoModel")
-    assert found["state"] == "partly" and found["note"].startswith("compared in fp64 with default attention")
+    assert found["state"] == "partly" and found["note"].startswith("compared in fp64 with default attention") and found["difference"] < 1e-6
 
 
 def test_every_class_is_listed_with_its_folder() -> None:
