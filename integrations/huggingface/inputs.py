@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from attnhub.integrations.huggingface.media import BATCH, BESIDE, GRIDS, INPUTS, LENGTH, SHAPES, images
+from attnhub.integrations.huggingface.media import BATCH, BESIDE, GRIDS, INPUTS, LENGTH, images
+from attnhub.integrations.huggingface.shapes import SHAPES
 
 #: What a forward pass may need beside its main input, tried in this order until one runs: names of inputs, and of `SHAPES`.
 VARIANTS: tuple[tuple[str, ...], ...] = (

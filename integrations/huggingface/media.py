@@ -1,10 +1,7 @@
-"""What the parameters of a model's forward hold, for a tiny model: a rule for each name, and the shapes that some families want."""
+"""What the parameters of a model's forward hold, for a tiny model: a rule for each name."""
 
 from __future__ import annotations
 
-import inspect
-import math
-import re
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -15,7 +12,7 @@ from attnhub.integrations.huggingface.tiny import IMAGE, PATCH, configs_of, is_i
 
 BATCH, LENGTH = 2, 20
 #: Patches of an image in a row, and an image's.
-_SIDE, _PATCHES = 4, 16
+_SIDE, PATCHES = 4, 16
 
 
 def padding(kind: str) -> Tensor:
@@ -28,7 +25,7 @@ def padding(kind: str) -> Tensor:
     return mask
 
 
-def _first_int(config: Any, *names: str) -> Optional[int]:
+def first_int(config: Any, *names: str) -> Optional[int]:
     """The first of these numbers that a configuration, or one inside it, has."""
     for inner in configs_of(config):
         for name in names:
@@ -41,13 +38,13 @@ def _first_int(config: Any, *names: str) -> Optional[int]:
 
 
 def _width(config: Any, *names: str) -> int:
-    return _first_int(config, *names, "hidden_size", "d_model") or 32
+    return first_int(config, *names, "hidden_size", "d_model") or 32
 
 
 # -- images ----------------------------------------------------------------------------------------------------------------
 
 
-def _pixels(model: Any, generator: torch.Generator) -> Tensor:
+def pixels(model: Any, generator: torch.Generator) -> Tensor:
     config = model.config
     size, channels = IMAGE, 3
     if ratios := getattr(config, "scaled_images_ratios", None):
@@ -66,30 +63,30 @@ def _pixels(model: Any, generator: torch.Generator) -> Tensor:
     return torch.randn(*lead, channels, size, size, generator=generator)
 
 
-def _patch(config: Any, frames: bool) -> int:
+def patch(config: Any, frames: bool) -> int:
     """Numbers of a patch."""
-    time = (_first_int(config, "temporal_patch_size", "patch_temporal") or 1) if frames else 1
-    return (_first_int(config, "in_channels", "num_channels") or 3) * time * (_first_int(config, "patch_size") or PATCH) ** 2
+    time = (first_int(config, "temporal_patch_size", "patch_temporal") or 1) if frames else 1
+    return (first_int(config, "in_channels", "num_channels") or 3) * time * (first_int(config, "patch_size") or PATCH) ** 2
 
 
 #: Parameters that say where the patches of images are.
 GRIDS = {"grid_thw", "image_grid_thw", "pixel_position_ids", "image_position_ids", "spatial_shapes"}
 
 
-def _grid() -> Tensor:
+def grid() -> Tensor:
     return torch.tensor([[1, _SIDE, _SIDE]] * BATCH)
 
 
 def images(model: Any, generator: torch.Generator, names: Any) -> Tensor:
     """Rows of patches: of all images one after the other, where a model takes grids; else [images, patches, ...]."""
     if {"grid_thw", "image_grid_thw"} & set(names):
-        return torch.randn(BATCH * _PATCHES, _patch(model.config, True), generator=generator)
-    return torch.randn(BATCH, _PATCHES, _patch(model.config, False), generator=generator)
+        return torch.randn(BATCH * PATCHES, patch(model.config, True), generator=generator)
+    return torch.randn(BATCH, PATCHES, patch(model.config, False), generator=generator)
 
 
 def _positions() -> Tensor:
     """[BATCH, patches, 2]: column and row of each patch."""
-    at = torch.arange(_PATCHES)
+    at = torch.arange(PATCHES)
     return torch.stack((at % _SIDE, at // _SIDE), -1).expand(BATCH, -1, -1).clone()
 
 
@@ -97,16 +94,16 @@ def _flattened(model: Any, generator: torch.Generator) -> Tensor:
     """[BATCH, LENGTH, 2 + numbers of a patch]: row, column and pixels, as a text's tokens are padded."""
     at = torch.arange(LENGTH)
     where = 1.0 + torch.stack((at // _SIDE, at % _SIDE), -1).expand(BATCH, -1, -1)
-    return torch.cat((where, torch.randn(BATCH, LENGTH, _patch(model.config, False), generator=generator)), -1)
+    return torch.cat((where, torch.randn(BATCH, LENGTH, patch(model.config, False), generator=generator)), -1)
 
 
 def _some_patches(model: Any) -> Tensor:
     """Every second patch of each image, or of each tube of frames."""
     config = model.config
-    size, patch = _first_int(config, "image_size") or IMAGE, _first_int(config, "patch_size") or PATCH
-    count = (size // patch) ** 2
-    if frames := _first_int(config, "num_frames"):
-        count *= frames // (_first_int(config, "tubelet_size") or 1)
+    size, side = first_int(config, "image_size") or IMAGE, first_int(config, "patch_size") or PATCH
+    count = (size // side) ** 2
+    if frames := first_int(config, "num_frames"):
+        count *= frames // (first_int(config, "tubelet_size") or 1)
     return (torch.arange(count) % 2 == 0).expand(BATCH, -1).clone()
 
 
@@ -121,7 +118,7 @@ def _mels(model: Any, generator: torch.Generator) -> Tensor:
     for inner in configs_of(model.config):
         found = next((v for n in _BINS if is_int(v := getattr(inner, n, None))), None)
         if found is not None:
-            bins = found * (_first_int(inner, "num_stacked_frames") or 1)
+            bins = found * (first_int(inner, "num_stacked_frames") or 1)
             positions = getattr(inner, "max_source_positions", None)
             if isinstance(positions, int) and "whisper" in str(getattr(inner, "model_type", "")):
                 frames = 2 * positions
@@ -138,7 +135,7 @@ def _all_frames(model: Any, generator: torch.Generator) -> Tensor:
     return torch.ones(BATCH, _mels(model, generator).shape[1 if _is_by_frame(model) else 2], dtype=torch.long)
 
 
-def _sound(model: Any, generator: torch.Generator) -> Tensor:
+def sound(model: Any, generator: torch.Generator) -> Tensor:
     """Samples, or for a configuration with mel bins and a length a spectrogram."""
     bins, length = getattr(model.config, "num_mel_bins", None), getattr(model.config, "max_length", None)
     if isinstance(bins, int) and isinstance(length, int):
@@ -147,7 +144,7 @@ def _sound(model: Any, generator: torch.Generator) -> Tensor:
 
 
 def _codes(model: Any, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 16, (BATCH, _first_int(model.config, "num_quantizers", "num_codebooks") or 1, LENGTH), generator=generator)
+    return torch.randint(0, 16, (BATCH, first_int(model.config, "num_quantizers", "num_codebooks") or 1, LENGTH), generator=generator)
 
 
 # -- series ----------------------------------------------------------------------------------------------------------------
@@ -164,7 +161,7 @@ def _series(model: Any, generator: torch.Generator, past: bool, features: bool =
     return torch.randn(BATCH, length, *size, generator=generator)
 
 
-def _steps(model: Any, generator: torch.Generator, *names: str) -> Tensor:
+def steps(model: Any, generator: torch.Generator, *names: str) -> Tensor:
     return torch.randn(BATCH, LENGTH, *((_width(model.config, *names),) if names else ()), generator=generator)
 
 
@@ -188,40 +185,40 @@ INPUTS: dict[str, Rule] = {
     "decoder_input_ids": lambda model, text, pad, g: text[:, :7],
     "attention_mask": lambda model, text, pad, g: padding(pad),
     "qformer_input_ids": lambda model, text, pad, g: text,
-    "inputs_embeds": lambda model, text, pad, g: _steps(model, g, "hidden_size"),
+    "inputs_embeds": lambda model, text, pad, g: steps(model, g, "hidden_size"),
     "inputs": lambda model, text, pad, g: text,
-    "context_input_ids": lambda model, text, pad, g: text.repeat(_first_int(model.config, "n_docs") or 1, 1),
-    "context_attention_mask": lambda model, text, pad, g: torch.ones_like(text.repeat(_first_int(model.config, "n_docs") or 1, 1)),
-    "doc_scores": lambda model, text, pad, g: torch.rand(BATCH, _first_int(model.config, "n_docs") or 1, generator=g),
+    "context_input_ids": lambda model, text, pad, g: text.repeat(first_int(model.config, "n_docs") or 1, 1),
+    "context_attention_mask": lambda model, text, pad, g: torch.ones_like(text.repeat(first_int(model.config, "n_docs") or 1, 1)),
+    "doc_scores": lambda model, text, pad, g: torch.rand(BATCH, first_int(model.config, "n_docs") or 1, generator=g),
     "entity_ids": lambda model, text, pad, g: text[:, :2] % 16,
     "entity_attention_mask": lambda model, text, pad, g: torch.ones(BATCH, 2, dtype=torch.long),
     "entity_position_ids": lambda model, text, pad, g: torch.tensor([[[2, 3], [5, 6]]] * BATCH),
     "entity_start_positions": lambda model, text, pad, g: torch.tensor([[2, 5]] * BATCH),
     "entity_end_positions": lambda model, text, pad, g: torch.tensor([[3, 6]] * BATCH),
     "region_to_phrase_position": lambda model, text, pad, g: torch.tensor([[2, 3, -1]] * BATCH),
-    "image_embeds_position_mask": lambda model, text, pad, g: (torch.arange(LENGTH) < (_first_int(model.config, "latent_query_num") or 1)).long().expand(BATCH, -1),
+    "image_embeds_position_mask": lambda model, text, pad, g: (torch.arange(LENGTH) < (first_int(model.config, "latent_query_num") or 1)).long().expand(BATCH, -1),
     "image_attention_mask": lambda model, text, pad, g: torch.ones(BATCH, LENGTH, 2, dtype=torch.long),
-    "target_sizes": lambda model, text, pad, g: _grid()[:, 1:].int(),
-    "hidden_states": lambda model, text, pad, g: _steps(model, g, "input_dim"),
+    "target_sizes": lambda model, text, pad, g: grid()[:, 1:].int(),
+    "hidden_states": lambda model, text, pad, g: steps(model, g, "input_dim"),
     "task_inputs": lambda model, text, pad, g: text,
-    "encoder_hidden_states": lambda model, text, pad, g: _steps(model, g, "encoder_hidden_size"),
-    "decoder_input_values": lambda model, text, pad, g: _steps(model, g, "num_mel_bins"),
-    "query_embeds": lambda model, text, pad, g: _steps(model, g, "hidden_size"),
+    "encoder_hidden_states": lambda model, text, pad, g: steps(model, g, "encoder_hidden_size"),
+    "decoder_input_values": lambda model, text, pad, g: steps(model, g, "num_mel_bins"),
+    "query_embeds": lambda model, text, pad, g: steps(model, g, "hidden_size"),
     "codebook_idx": lambda model, text, pad, g: 1,
     "codes": lambda model, text, pad, g: _codes(model, g),
     # Images
-    "pixel_values": lambda model, text, pad, g: _pixels(model, g),
-    "prompt_pixel_values": lambda model, text, pad, g: _pixels(model, g),
-    "prompt_masks": lambda model, text, pad, g: _pixels(model, g),
-    "pixel_values_videos": lambda model, text, pad, g: _pixels(model, g).unsqueeze(1).repeat(1, getattr(model.config, "num_frames", 4), 1, 1, 1),
-    "grid_thw": lambda model, text, pad, g: _grid(),
-    "image_grid_thw": lambda model, text, pad, g: _grid(),
+    "pixel_values": lambda model, text, pad, g: pixels(model, g),
+    "prompt_pixel_values": lambda model, text, pad, g: pixels(model, g),
+    "prompt_masks": lambda model, text, pad, g: pixels(model, g),
+    "pixel_values_videos": lambda model, text, pad, g: pixels(model, g).unsqueeze(1).repeat(1, getattr(model.config, "num_frames", 4), 1, 1, 1),
+    "grid_thw": lambda model, text, pad, g: grid(),
+    "image_grid_thw": lambda model, text, pad, g: grid(),
     "merge_sizes": lambda model, text, pad, g: torch.ones(BATCH, dtype=torch.long),
     "pixel_position_ids": lambda model, text, pad, g: _positions(),
     "image_position_ids": lambda model, text, pad, g: _positions(),
-    "pixel_attention_mask": lambda model, text, pad, g: torch.ones(BATCH, _PATCHES, dtype=torch.long),
-    "spatial_shapes": lambda model, text, pad, g: _grid()[:, 1:],
-    "image_sizes": lambda model, text, pad, g: torch.tensor([[_first_int(model.config, "image_size") or IMAGE] * 2] * BATCH),
+    "pixel_attention_mask": lambda model, text, pad, g: torch.ones(BATCH, PATCHES, dtype=torch.long),
+    "spatial_shapes": lambda model, text, pad, g: grid()[:, 1:],
+    "image_sizes": lambda model, text, pad, g: torch.tensor([[first_int(model.config, "image_size") or IMAGE] * 2] * BATCH),
     "aspect_ratio_ids": lambda model, text, pad, g: torch.ones(BATCH, 1, dtype=torch.long),
     "aspect_ratio_mask": lambda model, text, pad, g: torch.ones(BATCH, 1, 1, dtype=torch.long),
     "flattened_patches": lambda model, text, pad, g: _flattened(model, g),
@@ -234,12 +231,12 @@ INPUTS: dict[str, Rule] = {
     "input_features": lambda model, text, pad, g: _mels(model, g),
     "input_features_mask": lambda model, text, pad, g: _all_frames(model, g),
     "feature_attention_mask": lambda model, text, pad, g: _all_frames(model, g),
-    "input_values": lambda model, text, pad, g: _sound(model, g),
-    "spectrogram": lambda model, text, pad, g: _steps(model, g, "model_in_dim"),
-    "mel_spectrogram": lambda model, text, pad, g: _steps(model, g, "mel_dim").transpose(1, 2),
-    "audio_mel": lambda model, text, pad, g: torch.randn(BATCH, _STEPS, _first_int(model.config, "input_feat_size") or 16, generator=g),
+    "input_values": lambda model, text, pad, g: sound(model, g),
+    "spectrogram": lambda model, text, pad, g: steps(model, g, "model_in_dim"),
+    "mel_spectrogram": lambda model, text, pad, g: steps(model, g, "mel_dim").transpose(1, 2),
+    "audio_mel": lambda model, text, pad, g: torch.randn(BATCH, _STEPS, first_int(model.config, "input_feat_size") or 16, generator=g),
     "audio_mel_mask": lambda model, text, pad, g: torch.zeros(BATCH, _STEPS, dtype=torch.bool),
-    "latents": lambda model, text, pad, g: _steps(model, g, "hidden_size").transpose(1, 2),
+    "latents": lambda model, text, pad, g: steps(model, g, "hidden_size").transpose(1, 2),
     "audio_input_ids": lambda model, text, pad, g: _codes(model, g).transpose(1, 2),
     "chunk_sample_lengths": lambda model, text, pad, g: torch.full((BATCH,), _STEPS * 160),
     "spkr_id": lambda model, text, pad, g: torch.zeros(BATCH, 1, dtype=torch.long),
@@ -256,176 +253,16 @@ INPUTS: dict[str, Rule] = {
     "future_time_features": lambda model, text, pad, g: _series(model, g, past=False, features=True),
     "future_values": lambda model, text, pad, g: _series(model, g, past=False),
     "static_categorical_features": lambda model, text, pad, g: torch.zeros(BATCH, getattr(model.config, "num_static_categorical_features", 0), dtype=torch.long),
-    "states": lambda model, text, pad, g: _steps(model, g, "state_dim"),
-    "actions": lambda model, text, pad, g: _steps(model, g, "act_dim"),
-    "rewards": lambda model, text, pad, g: _steps(model, g).unsqueeze(-1),
-    "returns_to_go": lambda model, text, pad, g: _steps(model, g).unsqueeze(-1),
+    "states": lambda model, text, pad, g: steps(model, g, "state_dim"),
+    "actions": lambda model, text, pad, g: steps(model, g, "act_dim"),
+    "rewards": lambda model, text, pad, g: steps(model, g).unsqueeze(-1),
+    "returns_to_go": lambda model, text, pad, g: steps(model, g).unsqueeze(-1),
     "timesteps": lambda model, text, pad, g: torch.arange(LENGTH).expand(BATCH, -1),
-    "state": lambda model, text, pad, g: torch.randn(BATCH, _first_int(model.config, "max_state_dim") or 32, generator=g),
-    "action_embeds": lambda model, text, pad, g: _steps(model, g, "hidden_size"),
-    "noise_embeds": lambda model, text, pad, g: _steps(model, g, "hidden_size"),
-    "context_hidden_states": lambda model, text, pad, g: _steps(model, g, "hidden_size").repeat(1, 1, len(getattr(model.config, "target_layer_ids", None) or [0])),
+    "state": lambda model, text, pad, g: torch.randn(BATCH, first_int(model.config, "max_state_dim") or 32, generator=g),
+    "action_embeds": lambda model, text, pad, g: steps(model, g, "hidden_size"),
+    "noise_embeds": lambda model, text, pad, g: steps(model, g, "hidden_size"),
+    "context_hidden_states": lambda model, text, pad, g: steps(model, g, "hidden_size").repeat(1, 1, len(getattr(model.config, "target_layer_ids", None) or [0])),
     "marks": lambda model, text, pad, g: torch.tensor([[3, 7]]),
     "num_options": lambda model, text, pad, g: torch.tensor([[2, 2]]),
     "question_type_ids": lambda model, text, pad, g: torch.tensor([[0, 1]]),
 }  # fmt: skip
-
-
-# -- shapes ----------------------------------------------------------------------------------------------------------------
-
-Made = dict[str, Any]
-_FEATURES = ("input_values", "input_features")
-
-
-def _one_channel(model: Any, made: Made, generator: torch.Generator) -> Made:
-    return {n: t.unsqueeze(1) for n, t in made.items() if n in _FEATURES}
-
-
-def _turned(model: Any, made: Made, generator: torch.Generator) -> Made:
-    return {n: t.transpose(-1, -2) for n, t in made.items() if n in ("input_features", "spectrogram") and t.ndim > 2}
-
-
-def _codebooks(model: Any, made: Made, generator: torch.Generator) -> Made:
-    books = _first_int(model.config, "num_codebooks", "codebooks", "n_codes_total", "num_channels") or 1
-    return {n: t.unsqueeze(-1).expand(*t.shape, books) % 16 for n, t in made.items() if n in ("input_ids", "decoder_input_ids")}
-
-
-def _decoder_codebooks(model: Any, made: Made, generator: torch.Generator) -> Made:
-    return {n: t for n, t in _codebooks(model, made, generator).items() if n == "decoder_input_ids"}
-
-
-def _stacked_codebooks(model: Any, made: Made, generator: torch.Generator) -> Made:
-    """[batch * codebooks, length]: of the decoder, if there is one."""
-    books = _first_int(model.config, "num_codebooks")
-    name = "decoder_input_ids" if "decoder_input_ids" in made else "input_ids"
-    return {name: made[name].repeat_interleave(books, 0) % 16} if books and name in made else {}
-
-
-def _flat_patches(model: Any, made: Made, generator: torch.Generator) -> Made:
-    """Rows of patches instead of images, of all images in a row where a grid is given."""
-    if "pixel_values" not in made or made["pixel_values"].ndim < 4:
-        return {}
-    count = _patch(model.config, False)
-    return {"pixel_values": torch.randn(BATCH, _PATCHES, count, generator=generator)}
-
-
-def _many_images(model: Any, made: Made, generator: torch.Generator) -> Made:
-    """[batch, images, ...]."""
-    return {n: t.unsqueeze(1).repeat(1, 2, 1, 1, 1) for n, t in made.items() if n == "pixel_values" and t.ndim == 4}
-
-
-def _placeholders(model: Any, made: Made, generator: torch.Generator) -> Made:
-    """Tokens that stand for images, as many as the model says that it expects."""
-    token = _first_int(model.config, "image_token_id", "image_token_index", "video_token_index")
-    if token is None or "input_ids" not in made:
-        return {}
-    try:
-        with torch.no_grad():
-            model(**made)
-    except Exception as error:
-        found = re.search(r"tokens: ?(\d+).*features:? ?(\d+)", str(error))
-        if not found:
-            return {}
-        count = math.ceil(int(found[2]) / BATCH)
-        text = made["input_ids"].clone()
-        if count > LENGTH - 3:
-            return {}
-        text[:, 2 : 2 + count] = token
-        kinds = {"mm_token_type_ids": (text == token).long()} if "mm_token_type_ids" in inspect.signature(model.forward).parameters else {}
-        return {"input_ids": text, **kinds}
-    return {}
-
-
-def _marked(model: Any, made: Made, generator: torch.Generator) -> Made:
-    """Texts with three separators, or with a question."""
-    token = _first_int(model.config, "question_token_id", "sep_token_id", "eos_token_id")
-    if token is None or "input_ids" not in made:
-        return {}
-    text = made["input_ids"].masked_fill(made["input_ids"] == token, 99)
-    text[:, [4, 9, 10] if _first_int(model.config, "question_token_id") is None else [4]] = token
-    return {"input_ids": text}
-
-
-def _in_place_of(name: str, rule: Callable[[Any, torch.Generator], Tensor]) -> Callable[[Any, Made, torch.Generator], Made]:
-    return lambda model, made, generator: {name: rule(model, generator)} if name in made else {}
-
-
-def _of_every_token(model: Any, made: Made, generator: torch.Generator) -> Made:
-    """Eight frames of sound for each token."""
-    if "input_features" not in made:
-        return {}
-    return {"input_features": torch.randn(BATCH, min(made["input_features"].shape[1:]), 8 * LENGTH, generator=generator)}
-
-
-def _turned_beside_one_channel(model: Any, made: Made, generator: torch.Generator) -> Made:
-    return {} if not {"input_values", "input_features"} <= set(made) else _turned(model, made, generator) | {"input_values": made["input_values"].unsqueeze(1)}
-
-
-def _patches_of_images(model: Any, made: Made, generator: torch.Generator) -> Made:
-    """[1, patches of all images, channels, height, width], and where they are."""
-    if "pixel_values" not in made:
-        return {}
-    side = _first_int(model.config, "patch_size") or PATCH
-    return {"pixel_values": torch.randn(1, BATCH * _PATCHES, 3, side, side, generator=generator), "grid_thw": _grid()}
-
-
-def _frames_in_the_batch(model: Any, made: Made, generator: torch.Generator) -> Made:
-    return {n: t.flatten(0, 1) for n, t in made.items() if n == "pixel_values" and t.ndim == 5}
-
-
-def _tiles(model: Any, made: Made, generator: torch.Generator) -> Made:
-    """[batch, images, tiles, ...]."""
-    tiles = _first_int(model.config, "max_num_tiles")
-    if tiles is None or "aspect_ratio_mask" not in made:
-        return {}
-    pixels = made["pixel_values"][:, None, None].repeat(1, 1, tiles, 1, 1, 1)
-    return {"pixel_values": pixels, "aspect_ratio_mask": torch.ones(BATCH, 1, tiles, dtype=torch.long)}
-
-
-def _larger_images(model: Any, made: Made, generator: torch.Generator) -> Made:
-    return {n: torch.randn(BATCH, t.shape[1], 4 * IMAGE, 4 * IMAGE, generator=generator) for n, t in made.items() if n == "pixel_values" and t.ndim == 4}
-
-
-def _longer(model: Any, made: Made, generator: torch.Generator) -> Made:
-    return {"input_values": torch.randn(BATCH, 32000, generator=generator)} if "input_values" in made else {}
-
-
-def _longer_features(model: Any, made: Made, generator: torch.Generator) -> Made:
-    """As many frames as the model's positions stand for."""
-    positions = _first_int(model.config, "max_source_positions", "max_position_embeddings")
-    if "input_features" not in made or not positions:
-        return {}
-    bins = min(made["input_features"].shape[-2:])
-    return {"input_features": torch.randn(BATCH, bins, 2 * positions, generator=generator)}
-
-
-def _one_text_an_image(model: Any, made: Made, generator: torch.Generator) -> Made:
-    """Two texts for each image."""
-    return {n: t.repeat(2, 1) for n, t in made.items() if n in ("input_ids", "attention_mask")} if "pixel_values" in made else {}
-
-
-SHAPES: dict[str, Callable[[Any, Made, torch.Generator], Made]] = {
-    "one channel": _one_channel,
-    "features turned": _turned,
-    "codebooks": _codebooks,
-    "codebooks of the decoder": _decoder_codebooks,
-    "codebooks in the batch": _stacked_codebooks,
-    "patches": _flat_patches,
-    "many images": _many_images,
-    "placeholders": _placeholders,
-    "features of every token": _of_every_token,
-    "features turned beside one channel": _turned_beside_one_channel,
-    "patches of images": _patches_of_images,
-    "frames in the batch": _frames_in_the_batch,
-    "tiles": _tiles,
-    "larger images": _larger_images,
-    "marked": _marked,
-    "inputs of sound": _in_place_of("inputs", _sound),
-    "inputs of pixels": _in_place_of("inputs", _pixels),
-    "inputs of floats": _in_place_of("inputs", lambda model, generator: _steps(model, generator, "d_model")),
-    "states of pixels": _in_place_of("hidden_states", _pixels),
-    "states of sound": _in_place_of("hidden_states", lambda model, generator: torch.randn(BATCH, 1, 320, generator=generator)),
-    "longer sound": _longer,
-    "longer features": _longer_features,
-    "one text an image": _one_text_an_image,
-}
