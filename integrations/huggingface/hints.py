@@ -87,7 +87,12 @@ HINTS: dict[str, dict[str, Any]] = {
     "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
     "qwen3_asr_encoder": {"n_window": 8},
     "xclip_vision_model": {"num_frames": 2},
-    "zamba": {"num_hidden_layers": 6, "layers_block_type": [*["linear_attention", "linear_attention", "hybrid"] * 2], "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba": {
+        "num_hidden_layers": 6,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
 }
 
 #: Model class -> arguments of its configuration, inner ones by the name of the inner configuration.

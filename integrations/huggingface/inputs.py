@@ -12,13 +12,14 @@ from attnhub.integrations.huggingface.shapes import SHAPES
 
 #: What a forward pass may need beside its main input, tried in this order until one runs: names of inputs, and of `SHAPES`.
 VARIANTS: tuple[tuple[str, ...], ...] = (
-    ("pixel_values", "placeholders"), ("pixel_values", "many images", "placeholders"), (), ("pixel_values",), ("input_features",), ("input_values",), ("pixel_values", "input_features"), ("one channel",), ("codebooks",),
-    ("features turned",), ("codebooks of the decoder",), ("codebooks in the batch",), ("input_values", "codebooks in the batch"), ("pixel_values", "patches"), ("patches",),
-    ("pixel_values", "many images"), ("many images",), ("input_ids",), ("input_ids", "placeholders"), ("input_ids", "many images", "placeholders"), ("input_ids", "many images"), ("frames in the batch",), ("tiles",), ("larger images",),
-    ("input_features", "features turned", "one channel"),
-    ("input_features", "features of every token"), ("features turned beside one channel",), ("patches of images",), ("input_values", "features turned beside one channel"),
-    ("inputs_embeds",), ("entity_ids",), ("region_to_phrase_position",), ("marked",), ("inputs of sound",), ("inputs of pixels",), ("inputs of floats",), ("states of pixels",), ("states of sound",),
-    ("longer sound",), ("longer features",), ("one text an image",),
+    ("pixel_values", "placeholders"), ("pixel_values", "many images", "placeholders"),
+    (), ("pixel_values",), ("input_features",), ("input_values",), ("pixel_values", "input_features"),
+    ("one channel",), ("codebooks",), ("features turned",), ("codebooks of the decoder",), ("codebooks in the batch",),
+    ("pixel_values", "patches"), ("pixel_values", "many images"), ("input_ids",), ("input_ids", "many images"),
+    ("frames in the batch",), ("tiles",), ("larger images",), ("patches of images",),
+    ("input_features", "features turned", "one channel"), ("input_features", "features of every token"), ("features turned beside one channel",),
+    ("inputs_embeds",), ("entity_ids",), ("marked",), ("inputs of sound",), ("inputs of pixels",), ("inputs of floats",),
+    ("states of pixels",), ("states of sound",), ("longer sound",), ("longer features",),
 )  # fmt: skip
 
 

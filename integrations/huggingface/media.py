@@ -195,7 +195,6 @@ INPUTS: dict[str, Rule] = {
     "entity_position_ids": lambda model, text, pad, g: torch.tensor([[[2, 3], [5, 6]]] * BATCH),
     "entity_start_positions": lambda model, text, pad, g: torch.tensor([[2, 5]] * BATCH),
     "entity_end_positions": lambda model, text, pad, g: torch.tensor([[3, 6]] * BATCH),
-    "region_to_phrase_position": lambda model, text, pad, g: torch.tensor([[2, 3, -1]] * BATCH),
     "image_embeds_position_mask": lambda model, text, pad, g: (torch.arange(LENGTH) < (first_int(model.config, "latent_query_num") or 1)).long().expand(BATCH, -1),
     "image_attention_mask": lambda model, text, pad, g: torch.ones(BATCH, LENGTH, 2, dtype=torch.long),
     "target_sizes": lambda model, text, pad, g: grid()[:, 1:].int(),

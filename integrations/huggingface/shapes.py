@@ -140,11 +140,6 @@ def _longer_features(model: Any, made: Made, generator: torch.Generator) -> Made
     return {"input_features": torch.randn(BATCH, bins, 2 * positions, generator=generator)}
 
 
-def _one_text_an_image(model: Any, made: Made, generator: torch.Generator) -> Made:
-    """Two texts for each image."""
-    return {n: t.repeat(2, 1) for n, t in made.items() if n in ("input_ids", "attention_mask")} if "pixel_values" in made else {}
-
-
 SHAPES: dict[str, Callable[[Any, Made, torch.Generator], Made]] = {
     "one channel": _one_channel,
     "features turned": _turned,
@@ -168,5 +163,4 @@ SHAPES: dict[str, Callable[[Any, Made, torch.Generator], Made]] = {
     "states of sound": _in_place_of("hidden_states", lambda model, generator: torch.randn(BATCH, 1, 320, generator=generator)),
     "longer sound": _longer,
     "longer features": _longer_features,
-    "one text an image": _one_text_an_image,
 }

@@ -9,8 +9,10 @@ import pytest
 from families import transformers
 
 from attnhub.integrations.huggingface.hints import HINTS, OF_CLASSES
-from attnhub.integrations.huggingface.inputs import tiny_inputs
+from attnhub.integrations.huggingface.inputs import VARIANTS, tiny_inputs
+from attnhub.integrations.huggingface.media import BESIDE, INPUTS
 from attnhub.integrations.huggingface.probe import _first_that_runs, _run
+from attnhub.integrations.huggingface.shapes import SHAPES
 from attnhub.integrations.huggingface.tiny import MOST_PARAMETERS, configs_of, tiny_config, tiny_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -79,6 +81,12 @@ def test_ways(way: str) -> None:
 def test_no_backbone_needs_timm() -> None:
     assert "timm" in transformers.DetrConfig().backbone_config.model_type
     assert not any("timm" in c.model_type for c in configs_of(tiny_config(transformers.DetrConfig)))
+
+
+def test_variants_name_what_there_is_and_leave_no_shape_out() -> None:
+    named = {name for variant in VARIANTS for name in variant}
+    assert named <= set(INPUTS) | set(SHAPES) and set(SHAPES) <= named
+    assert {name for names in BESIDE.values() for name in names} | set(BESIDE) <= set(INPUTS)
 
 
 def test_hints_are_of_configurations_and_classes_that_exist() -> None:
