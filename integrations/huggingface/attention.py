@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from attnhub.api import attention
 from attnhub.integrations.calls import count, count_weights
 from attnhub.integrations.huggingface.compact import CompactMask
-from attnhub.integrations.huggingface.routing import FOREIGN_MASKS
+from attnhub.integrations.huggingface.routing import EAGER_ONLY, FOREIGN_MASKS
 from attnhub.integrations.weights import attention_with_weights
 from attnhub.layouts import Varlen
 from attnhub.mask import FULL, Bias, BoolMask, Causal, Mask
@@ -106,7 +106,7 @@ def _mask_of(
     if attention_mask is None:
         if is_causal is None:
             # attnhub's masks say it where a model is causal; those for sdpa attention leave it to the module, and that to a default.
-            is_causal = getattr(module, "is_causal", getattr(module, FOREIGN_MASKS, False))
+            is_causal = EAGER_ONLY not in module.__dict__ and getattr(module, "is_causal", getattr(module, FOREIGN_MASKS, False))
         if not is_causal or seqlen_q == 1:
             return FULL, seqlen_k
         # More keys than queries are the unused rest of a static cache.
@@ -117,6 +117,9 @@ def _mask_of(
             attention_mask.batch == query.shape[0] or attention_mask.mask is FULL or not any(True for _ in attention_mask.mask.tensors())
         ):
             return attention_mask.mask, attention_mask.keys
+        if attention_mask.mask is FULL and attention_mask.keys == attention_mask.seqlen_k:
+            # Some models put keys before those that the mask was made for. In transformers' own attention this mask is none.
+            return FULL, seqlen_k
         attention_mask = attention_mask.dense()
     if attention_mask.shape[-1] > seqlen_k:
         attention_mask = attention_mask[..., :seqlen_k]

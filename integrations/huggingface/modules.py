@@ -15,7 +15,7 @@ from torch import nn
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 #: Attention by its class name. Pieces of one (dropouts, biases, masks, poolers) carry the word without computing attention.
 _NAMED = re.compile(r"Attention|SelfAttn|CrossAttn")
-_PIECE = re.compile(r"Dropout|Mask$|Bias$|Embedding|Output$|Norm$")
+_PIECE = re.compile(r"Dropout|Mask$|Bias$|Embedding|Output$|Norm$|Projection")
 #: Models that select keys themselves compare the implementation with this pair, and hand indices to everything else.
 _SPARSE = ("eager", "sdpa")
 #: Names in the code of a method that asks whether its mask is a tensor and appends columns to it (DeepSeek-V4).

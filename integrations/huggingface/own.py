@@ -27,8 +27,14 @@ class OwnMathsMixin(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         forward = super().forward  # type: ignore[misc]
-        # In a graph there are no values to wait for; weights that are asked for are the module's own to make.
-        if self._attnhub_trials >= _TRIALS or is_tracing() or wants_weights(self, kwargs.get("output_attentions") or None):  # type: ignore[arg-type]
+        # In a graph there are no values to wait for.
+        if self._attnhub_trials >= _TRIALS or is_tracing():
+            return forward(*args, **kwargs)
+        if wants_weights(self, kwargs.get("output_attentions") or None):  # type: ignore[arg-type]
+            # They are the module's own to make.
+            report = reports.get(self)  # type: ignore[call-overload]
+            if report is not None and not report.calls:
+                report.reason = f"{type(self)._attnhub_before.__name__} is asked for its attention weights, which its own operations make"
             return forward(*args, **kwargs)
         with DeferredMaths() as scope:
             result = forward(*args, **kwargs)

@@ -50,6 +50,8 @@ class DeferredMaths(TorchFunctionMode):
 def _handle(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope: DeferredMaths) -> Any:
     if name == "softmax":
         scope.missed += 1
+    if name == "einsum" and len(args) == 2 and isinstance(args[1], (list, tuple)):
+        args = (args[0], *args[1])
     if any(isinstance(a, Deferred) for a in args) or any(isinstance(a, Deferred) for a in kwargs.values()):
         done = _with_v(name, args, kwargs, scope) if name in _MATMUL or name == "einsum" else step(name, func, args, kwargs)
         return Deferred.__torch_function__(func, (), args, kwargs) if done is None else done

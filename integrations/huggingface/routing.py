@@ -22,6 +22,9 @@ NAME = "attnhub"
 _IMPLEMENTATION = "_attn_implementation_internal"
 #: Set on a routed module whose masks are made for another implementation, because other modules of its config read them.
 FOREIGN_MASKS = "_attnhub_foreign_masks"
+#: Set on a routed module of a model that transformers runs by eager attention alone, where no mask means that every key is attended to:
+#: such models say ``is_causal`` of modules that are not (BridgeTower's layers of image tokens).
+EAGER_ONLY = "_attnhub_eager_only"
 
 #: module -> attribute -> (config before the patch, the private copy in its place).
 _swapped: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
@@ -39,6 +42,8 @@ def route(model: nn.Module, attention: Iterable[nn.Module], routed: Iterable[nn.
         if config is not None:
             plan.note(config, id(module) in chosen)
     for module in model.modules():
+        if id(module) in chosen and not _has_sdpa(model, names[id(module)]):
+            module.__dict__[EAGER_ONLY] = True
         if id(module) in chosen and plan.is_shared(module.__dict__.get("config")):
             module.__dict__[FOREIGN_MASKS] = True
         for attribute, config in list(module.__dict__.items()):
@@ -57,6 +62,7 @@ def restore(model: nn.Module) -> None:
     pairs: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         module.__dict__.pop(FOREIGN_MASKS, None)
+        module.__dict__.pop(EAGER_ONLY, None)
         for attribute, (before, private) in _swapped.pop(module, {}).items():
             pairs[id(private)] = (before, private)
             if module.__dict__.get(attribute) is private:
@@ -85,6 +91,17 @@ def renamed(model: nn.Module, name: str) -> Iterator[None]:
     finally:
         for config in ours.values():
             config.__dict__[_IMPLEMENTATION] = NAME
+
+
+def _has_sdpa(model: nn.Module, name: str) -> bool:
+    """Whether the transformers model around a module says that it also runs by sdpa attention."""
+    from transformers import PreTrainedModel
+
+    while True:
+        owner = model.get_submodule(name)
+        if isinstance(owner, PreTrainedModel) or not name:
+            return bool(getattr(owner, "_supports_sdpa", True))
+        name = name.rpartition(".")[0]
 
 
 def _nearest_config(model: nn.Module, name: str) -> Any:

@@ -49,6 +49,8 @@ def step(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     made = scores.copy()
     if name in _CAST:
         return _cast(x, made, name, func, rest, kwargs)
+    if scores.is_softmax and name == "masked_fill" and not kwargs and len(rest) == 2 and _fills_masked(made, *rest):
+        return _noted(x, made, func, rest, {})
     if scores.is_softmax or kwargs or not rest:
         return None
     other = rest[0].value() if isinstance(rest[0], Deferred) else rest[0]
@@ -128,16 +130,29 @@ def _fill(x: Deferred, made: Scores, mask: Any, value: Any) -> bool:
     return True
 
 
+def _fills_masked(made: Scores, mask: Any, value: Any) -> bool:
+    """Whether weights are set to 0 where they are in any case: a row that was masked as a whole has no others in attnhub."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.device.type != "cpu" or _number(value) != 0:
+        return False
+    return any(allowed.shape == mask.shape and torch.equal(allowed, ~mask) for allowed, _ in made.allowed)
+
+
 def _is_masked(value: Any) -> bool:
+    number = _number(value)
+    return number is not None and number <= _MASKED
+
+
+def _number(value: Any) -> Optional[float]:
+    """A number or a tensor of one, if no device has to be waited for; else None."""
     if isinstance(value, Tensor):
         if value.ndim:
-            return False
+            return None
         number, version = getattr(value, "_attnhub_number", (None, -1))
         if number is not None and version == value._version:
             value = number
         elif value.device.type == "cpu":
             value = value.item()
-    return isinstance(value, (int, float)) and value <= _MASKED
+    return value if isinstance(value, (int, float)) else None
 
 
 def _where(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Optional[Deferred]:

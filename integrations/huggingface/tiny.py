@@ -13,13 +13,20 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 
+from attnhub.integrations.huggingface.hints import HINTS, OF_CLASSES
 from attnhub.integrations.huggingface.modules import is_config
 
 VOCAB = 128
 LAYERS, HEADS, WIDTH, HEAD_DIM = 2, 4, 32, 8
 IMAGE, PATCH = 32, 8
 #: A class that has more parameters than this after all is not run.
-MOST_PARAMETERS = 40_000_000
+MOST_PARAMETERS = 120_000_000
+#: How a configuration is made small. narrow: every size by its name. scaled: all widths by the same factor, as some hang together in ways that
+#: no name tells. shallow: widths as they are. The last two also make layers, experts, tokens and pixels few.
+WAYS = ("narrow", "scaled", "shallow")
+SCALE = 4
+#: Pixels that patches of 14 and 16, windows of 7 and a stride of 32 divide.
+PIXELS = 224
 
 #: name of a size -> its tiny value. The first pattern that matches the whole name decides; None keeps what is there.
 _SIZES: tuple[tuple[str, Optional[int]], ...] = (
@@ -35,6 +42,7 @@ _SIZES: tuple[tuple[str, Optional[int]], ...] = (
     (r".*layer_period", 2),
     (r"window_size", 4),
     (r"num_latents", 16),
+    (r"num_pos_feats", WIDTH // 2),
     (r"num_queries", 4),
     (r"coordinate_size", 5),
     (r"shape_size", 6),
@@ -49,57 +57,86 @@ _SIZES: tuple[tuple[str, Optional[int]], ...] = (
     (r".*image_?size.*|img_size|input_size|.*crop_size", IMAGE),
     (r".*patch_?size.*", PATCH),
     (r".*num_mel_bins|.*n_mels|input_feat_per_channel|.*num_mels", 16),
-    (r".*(hidden|embed|embedding|model|proj|projection|feature|output|input)_?(size|dim|dims)|d_model|.*_dim|dim|n_embd|hidden|width|.*_hidden_size.*|.*embd.*|.*channels|.*_size|.*d_model", WIDTH),
+    (r".*(hidden|embed|embedding|model|proj|projection|feature|output|input)_?(size|dim|dims)|bottleneck_features|d_model|.*_dim|dim|n_embd|hidden|width|(.*_)?hidden_size.*|.*embd.*|.*channels|.*_size|.*d_model", WIDTH),
 )  # fmt: skip
 _COMPILED = tuple((re.compile(pattern), value) for pattern, value in _SIZES)
+_COUNTS = re.compile(r".*(vocab|expert|layer|block|depth|top_?k|n_group|num_queries).*")
+_PIXELS = re.compile(r".*(image|img|crop)_?size.*")
 _TOKEN = re.compile(r".*(token_id|token_ids|token_index|_token|_id|_index|_idx)s?")
 #: Lists of numbers that are no sizes of a hierarchy.
-_KEPT_LISTS = re.compile(r".*(kernel|stride|pad|dilation|ratio|ids|mean|std|section|scale|range|lengths?|rates?|out_|features|indices|index|pool|grid).*")
+_KEPT_LISTS = re.compile(r".*(kernel|stride|pad|dilation|ratio|ids|mean|std|section|scale|range|lengths?|rates?|out_(features|ind)|features|indices|index|pool|grid).*")
 
 
-def tiny_config(cls: type) -> Any:
-    """The default configuration of a configuration class with small sizes, nested ones too, and eager attention."""
+class TooLargeError(ValueError):
+    """A tiny configuration that is none."""
+
+
+def tiny_config(cls: type, way: str = "narrow", model: str = "", implementation: str = "eager") -> Any:
+    """The default configuration of a configuration class with small sizes, nested ones too, for a model class of this name.
+
+    implementation: of attention; "default" leaves it to transformers."""
     config = cls()
-    made = type(config)(**_shrunk(config))
+    given = _shrunk(config, way)
+    for key, value in OF_CLASSES.get(model, {}).items():
+        given[key] = type(given[key])(**_shrunk(getattr(config, key), way) | value) if isinstance(value, dict) and is_config(given.get(key)) else value
+    made = type(config)(**given)
     for inner in configs_of(made):
         if "pad_token_id" in inner.__dict__ and inner.pad_token_id is None:
             inner.pad_token_id = 0
-        rope = inner.__dict__.get("rope_parameters")
+        rope = inner.__dict__.get("rope_parameters") if way == "narrow" else None
         if isinstance(rope, dict) and "rope_type" in rope and "mrope_section" not in rope:
             # The default of those that divide a head by time, height and width is that of a head of 128; others do not look.
             rope["mrope_section"] = _rope("mrope_section", [0, 0, 0])
-    made._attn_implementation = "eager"
+    if implementation != "default":
+        made._attn_implementation = "eager"
     return made
 
 
-def _shrunk(config: Any) -> dict[str, Any]:
+def _shrunk(config: Any, way: str) -> dict[str, Any]:
     """The arguments that make a small configuration: what the default one holds, by its own names."""
     given = {key: value for key, value in config.__dict__.items() if not key.startswith("_") and key not in _DERIVED}
+    stages = getattr(config, "out_indices", None) if "_out_indices" in config.__dict__ else None
+    if isinstance(stages, (list, tuple)) and len(stages) > 1:
+        given["out_indices"] = list(stages)
     parameters = _parameters(type(config).__init__) | _fields(type(config))
-    known = {key: value for key, value in given.items() if not parameters or key in parameters or is_config(value)}
+    known = {key: value for key, value in given.items() if not parameters or key in parameters or is_config(value) or key == "out_indices"}
+    hierarchy = next((v for k, v in given.items() if k in _HIERARCHY and isinstance(v, (list, tuple)) and v), ())
     before = next((v for k, v in known.items() if is_int(v) and _value(k) == LAYERS and "layer" in k), 0)
     kinds = next((_each_kind(v) for k, v in known.items() if k in _KINDS and isinstance(v, (list, tuple)) and v), [])
-    indices = [v for k, v in known.items() if k.endswith("out_indices") and isinstance(v, (list, tuple)) and len(v) > LAYERS]
+    indices = [v for k, v in known.items() if k.endswith("out_indices") and isinstance(v, (list, tuple)) and len(v) > 1]
     layers = max(LAYERS, len(kinds), *(len(v) for v in indices), 0)
     tokens = _Tokens()
     made: dict[str, Any] = {}
     for key, value in known.items():
         if is_config(value):
-            made[key] = type(value)(**_shrunk(value))
+            made[key] = _resnet(value) if value.model_type == "timm_backbone" else type(value)(**_shrunk(value, way))
         elif key == "attention_types" and isinstance(value, list) and value and isinstance(value[0], (list, tuple)):
             made[key] = [[list(value[0][0])[:layers], 1]]
         elif key in _KINDS and isinstance(value, (list, tuple)) and value:
             made[key] = (_each_kind(value) * layers)[:layers]
-        elif key.endswith("out_indices") and isinstance(value, (list, tuple)) and indices:
-            made[key] = type(value)(range(len(value)))
+        elif key.endswith("out_indices") and isinstance(value, (list, tuple)) and indices and not hierarchy:
+            made[key] = type(value)(range(layers - len(value) + 1, layers + 1) if key == "out_indices" and "_out_indices" in config.__dict__ else range(len(value)))
+        elif hierarchy and value == len(hierarchy) and re.match(r"num_.*(blocks|stages)", key):
+            made[key] = value
         elif isinstance(value, (list, tuple)) and before > layers and len(value) == before:
-            made[key] = type(value)(_small(key, v, tokens) if is_int(v) else v for v in value[:layers])
+            made[key] = type(value)(_small(key, v, tokens, way) if is_int(v) else v for v in value[:layers])
         else:
-            made[key] = _small(key, value, tokens)
+            made[key] = _small(key, value, tokens, way)
             if is_int(value) and _value(key) == LAYERS and made[key] == LAYERS:
                 made[key] = min(value, layers)
-    _agree(made, known)
+    if way == "narrow":
+        _agree(made, known)
+        made |= HINTS.get(config.model_type or getattr(config, "base_config_key", ""), {})
     return made
+
+
+def _resnet(backbone: Any) -> Any:
+    """A backbone of the same stages that needs no timm."""
+    from transformers import ResNetConfig
+
+    stages = list(getattr(backbone, "out_indices", None) or [4])
+    stages = [n if n >= 0 else 5 + n for n in stages]
+    return ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 1, 1], out_indices=stages)  # type: ignore[call-arg]
 
 
 _INSTEAD_OF_NONE = {"head_dim": HEAD_DIM, "num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 2, "top_k_experts": 2, "moe_intermediate_size": 48, "vocab_size": VOCAB}
@@ -139,6 +176,8 @@ def _agree(made: dict[str, Any], before: dict[str, Any]) -> None:
         made["codebook_dim"] = made.get("hidden_size", made["codebook_dim"])
 
 
+#: Layers of each stage of a hierarchy.
+_HIERARCHY = ("depths", "depth", "stage_num_blocks", "layers", "num_blocks", "block_repeats", "encoder_blocks", "block_configs", "stage_configs")
 _KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "layer_type_list", "block_types", "attention_types_per_layer")
 _DERIVED = {
     "transformers_version", "architectures", "model_type", "dtype", "torch_dtype", "id2label", "label2id", "num_labels", "return_dict", "output_attentions",
@@ -181,48 +220,70 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _small(key: str, value: Any, tokens: Callable[[int], int]) -> Any:
+def _small(key: str, value: Any, tokens: Callable[[int], int], way: str) -> Any:
     if is_int(value):
         if _TOKEN.fullmatch(key):
             return tokens(value)
         small = _value(key) if key != "window_size" or value < IMAGE else None  # Larger ones are in pixels.
-        return min(value, small) if small is not None and value > 0 else value
+        if small is None or value <= 0:
+            return value
+        if way == "narrow" or _COUNTS.fullmatch(key):
+            return min(value, small)
+        if _PIXELS.fullmatch(key):
+            return min(value, PIXELS)
+        return _scaled(value) if way == "scaled" and small in _WIDTHS else value
     if isinstance(value, (list, tuple)) and value and all(is_int(v) for v in value):
-        return type(value)(_small_list(key, list(value), tokens))
+        # Some models append to a list of the checkpoint, and their own default is a tuple.
+        return (type(value) if way == "narrow" else list)(_small_list(key, list(value), tokens, way))
     if isinstance(value, dict) and value and all(isinstance(k, str) for k in value):
         if "rope" in key or "rotary" in key:
-            return {k: _small(key, v, tokens) if isinstance(v, dict) else _rope(k, v) for k, v in value.items()}
-        return {k: _small(k, v, tokens) for k, v in value.items()}
+            return {k: _small(key, v, tokens, way) if isinstance(v, dict) else _rope(k, v, way) for k, v in value.items()}
+        return {k: _small(k, v, tokens, way) for k, v in value.items()}
     return value
 
 
-def _rope(key: str, value: Any) -> Any:
+_WIDTHS = {WIDTH, 48, 16, HEAD_DIM, HEAD_DIM // 2}
+
+
+def _scaled(value: int) -> int:
+    return value // SCALE if value >= 32 and value % SCALE == 0 else value
+
+
+def _rope(key: str, value: Any, way: str = "narrow") -> Any:
     """Sections of a head's pairs of dimensions (time, height, width)."""
     if "section" in key and isinstance(value, (list, tuple)) and value:
+        if way != "narrow":
+            return type(value)(v // SCALE for v in value) if way == "scaled" else value
         half = HEAD_DIM // 2
         return type(value)([half - len(value) + 1, *[1] * (len(value) - 1)])
     return value
 
 
-def _small_list(key: str, value: list[int], tokens: Callable[[int], int]) -> list[int]:
+def _small_list(key: str, value: list[int], tokens: Callable[[int], int], way: str) -> list[int]:
     if _TOKEN.fullmatch(key):
         return [tokens(v) for v in value]
     if "depth" in key or key in ("layers", "num_blocks", "block_repeats"):
         return [min(v, 1) for v in value]
+    if way == "shallow":
+        return [min(v, PIXELS) for v in value] if _PIXELS.fullmatch(key) else value
+    if way == "scaled" and _PIXELS.fullmatch(key):
+        return [min(v, PIXELS) for v in value]
+    if way == "narrow" and (small := _narrow_list(key, value)) is not None:
+        return small
+    if not _KEPT_LISTS.fullmatch(key) and re.fullmatch(r".*(hidden|embed|dim|channel|width|size).*", key) and max(value) >= 32:
+        # A hierarchy keeps its ratios, also to other lists; the channels of an image stay.
+        return [max(4, v // SCALE) if v > 4 else v for v in value]
+    return value
+
+
+def _narrow_list(key: str, value: list[int]) -> Optional[list[int]]:
     if re.fullmatch(r".*heads?.*", key):
         return [min(v, 2) for v in value]
     if key in ("attn_layer_indices", "axial_pos_embds_dim"):
         return [1] if key == "attn_layer_indices" else [WIDTH // len(value)] * len(value)
-    if re.fullmatch(r".*(image|img|crop)_?size.*", key):
+    if _PIXELS.fullmatch(key):
         return [IMAGE] * len(value)
-    if re.fullmatch(r".*patch_?size.*", key):
-        return [min(v, PATCH) for v in value]
-    if _KEPT_LISTS.fullmatch(key):
-        return value
-    if re.fullmatch(r".*(hidden|embed|dim|channel|width|size).*", key) and max(value) >= 32:
-        # A hierarchy keeps its ratios, also to other lists; the channels of an image stay.
-        return [max(4, v // 4) if v > 4 else v for v in value]
-    return value
+    return [min(v, PATCH) for v in value] if re.fullmatch(r".*patch_?size.*", key) else None
 
 
 def _each_kind(kinds: Union[list[Any], tuple[Any, ...]]) -> list[Any]:
@@ -234,21 +295,22 @@ def _each_kind(kinds: Union[list[Any], tuple[Any, ...]]) -> list[Any]:
 # -- models ----------------------------------------------------------------------------------------------------------------
 
 
-def tiny_model(cls: Any, implementation: str = "eager") -> Any:
+def tiny_model(cls: Any, implementation: str = "eager", way: str = "narrow") -> Any:
     """A model of the class in eval mode, and weights so large that attention is far from uniform."""
-    config = tiny_config(cls.config_class)
     with torch.device("meta"):
-        count = sum(p.numel() for p in _made(cls, config, implementation).parameters())
+        count = sum(p.numel() for p in _made(cls, implementation, way).parameters())
     if count > MOST_PARAMETERS:
-        raise ValueError(f"its tiny configuration still has {count:,} parameters")
+        raise TooLargeError(f"its tiny configuration still has {count:,} parameters")
     torch.manual_seed(1)
-    model = _made(cls, tiny_config(cls.config_class), implementation).eval()
+    model = _made(cls, implementation, way).eval()
     enlarge(model)
     return model
 
 
-def _made(cls: Any, config: Any, implementation: str) -> Any:
-    return cls._from_config(config, attn_implementation=implementation, dtype=torch.float32)
+def _made(cls: Any, implementation: str, way: str) -> Any:
+    config = tiny_config(cls.config_class, way, cls.__name__, implementation)
+    asked = {} if implementation == "default" else {"attn_implementation": implementation}
+    return cls._from_config(config, dtype=torch.float32, **asked)
 
 
 def enlarge(model: nn.Module) -> None:

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from families import transformers
 
 import attnhub
 from attnhub import cli
 from attnhub.cli import coverage
-from attnhub.integrations.huggingface.probe import classes, probe
+from attnhub.integrations.huggingface.probe import _largest, classes, probe
 from attnhub.registry import registry
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -46,6 +47,22 @@ def test_the_other_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry.get("reference"), "prepare", lambda problem: 1 / 0)
     with attnhub.use("reference"):
         assert probe("BertModel")["state"] == "fails"
+
+
+@pytest.mark.parametrize("ours", [0.0, 1.0, -torch.inf])
+@pytest.mark.parametrize("theirs", [0.0, 1.0, -torch.inf])
+def test_what_is_infinite_in_both_is_no_difference(ours: float, theirs: float) -> None:
+    """Detectors fill what stands for no text with -inf."""
+    a, b = (torch.tensor([[2.0, x]]) for x in (ours, theirs))
+    gap, size = _largest({"none": [a]}, {"none": [b]})
+    assert (gap == 0.0) == (ours == theirs) and size in (1.0, 2.0)
+
+
+def test_rounding_that_grows_is_told_from_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager attention adds this model's bool mask as numbers, and what transformers chooses is no nearer than rounding lets it; in fp64 it is."""
+    monkeypatch.setattr("attnhub.integrations.huggingface.probe._by_another", lambda *_: None)
+    found = probe("GroundingDinoModel")
+    assert found["state"] == "partly" and found["note"].startswith("compared in fp64 with default attention") and found["difference"] < 1e-6
 
 
 def test_every_class_is_listed_with_its_folder() -> None:

@@ -143,6 +143,7 @@ def test_weights_that_are_asked_for_are_the_models_own() -> None:
         report = attnhub.patch(model)
         ours = model(input_ids=ids, output_attentions=True).attentions
     assert all(type(a) is Tensor and torch.equal(a, b) for a, b in zip(ours, theirs)) and report.calls == 0
+    assert all("is asked for its attention weights" in m.reason for m in report.modules)
 
 
 def test_dropout_acts_in_training_only() -> None:
@@ -243,6 +244,7 @@ SERVED: dict[str, Callable[[Tensor], Tensor]] = {
     "bias of a batch of heads": lambda s: (s.view(6, 5, 7) - WAVES[:42].view(6, 1, 7)).view(2, 3, 5, 7).softmax(-1),
     "windows of a batch": lambda s: (s.view(1, 2, 3, 5, 7) + WAVES.view(2, 1, 5, 7).unsqueeze(0)).view(-1, 3, 5, 7).softmax(-1),
     "filled": lambda s: s.masked_fill(~KEEP, LOW).softmax(-1),
+    "filled, and its weights with 0": lambda s: s.masked_fill(~KEEP, LOW).softmax(-1).masked_fill(~KEEP, torch.scalar_tensor(0.0)),
     "chosen": lambda s: torch.where(KEEP, s, torch.full([], LOW)).softmax(-1),
     "chosen by a number that was another": lambda s: torch.where(KEEP, s, torch.full([], -2.0).fill_(LOW)).softmax(-1),
     "filled as the scores are shaped": lambda s: s.masked_fill_((~KEEP).expand_as(s), -1e9).softmax(-1),
@@ -258,6 +260,8 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "filled with a number of no account": lambda s: s.masked_fill(~KEEP, -2.0).softmax(-1),
     "filled with a number that was low": lambda s: torch.where(KEEP, s, torch.tensor(LOW).fill_(-2.0)).softmax(-1),
     "weights changed": lambda s: s.softmax(-1) * 0.5,
+    "filled, and other weights with 0": lambda s: s.masked_fill(~KEEP, LOW).softmax(-1).masked_fill(KEEP, 0.0),
+    "filled, and its weights with 1": lambda s: s.masked_fill(~KEEP, LOW).softmax(-1).masked_fill(~KEEP, 1.0),
     "weights chosen": lambda s: s.softmax(-1).masked_fill(~KEEP, 0.0),
     "no softmax": lambda s: s * 2,
     "assigned": lambda s: s.index_fill_(3, torch.tensor([1]), 0.0).softmax(-1),
@@ -291,7 +295,9 @@ def test_einsum(scores: str, values: str, axes: str) -> None:
     theirs = torch.einsum(values, torch.einsum(scores, q, k).softmax(-1), v)
     with DeferredMaths() as scope:
         ours = torch.einsum(values, torch.einsum(scores, q, k).softmax(-1), v)
-    assert len(scope.served) == 1
+        # CvT's notation.
+        listed = torch.einsum(values, [torch.einsum(scores, [q, k]).softmax(-1), v])
+    assert len(scope.served) == 2 and torch.equal(ours, listed)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 

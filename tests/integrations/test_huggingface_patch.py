@@ -142,6 +142,34 @@ def test_no_mask_and_no_word_of_causality(foreign: bool) -> None:
     assert not any(FOREIGN_MASKS in vars(layer.self_attn) for layer in model.model.layers)
 
 
+def test_no_mask_where_there_is_only_eager_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then a module that says is_causal and gets no mask attends to all (BridgeTower's image tokens); with sdpa attention it is causal."""
+    from attnhub.integrations.huggingface.attention import attention_forward
+
+    q, k, v = (torch.randn(2, 4, 5, 8) for _ in range(3))
+    for has_sdpa in (True, False):
+        monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_supports_sdpa", has_sdpa)
+        model = llama("eager")
+        module = model.model.layers[0].self_attn
+        attnhub.patch(model)
+        theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=has_sdpa).transpose(1, 2)
+        torch.testing.assert_close(attention_forward(module, q, k, v, None)[0], theirs)
+        attnhub.unpatch(model)
+        assert not any(name.startswith("_attnhub") for name in vars(module))
+
+
+@pytest.mark.parametrize("keys", [5, 9, 3])
+def test_a_mask_of_nothing_for_other_keys(keys: int) -> None:
+    """Models that put keys before those of their mask (MuseGlimmerAssistant) mean all of them where the mask masks nothing."""
+    from attnhub.integrations.huggingface.attention import attention_forward
+    from attnhub.integrations.huggingface.compact import CompactMask
+    from attnhub.mask import FULL
+
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, keys, 8), torch.randn(2, 4, keys, 8)
+    ours, _ = attention_forward(torch.nn.Module().eval(), q, k, v, CompactMask(FULL, 2, 5, 5, 5, q.device))
+    torch.testing.assert_close(ours, torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2))
+
+
 def test_masks_for_attention_that_holds_no_config() -> None:
     """The image encoder of GIT is routed; its text attention adds the mask itself, and must get the additive one."""
     text = {**SMALL, "vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 24, "patch_size": 8}}
