@@ -20,8 +20,8 @@ NUMERIC = (
 )  # fmt: skip
 #: Columns that result files have only since they are measured: (name, key of a row, format).
 _OPTIONAL = (("of peak", "peak_fraction", "{:.0%}"), ("of read rate", "bandwidth_fraction", "{:.0%}"), ("CPU use", "cpu_use", "{:.2f}"))
-#: The preset whose ratios the README shows, for every machine that it was timed on, with the most threads.
-_README = "limits"
+#: The presets that the README shows, for every machine that they were timed on, with the most threads.
+_README = ("limits", "cuda-grid")
 
 
 def page(root: pathlib.Path) -> str:
@@ -74,11 +74,11 @@ def readme_blocks(root: pathlib.Path) -> dict[str, str]:
     for path, result in results.committed(root):
         folder = pathlib.PurePosixPath(path).parent
         known = shown.get(folder)
-        if result["preset"] == _README and (known is None or known[1]["environment"]["threads"] < result["environment"]["threads"]):
+        if result["preset"] in _README and (known is None or known[1]["environment"]["threads"] < result["environment"]["threads"]):
             shown[folder] = path, result
     if not shown:
         return {"results": "No result file is committed yet; `make bench` makes one.\n"}
-    return {"results": "\n".join(f"{_where(path, result)}\n{_ratios(result)}" for path, result in shown.values())}
+    return {"results": "\n".join(f"{_where(path, result)}\n{_ratios(result) if result['preset'] == _README[0] else _measured(result).lstrip()}" for path, result in shown.values())}
 
 
 def _where(path: str, result: dict[str, Any]) -> str:
