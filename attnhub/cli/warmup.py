@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 from attnhub.cli import CommandError, console, progress
 from attnhub.cli.explain import DTYPES
+from attnhub.cli.values import size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,23 +19,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1, xpu; default: cuda where there is one, else cpu")
     parser.add_argument("--arch", default="", help="only compile the cuda backend's kernels, for this architecture, here or not: sm_90a, sm_80, h100, ...")
     parser.add_argument("--model", default="", metavar="FOLDER", help="only compile the cuda backend's kernels, for prompts and decoding of this HuggingFace model")
-    parser.add_argument("--jobs", type=_size, default=0, help="processes that compile CUDA kernels; default: as many as processors")
+    parser.add_argument("--jobs", type=size, default=0, help="processes that compile CUDA kernels; default: as many as processors")
     parser.add_argument("--dtype", choices=DTYPES, default="", help="default: bfloat16, or the model's own")
     parser.add_argument("--batch", type=_sizes, default=(1,), help="sequences" + several)
-    parser.add_argument("--heads", type=_size, default=8, help="query heads")
-    parser.add_argument("--kv-heads", type=_size, default=0, help="key and value heads; default: as many as query heads")
+    parser.add_argument("--heads", type=size, default=8, help="query heads")
+    parser.add_argument("--kv-heads", type=size, default=0, help="key and value heads; default: as many as query heads")
     parser.add_argument("--seqlen-q", type=_sizes, default=(1024,), help="query tokens" + several)
     parser.add_argument("--seqlen-k", type=_sizes, default=(), help="keys; default: as --seqlen-q" + several)
-    parser.add_argument("--head-dim", type=_size, default=64)
-    parser.add_argument("--v-head-dim", type=_size, default=0, help="of v, where it differs")
+    parser.add_argument("--head-dim", type=size, default=64)
+    parser.add_argument("--v-head-dim", type=size, default=0, help="of v, where it differs")
     parser.add_argument("--causal", action="store_true", help="aligned bottom right")
-    parser.add_argument("--window", type=_size, default=0, help="keys that a query sees at most, itself included, of those before it")
+    parser.add_argument("--window", type=size, default=0, help="keys that a query sees at most, itself included, of those before it")
     parser.add_argument("--softcap", type=float, default=0.0)
     parser.add_argument("--sinks", action="store_true")
     parser.add_argument("--alibi", action="store_true")
     parser.add_argument("--descale", default="", help="which of q, k and v come with factors, as in qkv; with float8_e4m3fn")
     parser.add_argument("--packed", action="store_true", help="sequences one behind the other, with cu_seqlens")
-    parser.add_argument("--page-size", type=_size, default=0, help="tokens in a page of a paged K/V cache; default: not paged")
+    parser.add_argument("--page-size", type=size, default=0, help="tokens in a page of a paged K/V cache; default: not paged")
     parser.add_argument("--layout", choices=("bhsd", "bshd"), default="bhsd")
     parser.add_argument("--lse", action="store_true", help="lse is returned")
     parser.add_argument("--backward", action="store_true", help="a backward pass follows")
@@ -100,12 +101,5 @@ def _mask(args: argparse.Namespace) -> Optional[Any]:
     return mask
 
 
-def _size(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
-
-
 def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(_size(part) for part in text.split(",") if part.strip())
+    return tuple(size(part) for part in text.split(",") if part.strip())
