@@ -10,13 +10,13 @@ from torch import Tensor
 
 from attnhub import arguments, runtime
 from attnhub.decision import Decision
-from attnhub.eager import grad_bits, is_usual_mask, is_usual_tensor, no_modes, run, wants_grad
+from attnhub.eager import append_in_launch, grad_bits, is_usual_mask, is_usual_tensor, no_modes, run, wants_grad
 from attnhub.kv_cache import KVCache, append_first
 from attnhub.layouts import Varlen
 from attnhub.mask import FULL, BoolMask, Causal, Mask
 from attnhub.mask import Bias as BiasMask
 from attnhub.registry import registry
-from attnhub.repeats import append_in_launch, read_again, repeated
+from attnhub.repeats import read_again, repeated
 from attnhub.rotary import Rotary
 
 Layout = Literal["bhsd", "bshd"]

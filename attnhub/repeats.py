@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnhub import arguments, config, ops, runtime
 from attnhub.backend import Append, Call, PrepareError
-from attnhub.eager import is_eager, is_usual_tensor, no_modes, run
+from attnhub.eager import append_in_launch, is_eager, is_usual_tensor, no_modes, run
 from attnhub.kv_cache import KVCache
 from attnhub.mask import FULL, Mask
 from attnhub.registry import registry
@@ -137,13 +137,6 @@ def append_again(
     """`attention` with new tokens and a mask without tensors, by a backend that appends them in the launch that attends; else None, and nothing is done."""
     usual = no_modes() and not torch.compiler.is_compiling()
     return read_again(q, cache, mask, softmax_scale, softcap, False, backend, k, v, rotary) if usual else None
-
-
-def append_in_launch(call: Call, cache: KVCache, backend: str) -> Optional[tuple[Tensor, Optional[Tensor]]]:
-    """A call with new tokens by a plan that appends them itself, or None."""
-    # What the call holds is a copy of a cache whose rows have gaps.
-    own = all(t.stride(3) == 1 for t in cache.heads_first())
-    return runtime.append_in_launch(call, backend) if own and not torch.compiler.is_compiling() and is_eager(call) else None
 
 
 def _remember(key: tuple[Any, ...], call: Call, chosen: runtime.Prepared, repeatable: bool) -> None:

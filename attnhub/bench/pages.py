@@ -156,7 +156,7 @@ def _measured(result: dict[str, Any]) -> str:
         return table
     told = result["settings"]
     how = f"{told['rounds']} rounds, turns of {told['round_seconds']:g} s"
-    return f"\nThe time of `{targets.judged(result)[0]}`, and how many times as fast as each other peer it is: {how}.\n{table}"
+    return f"\nThe time of {targets.judged(result)[0]}, and how many times as fast as each other peer it is: {how}.\n{table}"
 
 
 def _by_case(result: dict[str, Any]) -> list[str]:

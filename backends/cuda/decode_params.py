@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 
+from attnhub.backends.cuda.params import offsets_of
+
 #: (name, format) in order. Q: pointer, q: 64-bit integer, i: 32-bit integer, f: fp32.
 FIELDS: tuple[tuple[str, str], ...] = (
     *((name, "Q") for name in (
@@ -30,8 +32,4 @@ SIZE = POINTERS.size + REST.size
 
 def offsets() -> dict[str, int]:
     """Field -> its offset in bytes."""
-    found, position = {}, 0
-    for name, code in FIELDS:
-        found[name] = position
-        position += struct.calcsize("=" + code)
-    return found
+    return offsets_of(FIELDS)

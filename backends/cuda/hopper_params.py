@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 
+from attnhub.backends.cuda.params import offsets_of
+
 #: (name, format) in order. 128s: a tensor map, Q: pointer, q: 64-bit integer, i: 32-bit integer, f: fp32.
 FIELDS: tuple[tuple[str, str], ...] = (
     *((f"{name}_map", "128s") for name in ("q", "k", "v", "out")),
@@ -27,11 +29,7 @@ LAYOUT = struct.Struct(f"{_FORMAT}{-struct.calcsize(_FORMAT) % _ALIGNMENT}x")
 
 def offsets() -> dict[str, int]:
     """Field -> its offset in bytes."""
-    found, position = {}, 0
-    for name, code in FIELDS:
-        found[name] = position
-        position += struct.calcsize("=" + code)
-    return found
+    return offsets_of(FIELDS)
 
 
 _AT = offsets()

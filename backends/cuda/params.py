@@ -25,10 +25,15 @@ FIELDS: tuple[tuple[str, str], ...] = (
 LAYOUT = struct.Struct("=" + "".join(code for _, code in FIELDS))
 
 
-def offsets() -> dict[str, int]:
-    """Field -> its offset in bytes."""
+def offsets_of(fields: tuple[tuple[str, str], ...]) -> dict[str, int]:
+    """Field -> its offset in bytes, in a struct without padding between them."""
     found, position = {}, 0
-    for name, code in FIELDS:
+    for name, code in fields:
         found[name] = position
         position += struct.calcsize("=" + code)
     return found
+
+
+def offsets() -> dict[str, int]:
+    """Field -> its offset in bytes."""
+    return offsets_of(FIELDS)
