@@ -160,7 +160,7 @@ def test_the_samples_are_for_their_kernels(sample: Any) -> None:
         if sample.kernel == "hopper" and call.q.device.type == "cpu":
             from attnhub.backends.cuda import hopper_plan
 
-            assert hopper_plan.serves(call)
+            assert hopper_plan.serves(hopper.choose(found), call)
     else:
         chosen = sample.variant(found)
         assert chosen.turing == (sample.kernel == "turing") and not found.page_size and (not chosen.turing or found.q_dtype == "float16")

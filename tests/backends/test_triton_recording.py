@@ -27,9 +27,11 @@ pytestmark = MARKS
 
 
 def test_every_part_of_a_call_is_in_the_key() -> None:
-    """A new field of Call or Mask must be put into `_key` or `_inputs`, and here. `deterministic` changes nothing: all kernels are repeatable."""
+    """A new field of Call or Mask must be put into `_key` or `_inputs`, and here. `deterministic` changes nothing: all kernels are repeatable.
+    `append` never comes: the plans do not say that they take it.
+    """
     assert set(Call.__slots__) == {
-        "q", "k", "v", "mask", "softmax_scale", "softcap", "sinks", "dropout_p", "rng", "varlen", "block_table", "need_lse", "descale", "deterministic",
+        "q", "k", "v", "mask", "softmax_scale", "softcap", "sinks", "dropout_p", "rng", "varlen", "block_table", "need_lse", "descale", "deterministic", "append",
     }  # fmt: skip
     assert {field.name for field in dataclasses.fields(Mask)} == {
         "causal", "align", "window", "chunk", "prefix", "segments", "blocks", "seqused_k", "leftpad", "bool_mask", "bias", "alibi",
