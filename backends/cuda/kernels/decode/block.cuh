@@ -70,14 +70,12 @@ struct Cache {
     // Whether keys of a block are new.
     __device__ __forceinline__ bool has_new(int block) const { return Appends && (block + 1) * kBlock > old; }
 
-    // The page of a block, for kAnyPages that of the lane's key in it: asked for well before `start` needs it. There is none of keys that do not exist.
-    __device__ __forceinline__ int look_up(const Params& params, int block, int lane) const {
-        if constexpr (Paging == kWholePages) return block * kBlock < some.last ? table[block * kBlock / params.page_size] : 0;
-        if constexpr (Paging == kAnyPages) {
-            const int key = block * kBlock + lane % kBlock;
-            return some.holds(key) ? table[key / params.page_size] : 0;
-        }
-        return 0;
+    // The page of a block, for kAnyPages that of the lane's key in it: asked for well before `start` needs it, which is why it must not ask how many
+    // keys there are. Behind them it is anything.
+    static __device__ __forceinline__ int look_up(const Params& params, int batch, int block, int lane) {
+        if constexpr (Paging == kContiguous) return 0;
+        const int key = block * kBlock + (Paging == kAnyPages ? lane % kBlock : 0);
+        return key < params.seqlen_k ? params.block_table[static_cast<long long>(batch) * params.pages + key / params.page_size] : 0;
     }
 
     // Starts the copies of a block. Keys outside of `some` become zeros and are not read.
@@ -95,7 +93,10 @@ private:
         const int key = block * kBlock;
         int slot = key;
         if constexpr (Paging == kWholePages) slot = key % params.page_size;
-        if constexpr (Paging == kAnyPages) slot = (key + lane % kBlock) % params.page_size;
+        if constexpr (Paging == kAnyPages) {
+            slot = (key + lane % kBlock) % params.page_size;
+            if (!some.holds(key + lane % kBlock)) page = 0;
+        }
         if constexpr (Paging != kAnyPages) x += page * strides.batch + slot * strides.token;
         B::for_each_piece(lane, [&](int row, int piece) {
             const Element* source;

@@ -41,22 +41,32 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
         if (!fits<C>(params, params.seqused_k[sequence], queries.count)) return;
     }
 
+    // Splits, and their warps, take blocks in turn, so that the first pages of each can be asked for before a length is known.
+    using Keys = Cache<C::kPaging, C::kAppends>;
+    const int turn = split * C::kWarps + warp, step = params.splits * C::kWarps;
+    const auto ask = [&](int (&pages)[C::kStages], int first) {
+#pragma unroll
+        for (int i = 0; i < C::kStages; ++i) pages[i] = Keys::look_up(params, sequence, first + turn + i * step, lane);
+    };
+    int pages[C::kStages];
+    ask(pages, 0);
+
     const Mask mask = Mask::of(params, sequence, queries.count);
     // The first and the last query of the tile, which may go on from one head to the next.
     const int from = row_tile * 16, to = from + count - 1;
     const bool one_head = from / queries.count == to / queries.count;
     const Span first = mask.keys(params, one_head ? from % queries.count : 0), last = mask.keys(params, one_head ? to % queries.count : queries.count - 1);
     const Span some{first.first, last.last}, all{last.first, first.last};
-    const int first_block = some.first / kBlock, blocks = some.first < some.last ? (some.last + kBlock - 1) / kBlock - first_block : 0;
-    const int stop = first_block + static_cast<int>(static_cast<long long>(split + 1) * blocks / params.splits);
-    int block = first_block + static_cast<int>(static_cast<long long>(split) * blocks / params.splits) + warp;
+    const int first_block = some.first / kBlock, stop = some.first < some.last ? (some.last + kBlock - 1) / kBlock : 0;
+    if (first_block > 0) ask(pages, first_block);
+    int block = first_block + turn;
 
-    const auto cache = Cache<C::kPaging, C::kAppends>::of(params, sequence, kv_head, some);
+    const auto cache = Keys::of(params, sequence, kv_head, some);
     const uint32 stages = shared_address(shared) + warp * C::kWarpBytes;
     const uint32 spare = stages + (C::kStages - 1) * C::kStageBytes;  // filled by the loop only
-    if constexpr (C::kAppends) {  // the last warp has the fewest keys, and the first split no more than others
-        const int number = (row_tile * params.splits + split) * C::kWarps + C::kWarps - 1 - warp;
-        append<C>(params, cache, spare, number, params.row_tiles * params.splits * C::kWarps, lane);
+    if constexpr (C::kAppends) {  // the last warps have the fewest keys
+        const int number = row_tile * step + step - 1 - turn;
+        append<C>(params, cache, spare, number, params.row_tiles * step, lane);
     }
     if constexpr (C::kRotary) {
         Block<C::kDepth>::for_each_piece(lane, [&](int row, int piece) {
@@ -70,12 +80,9 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
         if (ahead < stop) cache.template start<Block<C::kDepth>, Block<C::kWidth>>(params, ahead, page, k, k + Block<C::kDepth>::kBytes, lane);
         commit_copies();  // an empty group too, so that the number of the pending ones is known
     };
-    int pages[C::kStages];
 #pragma unroll
-    for (int i = 0; i < C::kStages; ++i) pages[i] = cache.look_up(params, block + i * C::kWarps, lane);
-#pragma unroll
-    for (int i = 0; i < C::kStages - 1; ++i) copy(block + i * C::kWarps, pages[i], i);
-    int ahead = block + (C::kStages - 1) * C::kWarps, page = pages[C::kStages - 1];
+    for (int i = 0; i < C::kStages - 1; ++i) copy(block + i * step, pages[i], i);
+    int ahead = block + (C::kStages - 1) * step, page = pages[C::kStages - 1];
 
     if constexpr (C::kRotary) {
         wait_copies<C::kStages - 1>();
@@ -87,12 +94,12 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
     Rows<C> rows(params, mask, queries, sequence, kv_head, row_tile, spare, lane);
     int stage = 0;
 #pragma unroll 1
-    for (; block < stop; block += C::kWarps) {
+    for (; block < stop; block += step) {
         wait_copies<C::kStages - 2>();
         __syncwarp();  // all lanes' copies are here, and all are done with the stage before
         copy(ahead, page, stage == 0 ? C::kStages - 1 : stage - 1);
-        ahead += C::kWarps;
-        page = cache.look_up(params, ahead, lane);
+        ahead += step;
+        page = Keys::look_up(params, sequence, ahead, lane);
         const int key = block * kBlock;
         const bool masked = key < all.first || key + kBlock > all.last;
         const uint32 k = stages + stage * C::kStageBytes;
@@ -110,7 +117,7 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
 
     Merge<C> merge(shared);
     const float scale = C::kRawScores ? params.scale_log2 : 1.f;
-    merge.leave(rows, warp, lane);
+    merge.leave(rows, count, warp, lane);
     __syncthreads();
     const int tile = pair * params.row_tiles + row_tile;
     const auto partial = Partial<Merge<C>::kColumns>::of(params, tile);

@@ -88,6 +88,7 @@ struct Merge {
     static constexpr int kGroups = kColumns / 4;
     static constexpr int kPartsBytes = C::kWarps * 16 * sizeof(Part), kFactorsBytes = C::kWarps * C::kMostSplits * 4;
     static constexpr int kBytes = kPartsBytes + kFactorsBytes + 16;
+    static constexpr int kEarly = C::kWidth <= 128 ? 32 : 16;  // splits; as many as there are registers for
     static_assert(16 * kPitch * 4 <= C::kWarpBytes, "the sums of a warp do not fit where its keys were");
 
     float* sums;       // [warps][kWarpBytes / 4]
@@ -100,12 +101,14 @@ struct Merge {
           factors(reinterpret_cast<float*>(shared + C::kWarps * C::kWarpBytes + kPartsBytes)),
           last(reinterpret_cast<int*>(shared + C::kWarps * C::kWarpBytes + kPartsBytes + kFactorsBytes)) {}
 
-    __device__ __forceinline__ void leave(const Rows<C>& rows, int warp, int lane) {
+    // count: rows that exist.
+    __device__ __forceinline__ void leave(const Rows<C>& rows, int count, int warp, int lane) {
         float* own = sums + warp * (C::kWarpBytes / 4);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const float sum = across_row(rows.sum[half], [](float a, float b) { return a + b; });
             const int row = lane / 4 + 8 * half;
+            if (row >= count) continue;
             if (lane % 4 == 0) parts[warp * 16 + row] = {rows.maximum[half], sum};
 #pragma unroll
             for (int n = 0; n < kColumns / 8; ++n) {
@@ -132,23 +135,32 @@ struct Merge {
 
     // Whether all other splits of the tile have left their parts, and this block must merge them.
     __device__ __forceinline__ bool comes_last(const Params& params, int tile) {
-        __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) {
+            __threadfence();  // of what the barrier has shown this thread, too
             const bool all = atomicAdd(params.tickets + tile, 1) == params.splits - 1;
+            __threadfence();
             if (all) params.tickets[tile] = 0;  // for the next launch
             *last = all;
         }
         __syncthreads();
-        if (*last == 0) return false;
-        __threadfence();
-        return true;
+        return *last != 0;
     }
 
     // One row of all splits, by a warp.
     __device__ __forceinline__ void merge_splits(
         const Params& params, const Partial<kColumns>& from, const Queries& queries, const Row& target, int row, float scale, int warp, int lane) {
         float* own = factors + warp * C::kMostSplits;
+        const float4* sums = reinterpret_cast<const float4*>(from.sums + row * kColumns) + lane;
+        const int stride = 16 * kGroups;
+        // Asked for before anything depends on them: reads that wait for each other cost more than all the rest.
+        float4 early[kEarly];
+        if (kGroups >= 32 || lane < kGroups) {
+#pragma unroll
+            for (int split = 0; split < kEarly; ++split) {
+                if (split < params.splits) early[split] = __ldcg(sums + split * stride);
+            }
+        }
         float2 parts[C::kMostSplits / 32];  // this lane's: maximum and sum
         Part whole{-kInfinity, 0.f};
 #pragma unroll
@@ -169,11 +181,17 @@ struct Merge {
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) whole.sum += __shfl_xor_sync(0xffffffffu, whole.sum, step);
         __syncwarp();
+#pragma unroll
         for (int group = lane; group < kGroups; group += 32) {
             float4 found = make_float4(0.f, 0.f, 0.f, 0.f);
-            const float4* sums = reinterpret_cast<const float4*>(from.sums + row * kColumns) + group;
+            if (group == lane) {
+#pragma unroll
+                for (int split = 0; split < kEarly; ++split) {
+                    if (split < params.splits) add(found, own[split], early[split]);
+                }
+            }
 #pragma unroll 16
-            for (int split = 0; split < params.splits; ++split) add(found, own[split], __ldcg(sums + split * (16 * kGroups)));
+            for (int split = group == lane ? kEarly : 0; split < params.splits; ++split) add(found, own[split], __ldcg(sums + group - lane + split * stride));
             write_row<C>(params, queries, target, group, whole, found, scale);
         }
         __syncwarp();
