@@ -13,9 +13,9 @@ ROWS = KEYS = 16
 MOST_QUERIES = 16
 #: As many as the weights of all splits that a warp keeps while it merges them.
 MOST_SPLITS = 128
-#: For stages: with what else a block needs it stays below 99 KiB, what one may have on 8.6 and 8.9, and two blocks fit a multiprocessor of 9.0.
-_STAGES_BYTES = 96 * 1024
-_MOST_STAGES = 8
+#: For slots: with what else a block needs it stays below 99 KiB, what one may have on 8.6 and 8.9, and two blocks fit a multiprocessor of 9.0.
+_SLOTS_BYTES = 96 * 1024
+_MOST_SLOTS = 16
 #: Time relative to cuDNN's on contiguous keys: 0.94 to 1.0 of its speed there, and before the triton backend in most of the cases with pages.
 COST = 1.05
 #: Blocks of keys a warp should have at least, where keys are split.
@@ -40,31 +40,20 @@ class DecodeVariant:
     softcap: bool = False
     alibi: bool = False
     append: int = 0
+    warps: int = 4
+    slots: int = 6
 
     main = "decode/forward.cu"
-
-    @property
-    def warps(self) -> int:
-        """Per block. What each of them keeps in registers and shared memory grows with the dimensions."""
-        return 4 if max(self.head_dim, self.v_head_dim) <= 128 else 2
 
     @property
     def threads(self) -> int:
         return 32 * self.warps
 
     @property
-    def stages(self) -> int:
-        return min(_MOST_STAGES, _STAGES_BYTES // (self.warps * self._stage_bytes))
-
-    @property
-    def _stage_bytes(self) -> int:
-        return KEYS * (_pitch(self.head_dim) + _pitch(self.v_head_dim))
-
-    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory per block: stages of K and V, and what the merge of warps and splits keeps."""
-        merge = self.warps * (ROWS * 8 + MOST_SPLITS * 4) + 16
-        return self.warps * self.stages * self._stage_bytes + merge
+        """Dynamic shared memory per block: slots of keys and values, and what the merge of warps and splits keeps."""
+        merge = self.warps * (ROWS * 8 + MOST_SPLITS * 4)
+        return self.warps * self.slots * slot_bytes(self.head_dim, self.v_head_dim) + merge
 
     def generated(self) -> dict[str, str]:
         return {}
@@ -77,7 +66,7 @@ class DecodeVariant:
             "HEAD_DIM": self.head_dim,
             "V_HEAD_DIM": self.v_head_dim,
             "WARPS": self.warps,
-            "STAGES": self.stages,
+            "SLOTS": self.slots,
             "PAGING": self.paging,
             "MOST_SPLITS": MOST_SPLITS,
             "SOFTCAP": int(self.softcap),
@@ -88,12 +77,12 @@ class DecodeVariant:
         return (f"-arch={self.arch}", "-std=c++17", "-default-device", "-ftz=true", *(f"-DATTNHUB_{name}={value}" for name, value in defines.items()))
 
     def describe(self) -> dict[str, Any]:
-        return {"arch": self.arch, "product": "m16n8k16", "tile": [ROWS, KEYS * self.warps], "stages": self.stages, "shared_bytes": self.shared_bytes}
+        return {"arch": self.arch, "product": "m16n8k16", "tile": [ROWS, KEYS * self.warps], "slots": self.slots, "shared_bytes": self.shared_bytes}
 
 
-def _pitch(dim: int) -> int:
-    """Bytes of a row of a block: `Block` in kernels/decode/block.cuh."""
-    return -(-dim // 64) * 128
+def slot_bytes(head_dim: int, v_head_dim: int) -> int:
+    """16 rows: `Block` in kernels/decode/block.cuh."""
+    return KEYS * -(-max(head_dim, v_head_dim) // 64) * 128
 
 
 def serves(problem: Problem) -> bool:
@@ -106,10 +95,18 @@ def serves(problem: Problem) -> bool:
 def choose(problem: Problem) -> DecodeVariant:
     """The variant for a problem that it serves."""
     arch, features, page = problem.device.arch, problem.features, problem.page_size
-    return DecodeVariant(
-        f"sm_{arch[0]}{arch[1]}", problem.q_dtype, problem.head_dim, problem.v_head_dim, paging=0 if not page else 2 if page % KEYS else 1,
+    return make(
+        f"sm_{arch[0]}{arch[1]}", problem.q_dtype, problem.head_dim, problem.v_head_dim, 0 if not page else 2 if page % KEYS else 1,
         softcap=Feature.SOFTCAP in features, alibi=Feature.ALIBI in features,
     )  # fmt: skip
+
+
+def make(arch: str, dtype: str, head_dim: int, v_head_dim: int, paging: int = 0, softcap: bool = False, alibi: bool = False, append: int = 0) -> DecodeVariant:
+    """A variant with the warps and slots for it."""
+    # What a warp keeps in registers grows with the dimensions.
+    warps = 4 if max(head_dim, v_head_dim) <= 128 else 2
+    slots = min(_MOST_SLOTS, _SLOTS_BYTES // (warps * slot_bytes(head_dim, v_head_dim)))
+    return DecodeVariant(arch, dtype, head_dim, v_head_dim, paging, softcap, alibi, append, warps, slots)
 
 
 def split_count(tiles: int, seqlen_k: int, warps: int, slots: int) -> int:

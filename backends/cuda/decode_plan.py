@@ -102,8 +102,11 @@ class Launch:
         self.tiles = (sequences + (varlen is not None)) * kv_heads * row_tiles
         splits = decode.split_count(self.tiles, seqlen_k, variant.warps, slots(index, variant.shared_bytes))
         self.grid = (self.tiles * splits, 1, 1)
+        tile_rows = min(decode.ROWS, group * longest)
+        #: Rows of tiles, if they are split.
+        self.rows = 0 if splits == 1 else self.tiles * tile_rows
         #: fp32 values that splits leave: rows of out, and two for each row.
-        self.partial = 0 if splits == 1 else self.tiles * splits * decode.ROWS * (-(-v.shape[3] // 16) * 16 + 2)
+        self.partial = self.rows * splits * (-(-v.shape[3] // 16) * 16 + 2)
         self.index, self.v_head_dim, self.lse_shape = index, v.shape[3], (batch, q_heads, seqlen_q)
 
         scale, softcap = call.softmax_scale, call.softcap
@@ -111,9 +114,10 @@ class Launch:
         whole = v.shape[3] % 4 == 0 and not any(stride % 4 for n, stride in zip(out.shape[:3], out.stride()[:3]) if n > 1)
         self._rest = decode_params.REST.pack(
             *_strides(q), *_strides(k), *_strides(v), *_strides(out), *decode_append.strides(call.append, _strides),
-            sequences, q_heads, kv_heads, group, seqlen_q, seqlen_k, page_size, pages, row_tiles, splits, mask.causal, mask.align == "top_left",
+            sequences, q_heads, group, seqlen_q, seqlen_k, pages, tile_rows, mask.causal, mask.align == "top_left",
             min(mask.window[0], _FAR), min(mask.window[1], _FAR), min(mask.chunk, _FAR),
             q_heads if mask.alibi is not None and mask.alibi.ndim == 2 else 0, scale < 0, whole, *decode_append.numbers(call),
+            *(part for number in (kv_heads, max(1, page_size), row_tiles, splits) for part in decode_params.divisor(number)),
             size * _LOG2E, 2 * _LOG2E * size / softcap if softcap else 0.0, softcap * _LOG2E,
         )  # fmt: skip
 
@@ -199,7 +203,7 @@ class DecodePlan(CubinPlan):
         out = empty_out(q, launch.v_head_dim)
         lse = torch.empty(launch.lse_shape, dtype=torch.float32, device=q.device) if need_lse else None
         partial = torch.empty(launch.partial, dtype=torch.float32, device=q.device) if launch.partial else None
-        tickets = _tickets.take(launch.tiles, index, stream) if launch.partial else None
+        tickets = _tickets.take(launch.rows, index, stream) if launch.partial else None
         argument = launch.argument(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), *data,
             0 if partial is None else partial.data_ptr(), 0 if tickets is None else tickets.data_ptr(), *decode_append.pointers(append),

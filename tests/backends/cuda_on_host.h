@@ -115,6 +115,8 @@ struct Half {
 // Instructions, with the operands in the order of the asm statement.
 
 inline void cp_async(unsigned target, const void* source, int bytes) { lanes[current]->open.push_back({target, source, bytes}); }
+inline void cp_async(unsigned target, const void* source, int bytes, unsigned long long) { cp_async(target, source, bytes); }
+inline void no_policy(unsigned long long& policy) { policy = 0; }
 inline void cp_async_commit() {
     auto& lane = *lanes[current];
     lane.groups.push_back(std::move(lane.open));

@@ -13,6 +13,7 @@ from attnhub.backends.cuda import compile
 #: Beginning of an instruction -> function.
 _FUNCTIONS = {
     "cp.async.cg.": "cp_async",
+    "createpolicy": "no_policy",
     "cp.async.commit_group": "cp_async_commit",
     "cp.async.wait_group": "cp_async_wait",
     "cp.async.wait_all": "cp_async_wait_all",

@@ -53,7 +53,7 @@ class HostPlan(Plan):
         launch = decode_plan.Launch(self.variant, call, 0)
         out = empty_out(call.q, launch.v_head_dim).fill_(float("nan"))
         lse = torch.full(launch.lse_shape, float("nan"))
-        partial, tickets = torch.full((launch.partial or 1,), float("nan")), torch.zeros(launch.tiles, dtype=torch.int32)
+        partial, tickets = torch.full((launch.partial or 1,), float("nan")), torch.zeros(max(1, launch.rows), dtype=torch.int32)
         mask = call.mask
         starts = None if call.varlen is None else call.varlen.cu_seqlens_q
         pointers = (call.q, call.k, call.v, out, lse, starts, mask.seqused_k, mask.leftpad, mask.prefix, call.block_table, call.sinks, mask.alibi, partial, tickets, None, None, None, None)
@@ -218,11 +218,11 @@ def test_the_struct_is_laid_out_as_python_packs_it() -> None:
 
 def _variants() -> list[DecodeVariant]:
     dims = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (40, 72), (7, 9), (256, 16), (16, 256))
-    found = [DecodeVariant("sm_90", "bfloat16", *dim, paging) for dim in dims for paging in range(3)]
-    found += [DecodeVariant("sm_90", "bfloat16", dim, dim, 1, softcap, alibi) for dim in (64, 128, 256) for softcap, alibi in ((True, False), (False, True), (True, True))]
-    found += [DecodeVariant("sm_90", "bfloat16", *dim, paging, append=append) for dim in dims for paging in range(3) for append in (1, 2)]
-    found += [DecodeVariant("sm_90", "bfloat16", 128, 128, 1, True, True, append=2)]
-    return found + [DecodeVariant(arch, "float16", dim, dim, 1, append=append) for arch in ("sm_80", "sm_86", "sm_89") for dim in (64, 128, 256) for append in range(3)]
+    found = [decode.make("sm_90", "bfloat16", *dim, paging) for dim in dims for paging in range(3)]
+    found += [decode.make("sm_90", "bfloat16", dim, dim, 1, softcap, alibi) for dim in (64, 128, 256) for softcap, alibi in ((True, False), (False, True), (True, True))]
+    found += [decode.make("sm_90", "bfloat16", *dim, paging, append=append) for dim in dims for paging in range(3) for append in (1, 2)]
+    found += [decode.make("sm_90", "bfloat16", 128, 128, 1, True, True, append=2)]
+    return found + [decode.make(arch, "float16", dim, dim, 1, append=append) for arch in ("sm_80", "sm_86", "sm_89") for dim in (64, 128, 256) for append in range(3)]
 
 
 def _name(v: DecodeVariant) -> str:
@@ -238,8 +238,8 @@ def _spilled(v: DecodeVariant) -> int:
 
 
 _QUICK = [
-    DecodeVariant("sm_90", "bfloat16", 128, 128, 1), DecodeVariant("sm_80", "float16", 64, 64, 0), DecodeVariant("sm_90", "bfloat16", 128, 128, 2, append=2),
-    *(DecodeVariant(arch, "float16", 64, 64, 1, append=2) for arch in ("sm_80", "sm_86", "sm_89")),
+    decode.make("sm_90", "bfloat16", 128, 128, 1), decode.make("sm_80", "float16", 64, 64, 0), decode.make("sm_90", "bfloat16", 128, 128, 2, append=2),
+    *(decode.make(arch, "float16", 64, 64, 1, append=2) for arch in ("sm_80", "sm_86", "sm_89")),
 ]  # fmt: skip
 
 
@@ -249,13 +249,13 @@ def test_variants_compile_without_spills(v: DecodeVariant) -> None:
     # At 192 columns and more out and q take the registers: a few numbers of the whole call wait in memory there, of new tokens too.
     most = 0 if v.head_dim + v.v_head_dim < 384 else 32
     assert _spilled(v) <= (most if not v.append or v.head_dim + v.v_head_dim <= 256 else 48)
-    assert v.shared_bytes <= 99 * 1024 and v.stages >= 2
+    assert v.shared_bytes <= 99 * 1024 and v.slots >= 3
 
 
 @needs_nvrtc
 def test_the_compiler_says_when_registers_spill() -> None:
     """The check above can fail."""
-    assert _spilled(DecodeVariant("sm_80", "bfloat16", 320, 320)) > 16
+    assert _spilled(decode.make("sm_80", "bfloat16", 320, 320)) > 16
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ class Host(Backend):
             library.set_backwards(self.backwards)
             library.run(np.frombuffer(arguments[0].tobytes(), np.uint8).ctypes.data_as(cuda_on_host.ctypes.c_void_p), grid[0], block[0], shared_bytes)
             self.launched.append(variant.append)
-            self.splits.append(int(np.frombuffer(arguments[0].tobytes(), np.int32, 1, decode_params.offsets()["splits"])[0]))
+            self.splits.append(int(np.frombuffer(arguments[0].tobytes(), np.int32, 1, decode_params.offsets()["splits.number"])[0]))
             if library.failure():
                 raise RuntimeError(library.failure().decode())
             assert library.most_stores() <= 1, "several blocks write the same token"
@@ -379,7 +379,7 @@ def test_graphs_and_compilers(host: Host, monkeypatch: pytest.MonkeyPatch, caplo
     """A kernel that is not there yet is not made while a graph is captured, and one that cannot be made is not asked for again."""
     given = inputs(Case())
     call = Call(given.q, given.cache.k_cache, given.cache.v_cache, attnhub.SeqLens(given.cache.cache_seqlens), 0.1, append=Append(given.k, given.v))
-    variant = DecodeVariant("sm_90", "bfloat16", 64, 64)
+    variant = decode.make("sm_90", "bfloat16", 64, 64)
     plan = host.plan(variant)
     capturing = True
     monkeypatch.setattr(decode_plan, "is_capturing", lambda: capturing)

@@ -82,22 +82,22 @@ static __device__ __forceinline__ bool fits(const Params& params, int old, int q
 
 // Starts the copies of rows of the inputs to a block.
 template <class B>
-static __device__ __forceinline__ void fetch_rows(const Element* x, long long stride, uint32 block, int rows, int lane) {
+static __device__ __forceinline__ void fetch_rows(const Element* x, long long stride, uint32 block, int rows, Policy policy, int lane) {
 #pragma unroll 1
-    for (int at = lane; at < rows * B::kPieces; at += 32) copy_piece<B>(x + at / B::kPieces * stride, x, block, at / B::kPieces, at % B::kPieces, true);
+    for (int at = lane; at < rows * B::kPieces; at += 32) copy_piece<B>(x + at / B::kPieces * stride, x, block, at / B::kPieces, at % B::kPieces, true, policy);
 }
 
 // Rows of a block to the cache, where the first of them is key `first`.
 template <class C, class B>
 static __device__ __forceinline__ void store_rows(
-    const Params& params, const Cache<C::kPaging, C::kAppends>& cache, const Element* x, const Strides& strides, uint32 block, int first, int rows, int lane) {
+    const Params& params, int batch, const Element* x, const Strides& strides, uint32 block, int first, int rows, int lane) {
 #pragma unroll 1
     for (int at = lane; at < rows * B::kPieces; at += 32) {
         const int row = at / B::kPieces, piece = at % B::kPieces, present = B::present(piece);
         int page = 0, slot = first + row;
         if constexpr (C::kPaging != kContiguous) {
-            page = cache.table[slot / params.page_size];
-            slot %= params.page_size;
+            const int place = params.page_size.divide(slot);
+            page = params.block_table[static_cast<long long>(batch) * params.pages + place];
             if (page < 0 || page >= params.cache_rows) {
                 fail("block_table: a page that the cache does not have");
                 continue;
@@ -121,14 +121,14 @@ static __device__ __forceinline__ void store_rows(
 // values in shared memory that no copy is on its way to.
 template <class C>
 static __device__ __forceinline__ void append(
-    const Params& params, const Cache<C::kPaging, C::kAppends>& cache, uint32 block, int warp, int warps, int lane) {
+    const Params& params, const Cache<C::kPaging, C::kAppends>& cache, int batch, uint32 block, int warp, int warps, int lane) {
     using KBlock = Block<C::kDepth>;
     using VBlock = Block<C::kWidth>;
     const uint32 values = block + KBlock::kBytes;
     for (int from = warp * kBlock; from < params.new_tokens; from += warps * kBlock) {
         const int rows = min(kBlock, params.new_tokens - from);
-        fetch_rows<KBlock>(cache.new_k + from * params.new_k_strides.token, params.new_k_strides.token, block, rows, lane);
-        fetch_rows<VBlock>(cache.new_v + from * params.new_v_strides.token, params.new_v_strides.token, values, rows, lane);
+        fetch_rows<KBlock>(cache.new_k + from * params.new_k_strides.token, params.new_k_strides.token, block, rows, cache.policy, lane);
+        fetch_rows<VBlock>(cache.new_v + from * params.new_v_strides.token, params.new_v_strides.token, values, rows, cache.policy, lane);
         commit_copies();
         wait_copies<0>();
         __syncwarp();
@@ -136,8 +136,8 @@ static __device__ __forceinline__ void append(
             turn_rows<C>(params, block, 0, rows, [&](int row) { return cache.old + from + row; }, lane);
             __syncwarp();
         }
-        store_rows<C, KBlock>(params, cache, cache.k, params.k_strides, block, cache.old + from, rows, lane);
-        store_rows<C, VBlock>(params, cache, cache.v, params.v_strides, values, cache.old + from, rows, lane);
+        store_rows<C, KBlock>(params, batch, cache.k, params.k_strides, block, cache.old + from, rows, lane);
+        store_rows<C, VBlock>(params, batch, cache.v, params.v_strides, values, cache.old + from, rows, lane);
         __syncwarp();
     }
 }

@@ -33,12 +33,26 @@ struct Block {
     static __device__ __forceinline__ int present(int piece) { return piece < Dim / 8 ? 8 : piece == Dim / 8 ? Dim % 8 : 0; }
 };
 
+using Policy = unsigned long long;  // of L2
+
+// What is read once gives way to what others will read again.
+static __device__ __forceinline__ Policy make_policy(bool once) {
+    Policy policy;
+    if (once) {
+        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    } else {
+        asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    }
+    return policy;
+}
+
 // Starts the copy of 16 bytes of a row; zeros if there is none. anywhere: an address that may be named then.
 template <class B>
-static __device__ __forceinline__ void copy_piece(const Element* row_start, const Element* anywhere, uint32 target, int row, int piece, bool exists) {
+static __device__ __forceinline__ void copy_piece(
+    const Element* row_start, const Element* anywhere, uint32 target, int row, int piece, bool exists, Policy policy) {
     const int bytes = exists ? B::present(piece) * 2 : 0;
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-                 :: "r"(target + B::offset(row, piece)), "l"(bytes > 0 ? row_start + 8 * piece : anywhere), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;"
+                 :: "r"(target + B::offset(row, piece)), "l"(bytes > 0 ? row_start + 8 * piece : anywhere), "r"(bytes), "l"(policy) : "memory");
 }
 
 enum Pages { kContiguous, kWholePages, kAnyPages };  // kWholePages: of a multiple of 16 keys, so that a block lies in one page
@@ -48,8 +62,8 @@ template <int Paging, bool Appends>
 struct Cache {
     const Element* k;
     const Element* v;
-    const int* table;
     Span some;  // keys that are read at all
+    Policy policy;
     const Element* new_k;
     const Element* new_v;
     int old;    // keys that the cache holds; only if Appends
@@ -57,8 +71,7 @@ struct Cache {
     static __device__ __forceinline__ Cache of(const Params& params, int batch, int kv_head, const Span& some) {
         const long long from = Paging == kContiguous ? batch : 0;
         Cache cache{params.k + from * params.k_strides.batch + kv_head * params.k_strides.head,
-                    params.v + from * params.v_strides.batch + kv_head * params.v_strides.head,
-                    Paging == kContiguous ? nullptr : params.block_table + static_cast<long long>(batch) * params.pages, some};
+                    params.v + from * params.v_strides.batch + kv_head * params.v_strides.head, some, make_policy(params.row_tiles.number == 1)};
         if constexpr (Appends) {
             cache.new_k = params.new_k + batch * params.new_k_strides.batch + kv_head * params.new_k_strides.head;
             cache.new_v = params.new_v + batch * params.new_v_strides.batch + kv_head * params.new_v_strides.head;
@@ -75,14 +88,17 @@ struct Cache {
     static __device__ __forceinline__ int look_up(const Params& params, int batch, int block, int lane) {
         if constexpr (Paging == kContiguous) return 0;
         const int key = block * kBlock + (Paging == kAnyPages ? lane % kBlock : 0);
-        return key < params.seqlen_k ? params.block_table[static_cast<long long>(batch) * params.pages + key / params.page_size] : 0;
+        return key < params.seqlen_k ? params.block_table[static_cast<long long>(batch) * params.pages + params.page_size.quotient(key)] : 0;
     }
 
-    // Starts the copies of a block. Keys outside of `some` become zeros and are not read.
-    template <class KBlock, class VBlock>
-    __device__ __forceinline__ void start(const Params& params, int block, int page, uint32 k_block, uint32 v_block, int lane) const {
-        copy<KBlock>(k, params.k_strides, new_k, params.new_k_strides.token, params, block, page, k_block, lane);
-        copy<VBlock>(v, params.v_strides, new_v, params.new_v_strides.token, params, block, page, v_block, lane);
+    // Starts the copies of a block's keys, or of its values. Keys outside of `some` become zeros and are not read.
+    template <class B>
+    __device__ __forceinline__ void start_keys(const Params& params, int block, int page, uint32 target, int lane) const {
+        copy<B>(k, params.k_strides, new_k, params.new_k_strides.token, params, block, page, target, lane);
+    }
+    template <class B>
+    __device__ __forceinline__ void start_values(const Params& params, int block, int page, uint32 target, int lane) const {
+        copy<B>(v, params.v_strides, new_v, params.new_v_strides.token, params, block, page, target, lane);
     }
 
 private:
@@ -92,9 +108,10 @@ private:
         int lane) const {
         const int key = block * kBlock;
         int slot = key;
-        if constexpr (Paging == kWholePages) slot = key % params.page_size;
+        if constexpr (Paging == kWholePages) params.page_size.divide(slot);
         if constexpr (Paging == kAnyPages) {
-            slot = (key + lane % kBlock) % params.page_size;
+            slot += lane % kBlock;
+            params.page_size.divide(slot);
             if (!some.holds(key + lane % kBlock)) page = 0;
         }
         if constexpr (Paging != kAnyPages) x += page * strides.batch + slot * strides.token;
@@ -109,7 +126,7 @@ private:
             if constexpr (Appends) {
                 if (key + row >= old) source = new_x + (key + row - old) * new_stride;
             }
-            copy_piece<B>(source, x, target, row, piece, some.holds(key + row));
+            copy_piece<B>(source, x, target, row, piece, some.holds(key + row), policy);
         });
     }
 };

@@ -16,15 +16,16 @@ static __device__ __forceinline__ float part_factor(float maximum, float highest
     return maximum == -kInfinity ? 0.f : exp2_fast((maximum - highest) * scale);
 }
 
-// `partial`: rows of sums [tiles of rows * splits][16][Pitch], and behind them parts [tiles of rows * splits][16].
+// `partial`: sums [rows of tiles][splits][Pitch], and behind them parts [rows of tiles][splits].
 template <int Pitch>
 struct Partial {
-    float* sums;
+    float4* sums;  // of one row
     Part* parts;
 
-    static __device__ __forceinline__ Partial of(const Params& params, int tile) {
-        const long long tiles = gridDim.x / params.splits, first = static_cast<long long>(tile) * params.splits * 16;
-        return {params.partial + first * Pitch, reinterpret_cast<Part*>(params.partial + tiles * params.splits * 16 * Pitch) + first};
+    static __device__ __forceinline__ Partial of(const Params& params, int tile, int row) {
+        const long long rows = static_cast<long long>(gridDim.x) * params.tile_rows;  // with those of all splits
+        const long long first = (static_cast<long long>(tile) * params.tile_rows + row) * params.splits.number;
+        return {reinterpret_cast<float4*>(params.partial + first * Pitch), reinterpret_cast<Part*>(params.partial + rows * Pitch) + first};
     }
 };
 
@@ -71,7 +72,7 @@ static __device__ __forceinline__ void write_row(
 // Tokens behind the last packed sequence belong to none: out 0, lse -inf. By the blocks of a K/V head and tile of rows.
 template <class C>
 static __device__ __forceinline__ void clear_tail(const Params& params, int kv_head, int row_tile) {
-    for (int token = params.cu_seqlens_q[params.sequences] + row_tile; token < params.seqlen_q; token += params.row_tiles) {
+    for (int token = params.cu_seqlens_q[params.sequences] + row_tile; token < params.seqlen_q; token += params.row_tiles.number) {
         for (int head = kv_head * params.heads_per_kv_head; head < (kv_head + 1) * params.heads_per_kv_head; ++head) {
             Element* out = params.out + head * params.out_strides.head + token * params.out_strides.token;
             for (int column = threadIdx.x; column < C::kWidth; column += 32 * C::kWarps) out[column] = 0;
@@ -86,20 +87,19 @@ struct Merge {
     static constexpr int kColumns = Block<C::kWidth>::kColumns;
     static constexpr int kPitch = kColumns + 8;  // of a warp's sums: no bank conflicts
     static constexpr int kGroups = kColumns / 4;
+    static constexpr int kPasses = (kGroups + 31) / 32;  // of a warp's lanes over a row
     static constexpr int kPartsBytes = C::kWarps * 16 * sizeof(Part), kFactorsBytes = C::kWarps * C::kMostSplits * 4;
-    static constexpr int kBytes = kPartsBytes + kFactorsBytes + 16;
-    static constexpr int kEarly = C::kWidth <= 128 ? 32 : 16;  // splits; as many as there are registers for
+    static constexpr int kBytes = kPartsBytes + kFactorsBytes;
+    static constexpr int kEarly = 16;  // splits
     static_assert(16 * kPitch * 4 <= C::kWarpBytes, "the sums of a warp do not fit where its keys were");
 
     float* sums;       // [warps][kWarpBytes / 4]
     Part* parts;       // [warps][16]
     float* factors;    // [warps][kMostSplits]
-    int* last;
 
     explicit __device__ __forceinline__ Merge(unsigned char* shared)
         : sums(reinterpret_cast<float*>(shared)), parts(reinterpret_cast<Part*>(shared + C::kWarps * C::kWarpBytes)),
-          factors(reinterpret_cast<float*>(shared + C::kWarps * C::kWarpBytes + kPartsBytes)),
-          last(reinterpret_cast<int*>(shared + C::kWarps * C::kWarpBytes + kPartsBytes + kFactorsBytes)) {}
+          factors(reinterpret_cast<float*>(shared + C::kWarps * C::kWarpBytes + kPartsBytes)) {}
 
     // count: rows that exist.
     __device__ __forceinline__ void leave(const Rows<C>& rows, int count, int warp, int lane) {
@@ -117,56 +117,84 @@ struct Merge {
         }
     }
 
-    // Row `row` of what all warps left: 4 columns.
-    __device__ __forceinline__ Part take(int row, int group, float scale, float4& found) const {
-        Part whole{-kInfinity, 0.f};
-#pragma unroll
-        for (int w = 0; w < C::kWarps; ++w) whole.maximum = fmaxf(whole.maximum, parts[w * 16 + row].maximum);
-        found = make_float4(0.f, 0.f, 0.f, 0.f);
+    // What all warps left of a row: with the sums of this lane's groups of 4 columns.
+    __device__ __forceinline__ Part take(int row, float scale, float4 (&found)[kPasses], int lane) const {
+        Part whole{-kInfinity, 0.f}, own[C::kWarps];
 #pragma unroll
         for (int w = 0; w < C::kWarps; ++w) {
-            const Part part = parts[w * 16 + row];
-            const float factor = part_factor(part.maximum, whole.maximum, scale);
-            whole.sum = fmaf(factor, part.sum, whole.sum);
-            add(found, factor, *reinterpret_cast<const float4*>(sums + w * (C::kWarpBytes / 4) + row * kPitch + 4 * group));
+            own[w] = parts[w * 16 + row];
+            whole.maximum = fmaxf(whole.maximum, own[w].maximum);
+        }
+#pragma unroll
+        for (int i = 0; i < kPasses; ++i) found[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+        for (int w = 0; w < C::kWarps; ++w) {
+            const float factor = part_factor(own[w].maximum, whole.maximum, scale);
+            whole.sum = fmaf(factor, own[w].sum, whole.sum);
+#pragma unroll
+            for (int i = 0; i < kPasses; ++i) {
+                const int group = lane + 32 * i;
+                if (group < kGroups) add(found[i], factor, *reinterpret_cast<const float4*>(sums + w * (C::kWarpBytes / 4) + row * kPitch + 4 * group));
+            }
         }
         return whole;
     }
 
-    // Whether all other splits of the tile have left their parts, and this block must merge them.
-    __device__ __forceinline__ bool comes_last(const Params& params, int tile) {
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            __threadfence();  // of what the barrier has shown this thread, too
-            const bool all = atomicAdd(params.tickets + tile, 1) == params.splits - 1;
-            __threadfence();
-            if (all) params.tickets[tile] = 0;  // for the next launch
-            *last = all;
+    // The rows of a tile, each by one warp, from all of the block's; out is written by the warp that comes last of all splits.
+    __device__ __forceinline__ void finish(
+        const Params& params, const Queries& queries, int kv_head, int row_tile, int tile, int split, int count, float scale, int warp, int lane) {
+        const auto target = [&](int row) { return Row::of(params, queries, kv_head, row_tile * 16 + row); };
+        float4 found[kPasses];
+        for (int row = warp; row < count; row += C::kWarps) {
+            const Part part = take(row, scale, found, lane);
+            const auto partial = Partial<kColumns>::of(params, tile, row);
+            if (params.splits.number > 1 && lane == 0) partial.parts[split] = part;
+#pragma unroll
+            for (int i = 0; i < kPasses; ++i) {
+                const int group = lane + 32 * i;
+                if (group >= kGroups) continue;
+                if (params.splits.number == 1) {
+                    write_row<C>(params, queries, target(row), group, part, found[i], scale);
+                } else {
+                    partial.sums[split * kGroups + group] = found[i];
+                }
+            }
         }
-        __syncthreads();
-        return *last != 0;
+        if (params.splits.number == 1 || warp >= count) return;
+        // One lane draws for each of the warp's rows.
+        __syncwarp();
+        bool all = false;
+        const int drawn = warp + lane * C::kWarps;
+        if (drawn < count) {
+            int* ticket = params.tickets + tile * params.tile_rows + drawn;
+            __threadfence();  // of what the warp has written: its lanes have shown it to this one
+            all = atomicAdd(ticket, 1) == static_cast<int>(params.splits.number) - 1;
+            __threadfence();
+            if (all) *ticket = 0;  // for the next launch
+        }
+        for (int row = warp, i = 0; row < count; row += C::kWarps, ++i) {
+            if (__shfl_sync(0xffffffffu, all, i)) merge_splits(params, Partial<kColumns>::of(params, tile, row), queries, target(row), scale, warp, lane);
+        }
     }
 
+private:
     // One row of all splits, by a warp.
     __device__ __forceinline__ void merge_splits(
-        const Params& params, const Partial<kColumns>& from, const Queries& queries, const Row& target, int row, float scale, int warp, int lane) {
+        const Params& params, const Partial<kColumns>& from, const Queries& queries, const Row& target, float scale, int warp, int lane) {
         float* own = factors + warp * C::kMostSplits;
-        const float4* sums = reinterpret_cast<const float4*>(from.sums + row * kColumns) + lane;
-        const int stride = 16 * kGroups;
+        const int splits = params.splits.number;
         // Asked for before anything depends on them: reads that wait for each other cost more than all the rest.
         float4 early[kEarly];
-        if (kGroups >= 32 || lane < kGroups) {
 #pragma unroll
-            for (int split = 0; split < kEarly; ++split) {
-                if (split < params.splits) early[split] = __ldcg(sums + split * stride);
-            }
+        for (int split = 0; split < kEarly; ++split) {
+            if (split < splits && lane < kGroups) early[split] = __ldcg(from.sums + split * kGroups + lane);
         }
         float2 parts[C::kMostSplits / 32];  // this lane's: maximum and sum
         Part whole{-kInfinity, 0.f};
 #pragma unroll
         for (int i = 0; i < C::kMostSplits / 32; ++i) {
             const int split = lane + 32 * i;
-            parts[i] = split < params.splits ? __ldcg(reinterpret_cast<const float2*>(from.parts + split * 16 + row)) : make_float2(-kInfinity, 0.f);
+            parts[i] = split < splits ? __ldcg(reinterpret_cast<const float2*>(from.parts + split)) : make_float2(-kInfinity, 0.f);
         }
 #pragma unroll
         for (int i = 0; i < C::kMostSplits / 32; ++i) whole.maximum = fmaxf(whole.maximum, parts[i].x);
@@ -182,16 +210,18 @@ struct Merge {
         for (int step = 16; step > 0; step /= 2) whole.sum += __shfl_xor_sync(0xffffffffu, whole.sum, step);
         __syncwarp();
 #pragma unroll
-        for (int group = lane; group < kGroups; group += 32) {
+        for (int i = 0; i < kPasses; ++i) {
+            const int group = lane + 32 * i;
+            if (group >= kGroups) continue;
             float4 found = make_float4(0.f, 0.f, 0.f, 0.f);
-            if (group == lane) {
+            if (i == 0) {
 #pragma unroll
                 for (int split = 0; split < kEarly; ++split) {
-                    if (split < params.splits) add(found, own[split], early[split]);
+                    if (split < splits) add(found, own[split], early[split]);
                 }
             }
 #pragma unroll 16
-            for (int split = group == lane ? kEarly : 0; split < params.splits; ++split) add(found, own[split], __ldcg(sums + group - lane + split * stride));
+            for (int split = i == 0 ? kEarly : 0; split < splits; ++split) add(found, own[split], __ldcg(from.sums + split * kGroups + group));
             write_row<C>(params, queries, target, group, whole, found, scale);
         }
         __syncwarp();

@@ -23,7 +23,7 @@ struct Row {
     bool exists;
 
     static __device__ __forceinline__ Row of(const Params& params, const Queries& queries, int kv_head, int r) {
-        const int group = r / queries.count;
+        const int group = queries.count == 1 ? r : r / queries.count;
         return {kv_head * params.heads_per_kv_head + group, r - group * queries.count, group < params.heads_per_kv_head};
     }
 
@@ -54,6 +54,7 @@ struct Rows {
     uint32 q[KBlock::kSteps][4];
     float out[VBlock::kColumns / 8][4];
     float maximum[2], sum[2];  // the sum is this lane's part
+    float s[2][4];             // scores of a block, then weights
 
     // q_block: the rows, turned, in shared memory; only if C::kRotary.
     __device__ __forceinline__ Rows(
@@ -93,9 +94,13 @@ struct Rows {
         }
     }
 
-    // masked: rows see parts of the block. differ: and not all the same part.
-    __device__ __forceinline__ void attend(const Params& params, const Mask& mask, int key, uint32 k, uint32 v, bool masked, bool differ, int lane) {
-        float s[2][4] = {};
+    // Weights of a block of keys. masked: rows see parts of it.
+    __device__ __forceinline__ void weigh(const Params& params, const Mask& mask, int key, uint32 k, bool masked, int lane) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[n][i] = 0.f;
+        }
         const uint32 k_row = lane % 8 + lane / 16 * 8, k_piece = lane / 8 % 2;
 #pragma unroll
         for (int step = 0; step < KBlock::kSteps; ++step) {
@@ -104,11 +109,14 @@ struct Rows {
             Type::mma(s[0], q[step], b[0], b[1]);
             Type::mma(s[1], q[step], b[2], b[3]);
         }
-        adjust(s, params, mask, key, lane);
-        if (masked) hide(s, key, lane);
-        softmax(s, C::kRawScores ? params.scale_log2 : 1.f);
-        if (differ) keep_nonfinite_apart(key, v, lane);
+        adjust(params, mask, key, lane);
+        if (masked) hide(key, lane);
+        softmax(C::kRawScores ? params.scale_log2 : 1.f);
+    }
 
+    // The weighed values of the block. differ: not all rows see the same part of it.
+    __device__ __forceinline__ void add_values(int key, uint32 v, bool differ, int lane) {
+        if (differ) keep_nonfinite_apart(key, v, lane);
         const uint32 weights[4] = {Type::pack(s[0][0], s[0][1]), Type::pack(s[0][2], s[0][3]), Type::pack(s[1][0], s[1][1]), Type::pack(s[1][2], s[1][3])};
 #pragma unroll
         for (int n = 0; n < VBlock::kColumns / 16; ++n) {
@@ -123,7 +131,7 @@ private:
     static __device__ __forceinline__ int column(int n, int i, int lane) { return n * 8 + lane % 4 * 2 + i % 2; }
 
     // Softcap: c * tanh(score / c) in units of log2, as c * (1 - 2 / (exp(2 x) + 1)), since tanh.approx has 11 bits. ALiBi: - slope * |p - j|.
-    __device__ __forceinline__ void adjust(float (&s)[2][4], const Params& params, const Mask& mask, int key, int lane) const {
+    __device__ __forceinline__ void adjust(const Params& params, const Mask& mask, int key, int lane) {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -138,7 +146,7 @@ private:
         }
     }
 
-    __device__ __forceinline__ void hide(float (&s)[2][4], int key, int lane) const {
+    __device__ __forceinline__ void hide(int key, int lane) {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -149,7 +157,7 @@ private:
     }
 
     // Scores to 2^(scale * (score - maximum)). The maximum is subtracted first: exact for scores of any size, and instructions are not what is short.
-    __device__ __forceinline__ void softmax(float (&s)[2][4], float scale) {
+    __device__ __forceinline__ void softmax(float scale) {
         float top[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
