@@ -51,10 +51,10 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
     // Splits, and their warps, take blocks in turn, so that the first pages of each can be asked for before a length is known.
     using Keys = Cache<C::kPaging, C::kAppends>;
     const int turn = split * C::kWarps + warp, step = params.splits.number * C::kWarps;
-    int pages[kAhead + 1];  // of the next blocks to be copied
+    int pages[kAhead + 2];  // of the next blocks
     const auto ask = [&](int first) {
 #pragma unroll
-        for (int i = 0; i <= kAhead; ++i) pages[i] = Keys::look_up(params, sequence, first + turn + i * step, lane);
+        for (int i = 0; i < kAhead + 2; ++i) pages[i] = Keys::look_up(params, sequence, first + turn + i * step, lane);
     };
     ask(0);
 
@@ -104,7 +104,7 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
     Rows<C> rows(params, mask, queries, sequence, kv_head, row_tile, spare, lane);
     // While copy c is used, copy c + kSlots - 1 is started: of the block that is kAhead ahead, its values first if the number of slots is even.
     constexpr bool kValuesFirst = C::kSlots % 2 == 0;
-    int page = pages[kAhead - kValuesFirst], next_page = pages[kAhead];
+    int page = pages[kAhead - kValuesFirst], next_page = pages[kAhead], later_page = pages[kAhead + 1];
     uint32 slot = slots;
     const auto next = [&](bool values, int block, int page) {
         wait_copies<C::kSlots - 2>();
@@ -118,6 +118,7 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
     for (; block < stop; block += step) {
         const int key = block * kBlock, ahead = block + kAhead * step;
         const bool masked = key < all.first || key + kBlock > all.last;
+        const int found_page = Keys::look_up(params, sequence, ahead + 2 * step, lane);  // this block's work must not wait for it, nor the next one's
         const uint32 k = kValuesFirst ? next(true, ahead - step, page) : next(false, ahead, next_page);
         if constexpr (C::kRotary) {
             if (cache.has_new(block)) {
@@ -128,7 +129,8 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
         rows.weigh(params, mask, key, k, masked, lane);
         const uint32 v = kValuesFirst ? next(false, ahead, next_page) : next(true, ahead, next_page);
         page = next_page;
-        next_page = Keys::look_up(params, sequence, ahead + step, lane);
+        next_page = later_page;
+        later_page = found_page;
         rows.add_values(key, v, masked && queries.count > 1, lane);
     }
     wait_copies<0>();

@@ -90,7 +90,7 @@ struct Merge {
     static constexpr int kPasses = (kGroups + 31) / 32;  // of a warp's lanes over a row
     static constexpr int kPartsBytes = C::kWarps * 16 * sizeof(Part), kFactorsBytes = C::kWarps * C::kMostSplits * 4;
     static constexpr int kBytes = kPartsBytes + kFactorsBytes;
-    static constexpr int kEarly = 16;  // splits
+    static constexpr int kEarly = C::kWidth <= 128 ? 16 : 8;  // splits; as many as there are registers for
     static_assert(16 * kPitch * 4 <= C::kWarpBytes, "the sums of a warp do not fit where its keys were");
 
     float* sums;       // [warps][kWarpBytes / 4]
