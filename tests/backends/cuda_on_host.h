@@ -116,6 +116,7 @@ struct Half {
 
 inline void cp_async(unsigned target, const void* source, int bytes) { lanes[current]->open.push_back({target, source, bytes}); }
 inline void cp_async(unsigned target, const void* source, int bytes, unsigned long long) { cp_async(target, source, bytes); }
+inline void draw(int& before, int* ticket) { before = (*ticket)++; }
 inline void no_policy(unsigned long long& policy) { policy = 0; }
 inline void cp_async_commit() {
     auto& lane = *lanes[current];

@@ -20,9 +20,10 @@ struct Block {
 
     static __device__ __forceinline__ uint32 offset(int row, int piece) { return row * kPitch + ((piece ^ (row & 7)) << 4); }
 
-    // Calls f(row, piece) for each 16 bytes that this lane copies.
+    // Calls f(row, piece) for each 16 bytes that this lane copies. A loop: all of the kernel runs for the first time on its multiprocessor, and takes as long
+    // as its instructions take to come.
     template <class F> static __device__ __forceinline__ void for_each_piece(int lane, F f) {
-#pragma unroll
+#pragma unroll 4
         for (int i = 0; i < kPasses; ++i) {
             const int at = lane + 32 * i;
             f(at / kPieces, at % kPieces);
@@ -93,19 +94,10 @@ struct Cache {
 
     // Starts the copies of a block's keys, or of its values. Keys outside of `some` become zeros and are not read.
     template <class B>
-    __device__ __forceinline__ void start_keys(const Params& params, int block, int page, uint32 target, int lane) const {
-        copy<B>(k, params.k_strides, new_k, params.new_k_strides.token, params, block, page, target, lane);
-    }
-    template <class B>
-    __device__ __forceinline__ void start_values(const Params& params, int block, int page, uint32 target, int lane) const {
-        copy<B>(v, params.v_strides, new_v, params.new_v_strides.token, params, block, page, target, lane);
-    }
-
-private:
-    template <class B>
-    __device__ __forceinline__ void copy(
-        const Element* x, const Strides& strides, const Element* new_x, long long new_stride, const Params& params, int block, int page, uint32 target,
-        int lane) const {
+    __device__ __forceinline__ void start(const Params& params, bool values, int block, int page, uint32 target, int lane) const {
+        const Element* x = values ? v : k;
+        const long long page_stride = values ? params.v_strides.batch : params.k_strides.batch;
+        const long long stride = values ? params.v_strides.token : params.k_strides.token;
         const int key = block * kBlock;
         int slot = key;
         if constexpr (Paging == kWholePages) params.page_size.divide(slot);
@@ -114,17 +106,18 @@ private:
             params.page_size.divide(slot);
             if (!some.holds(key + lane % kBlock)) page = 0;
         }
-        if constexpr (Paging != kAnyPages) x += page * strides.batch + slot * strides.token;
+        if constexpr (Paging != kAnyPages) x += page * page_stride + slot * stride;
         B::for_each_piece(lane, [&](int row, int piece) {
             const Element* source;
             if constexpr (Paging == kAnyPages) {
                 const long long row_page = __shfl_sync(0xffffffffu, page, row), row_slot = __shfl_sync(0xffffffffu, slot, row);
-                source = x + row_page * strides.batch + row_slot * strides.token;
+                source = x + row_page * page_stride + row_slot * stride;
             } else {
-                source = x + row * strides.token;
+                source = x + row * stride;
             }
             if constexpr (Appends) {
-                if (key + row >= old) source = new_x + (key + row - old) * new_stride;
+                const long long new_stride = values ? params.new_v_strides.token : params.new_k_strides.token;
+                if (key + row >= old) source = (values ? new_v : new_k) + (key + row - old) * new_stride;
             }
             copy_piece<B>(source, x, target, row, piece, some.holds(key + row), policy);
         });

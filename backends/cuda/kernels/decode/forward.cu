@@ -64,7 +64,7 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
     const int first_head = queries.count == 1 ? from : from / queries.count, last_head = queries.count == 1 ? to : to / queries.count;
     const bool one_head = first_head == last_head;
     const Span first = mask.keys(params, one_head ? from - first_head * queries.count : 0);
-    const Span last = mask.keys(params, one_head ? to - last_head * queries.count : queries.count - 1);
+    const Span last = queries.count == 1 ? first : mask.keys(params, one_head ? to - last_head * queries.count : queries.count - 1);
     const Span some{first.first, last.last}, all{last.first, first.last};
     const int first_block = some.first / kBlock, stop = some.first < some.last ? (some.last + kBlock - 1) / kBlock : 0;
     if (first_block > 0) ask(first_block);
@@ -77,26 +77,38 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
         const int number = row_tile * step + step - 1 - turn;
         append<C>(params, cache, sequence, slots, number, params.row_tiles.number * step, lane);
     }
-    if constexpr (C::kRotary) {
-        Block<C::kDepth>::for_each_piece(lane, [&](int row, int piece) {
-            const Row own = Row::of(params, queries, kv_head, from + row);
-            copy_piece<Block<C::kDepth>>(own.start(params, queries), params.q, spare, row, piece, own.exists, cache.policy);
-        });
-        commit_copies();
-    }
     // Copy c is of the keys (even c) or of the values (odd c) of this warp's block c / 2, and goes to slot c % kSlots. A group of copies is committed
     // where there is nothing to copy, too, so that the number of the pending ones is known.
     const auto copy = [&](bool values, int block, int page, uint32 slot) {
-        if (block < stop && !values) cache.template start_keys<Block<C::kDepth>>(params, block, page, slot, lane);
-        if (block < stop && values) cache.template start_values<Block<C::kWidth>>(params, block, page, slot, lane);
-        commit_copies();
+        if (block < stop) {
+            if constexpr (C::kDepth == C::kWidth) {
+                cache.template start<Block<C::kDepth>>(params, values, block, page, slot, lane);
+            } else if (values) {
+                cache.template start<Block<C::kWidth>>(params, true, block, page, slot, lane);
+            } else {
+                cache.template start<Block<C::kDepth>>(params, false, block, page, slot, lane);
+            }
+        }
     };
+#pragma unroll 1
+    for (int c = 0; c < C::kSlots - 1; ++c) {
+        int page = pages[0];
 #pragma unroll
-    for (int c = 0; c < C::kSlots - 1; ++c) copy(c % 2, block + c / 2 * step, pages[c / 2], slots + c * C::kSlotBytes);
-
+        for (int i = 1; i <= (C::kSlots - 2) / 2; ++i) page = c / 2 == i ? pages[i] : page;
+        copy(c % 2, block + c / 2 * step, page, slots + c * C::kSlotBytes);
+        if (c == 0) {  // the queries come with the first keys
+#pragma unroll 1
+            for (int at = lane; at < count * Block<C::kDepth>::kPieces; at += 32) {
+                const int row = at / Block<C::kDepth>::kPieces, piece = at % Block<C::kDepth>::kPieces;
+                const Element* start = Row::of(params, queries, kv_head, from + row).start(params, queries);
+                copy_piece<Block<C::kDepth>>(start, start, spare, row, piece, true, cache.policy);
+            }
+        }
+        commit_copies();
+    }
+    wait_copies<C::kSlots - 2>();
+    __syncwarp();
     if constexpr (C::kRotary) {
-        wait_copies<C::kSlots - 1>();
-        __syncwarp();
         const auto position = [&](int row) { return cache.old + (params.one_position ? 0 : Row::of(params, queries, kv_head, from + row).query); };
         turn_rows<C>(params, spare, 0, count, position, lane);
         __syncwarp();
@@ -110,6 +122,7 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
         wait_copies<C::kSlots - 2>();
         __syncwarp();  // all lanes' copies are here, and all are done with the slot before
         copy(values, block, page, slot == slots ? spare : slot - C::kSlotBytes);
+        commit_copies();
         const uint32 found = slot;
         slot = slot == spare ? slots : slot + C::kSlotBytes;
         return found;

@@ -11,6 +11,13 @@ struct Part {
     float maximum, sum;
 };
 
+template <class F>
+static __device__ __forceinline__ float across_warp(float x, F combine) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x = combine(x, __shfl_xor_sync(0xffffffffu, x, step));
+    return x;
+}
+
 // What a part's sums are multiplied by. highest: the largest maximum of all parts.
 static __device__ __forceinline__ float part_factor(float maximum, float highest, float scale) {
     return maximum == -kInfinity ? 0.f : exp2_fast((maximum - highest) * scale);
@@ -51,7 +58,7 @@ static __device__ __forceinline__ void write_row(
             scaled = anchor;
         }
     }
-    const float inverse = sum == 0.f ? 0.f : factor / sum;
+    const float inverse = sum == 0.f ? 0.f : factor * reciprocal_fast(sum);
     const uint32 low = Type::pack(sums.x * inverse, sums.y * inverse), high = Type::pack(sums.z * inverse, sums.w * inverse);
     Element* out = params.out + queries.batch * params.out_strides.batch + row.head * params.out_strides.head +
                    (queries.token + row.query) * params.out_strides.token + 4 * group;
@@ -67,6 +74,13 @@ static __device__ __forceinline__ void write_row(
         params.lse[(static_cast<long long>(queries.batch) * params.q_heads + row.head) * params.seqlen_q + queries.token + row.query] =
             sum == 0.f ? -kInfinity : (scaled + log2f(sum)) * kLn2;
     }
+}
+
+// The ticket's number. Whoever draws later sees what was written before.
+static __device__ __forceinline__ int draw(int* ticket) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
+    return before;
 }
 
 // Tokens behind the last packed sequence belong to none: out 0, lse -inf. By the blocks of a K/V head and tile of rows.
@@ -106,6 +120,7 @@ struct Merge {
         float* own = sums + warp * (C::kWarpBytes / 4);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+            if (half == 1 && count <= 8) break;
             const float sum = across_row(rows.sum[half], [](float a, float b) { return a + b; });
             const int row = lane / 4 + 8 * half;
             if (row >= count) continue;
@@ -161,15 +176,13 @@ struct Merge {
             }
         }
         if (params.splits.number == 1 || warp >= count) return;
-        // One lane draws for each of the warp's rows.
+        // One lane draws for each of the warp's rows, and shows the others what the warp has written: its lanes have shown it to this one.
         __syncwarp();
         bool all = false;
         const int drawn = warp + lane * C::kWarps;
         if (drawn < count) {
             int* ticket = params.tickets + tile * params.tile_rows + drawn;
-            __threadfence();  // of what the warp has written: its lanes have shown it to this one
-            all = atomicAdd(ticket, 1) == static_cast<int>(params.splits.number) - 1;
-            __threadfence();
+            all = draw(ticket) == static_cast<int>(params.splits.number) - 1;
             if (all) *ticket = 0;  // for the next launch
         }
         for (int row = warp, i = 0; row < count; row += C::kWarps, ++i) {
@@ -189,25 +202,24 @@ private:
         for (int split = 0; split < kEarly; ++split) {
             if (split < splits && lane < kGroups) early[split] = __ldcg(from.sums + split * kGroups + lane);
         }
-        float2 parts[C::kMostSplits / 32];  // this lane's: maximum and sum
-        Part whole{-kInfinity, 0.f};
-#pragma unroll
-        for (int i = 0; i < C::kMostSplits / 32; ++i) {
-            const int split = lane + 32 * i;
-            parts[i] = split < splits ? __ldcg(reinterpret_cast<const float2*>(from.parts + split)) : make_float2(-kInfinity, 0.f);
+        const auto part_of = [&](int split) {
+            const float2 found = split < splits ? __ldcg(reinterpret_cast<const float2*>(from.parts + split)) : make_float2(-kInfinity, 0.f);
+            return Part{found.x, found.y};
+        };
+        const Part first = part_of(lane);
+        Part whole{first.maximum, 0.f};
+#pragma unroll 1
+        for (int split = lane + 32; split < splits; split += 32) whole.maximum = fmaxf(whole.maximum, part_of(split).maximum);
+        whole.maximum = across_warp(whole.maximum, [](float a, float b) { return fmaxf(a, b); });
+        Part own_part = first;
+#pragma unroll 1
+        for (int split = lane; split < splits; split += 32) {
+            if (split != lane) own_part = part_of(split);
+            const float factor = part_factor(own_part.maximum, whole.maximum, scale);
+            own[split] = factor;
+            whole.sum = fmaf(factor, own_part.sum, whole.sum);
         }
-#pragma unroll
-        for (int i = 0; i < C::kMostSplits / 32; ++i) whole.maximum = fmaxf(whole.maximum, parts[i].x);
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2) whole.maximum = fmaxf(whole.maximum, __shfl_xor_sync(0xffffffffu, whole.maximum, step));
-#pragma unroll
-        for (int i = 0; i < C::kMostSplits / 32; ++i) {
-            const float factor = part_factor(parts[i].x, whole.maximum, scale);
-            own[lane + 32 * i] = factor;
-            whole.sum = fmaf(factor, parts[i].y, whole.sum);
-        }
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2) whole.sum += __shfl_xor_sync(0xffffffffu, whole.sum, step);
+        whole.sum = across_warp(whole.sum, [](float a, float b) { return a + b; });
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < kPasses; ++i) {
@@ -220,7 +232,7 @@ private:
                     if (split < splits) add(found, own[split], early[split]);
                 }
             }
-#pragma unroll 16
+#pragma unroll 8
             for (int split = i == 0 ? kEarly : 0; split < splits; ++split) add(found, own[split], __ldcg(from.sums + split * kGroups + group));
             write_row<C>(params, queries, target, group, whole, found, scale);
         }

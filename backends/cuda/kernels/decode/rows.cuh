@@ -27,20 +27,11 @@ struct Row {
         return {kv_head * params.heads_per_kv_head + group, r - group * queries.count, group < params.heads_per_kv_head};
     }
 
-    // Of the row in q, or of q if there is none.
+    // In q.
     __device__ __forceinline__ const Element* start(const Params& params, const Queries& queries) const {
-        if (!exists) return params.q;
         return params.q + queries.batch * params.q_strides.batch + head * params.q_strides.head + (queries.token + query) * params.q_strides.token;
     }
 };
-
-// Two neighbouring columns of a row in device memory, 0 behind its end.
-template <int Dim>
-static __device__ __forceinline__ uint32 load_pair(const Element* row, int column) {
-    if constexpr (Dim % 2 == 0) return column < Dim ? *reinterpret_cast<const uint32*>(row + column) : 0u;
-    const uint32 low = column < Dim ? row[column] : 0u, high = column + 1 < Dim ? row[column + 1] : 0u;
-    return low | high << 16;
-}
 
 template <class C>
 struct Rows {
@@ -56,16 +47,14 @@ struct Rows {
     float maximum[2], sum[2];  // the sum is this lane's part
     float s[2][4];             // scores of a block, then weights
 
-    // q_block: the rows, turned, in shared memory; only if C::kRotary.
+    // q_block: the rows, in shared memory. Those that do not exist are anything.
     __device__ __forceinline__ Rows(
         const Params& params, const Mask& mask, const Queries& queries, int sequence, int kv_head, int tile, uint32 q_block, int lane) {
-        if constexpr (C::kRotary) {
 #pragma unroll
-            for (int step = 0; step < KBlock::kSteps; ++step) {
-                load_blocks(q[step], q_block + KBlock::offset(lane % 16, 2 * step + lane / 16));
+        for (int step = 0; step < KBlock::kSteps; ++step) {
+            load_blocks(q[step], q_block + KBlock::offset(lane % 16, 2 * step + lane / 16));
 #pragma unroll
-                for (int i = 0; i < 4; ++i) q[step][i] ^= params.negate_q ? 0x80008000u : 0u;
-            }
+            for (int i = 0; i < 4; ++i) q[step][i] ^= params.negate_q ? 0x80008000u : 0u;
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -75,16 +64,6 @@ struct Rows {
             sum[half] = slope[half] = 0.f;
             if constexpr (C::kAlibi) {
                 if (own[half].exists) slope[half] = params.alibi[sequence * params.alibi_batch_stride + own[half].head] * kLog2e;
-            }
-            if constexpr (C::kRotary) continue;
-            const Element* row = own[half].start(params, queries);
-#pragma unroll
-            for (int step = 0; step < KBlock::kSteps; ++step) {
-#pragma unroll
-                for (int side = 0; side < 2; ++side) {
-                    const uint32 pair = own[half].exists ? load_pair<C::kDepth>(row, step * 16 + side * 8 + lane % 4 * 2) : 0u;
-                    q[step][2 * side + half] = params.negate_q ? pair ^ 0x80008000u : pair;
-                }
             }
         }
 #pragma unroll
