@@ -13,9 +13,14 @@ ROWS = KEYS = 16
 MOST_QUERIES = 16
 #: As many as the weights of all splits that a warp keeps while it merges them.
 MOST_SPLITS = 128
-#: For slots: with what else a block needs it stays below 99 KiB, what one may have on 8.6 and 8.9, and two blocks fit a multiprocessor of 9.0.
-_SLOTS_BYTES = 96 * 1024
-_MOST_SLOTS = 16
+#: What a warp keeps in registers grows with the dimensions: up to 128 columns, and beyond.
+_WARPS = ((8, 4), (4, 2))
+#: Room for slots where one block has a multiprocessor for itself, and where two share it or one may have 99 KiB in all.
+_SLOTS_BYTES, _SLOTS_BYTES_SMALL = 128 * 1024, 80 * 1024
+#: Compute capabilities whose blocks may have more than 99 KiB.
+_LARGE = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
+#: Tiles of rows from which on two blocks share a multiprocessor where keys are in pages, multiprocessors being 132.
+_MANY_TILES = 4 * 132
 #: Time relative to cuDNN's on contiguous keys: 0.94 to 1.0 of its speed there, and before the triton backend in most of the cases with pages.
 COST = 1.05
 #: Blocks of keys a warp should have at least, where keys are split.
@@ -29,7 +34,7 @@ _WAVES = 3.5
 @dataclass(frozen=True)
 class DecodeVariant:
     """One compiled kernel. paging: 0 no pages, 1 pages of a multiple of 16 keys, 2 of any size. append: 1 new tokens are appended to the cache, 2 with
-    rotary embedding.
+    rotary embedding. warps: per block. slots: of 16 keys or values, per warp: those that are used, and those that are on their way.
     """
 
     arch: str
@@ -40,8 +45,8 @@ class DecodeVariant:
     softcap: bool = False
     alibi: bool = False
     append: int = 0
-    warps: int = 4
-    slots: int = 6
+    warps: int = 8
+    slots: int = 4
 
     main = "decode/forward.cu"
 
@@ -51,9 +56,11 @@ class DecodeVariant:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory per block: slots of keys and values, and what the merge of warps and splits keeps."""
-        merge = self.warps * (ROWS * 8 + MOST_SPLITS * 4)
-        return self.warps * self.slots * slot_bytes(self.head_dim, self.v_head_dim) + merge
+        """Dynamic shared memory per block: slots of keys and values, what the merge of warps and splits keeps, entries of the block table."""
+        merge = ROWS * 8 + MOST_SPLITS * 4
+        ahead = self.slots // 2
+        table = (4 if ahead < 3 else 8 if ahead < 7 else 16) * 4 * (0, 1, KEYS)[self.paging]
+        return self.warps * (self.slots * slot_bytes(self.head_dim, self.v_head_dim) + merge + table)
 
     def generated(self) -> dict[str, str]:
         return {}
@@ -94,18 +101,20 @@ def serves(problem: Problem) -> bool:
 
 def choose(problem: Problem) -> DecodeVariant:
     """The variant for a problem that it serves."""
-    arch, features, page = problem.device.arch, problem.features, problem.page_size
+    arch, features, page = tuple(problem.device.arch), problem.features, problem.page_size
+    tiles = problem.batch * problem.kv_heads * -(-problem.q_heads // problem.kv_heads * problem.seqlen_q // ROWS)
     return make(
         f"sm_{arch[0]}{arch[1]}", problem.q_dtype, problem.head_dim, problem.v_head_dim, 0 if not page else 2 if page % KEYS else 1,
-        softcap=Feature.SOFTCAP in features, alibi=Feature.ALIBI in features,
+        softcap=Feature.SOFTCAP in features, alibi=Feature.ALIBI in features, alone=arch in _LARGE and not (page and tiles >= _MANY_TILES),
     )  # fmt: skip
 
 
-def make(arch: str, dtype: str, head_dim: int, v_head_dim: int, paging: int = 0, softcap: bool = False, alibi: bool = False, append: int = 0) -> DecodeVariant:
-    """A variant with the warps and slots for it."""
-    # What a warp keeps in registers grows with the dimensions.
-    warps = 4 if max(head_dim, v_head_dim) <= 128 else 2
-    slots = min(_MOST_SLOTS, _SLOTS_BYTES // (warps * slot_bytes(head_dim, v_head_dim)))
+def make(
+    arch: str, dtype: str, head_dim: int, v_head_dim: int, paging: int = 0, softcap: bool = False, alibi: bool = False, append: int = 0, alone: bool = True
+) -> DecodeVariant:
+    """A variant with the warps and slots for it. alone: a block has a multiprocessor for itself."""
+    warps = _WARPS[max(head_dim, v_head_dim) > 128][not alone]
+    slots = (_SLOTS_BYTES if alone else _SLOTS_BYTES_SMALL) // (warps * slot_bytes(head_dim, v_head_dim))
     return DecodeVariant(arch, dtype, head_dim, v_head_dim, paging, softcap, alibi, append, warps, slots)
 
 

@@ -13,8 +13,8 @@ from attnhub.backends.cuda import compile
 #: Beginning of an instruction -> function.
 _FUNCTIONS = {
     "cp.async.cg.": "cp_async",
-    "createpolicy": "no_policy",
     "atom.acq_rel.gpu.global.add.s32": "draw",
+    "cp.async.ca.": "copy_word",
     "cp.async.commit_group": "cp_async_commit",
     "cp.async.wait_group": "cp_async_wait",
     "cp.async.wait_all": "cp_async_wait_all",

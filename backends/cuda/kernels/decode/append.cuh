@@ -82,9 +82,9 @@ static __device__ __forceinline__ bool fits(const Params& params, int old, int q
 
 // Starts the copies of rows of the inputs to a block.
 template <class B>
-static __device__ __forceinline__ void fetch_rows(const Element* x, long long stride, uint32 block, int rows, Policy policy, int lane) {
+static __device__ __forceinline__ void fetch_rows(const Element* x, long long stride, uint32 block, int rows, int lane) {
 #pragma unroll 1
-    for (int at = lane; at < rows * B::kPieces; at += 32) copy_piece<B>(x + at / B::kPieces * stride, x, block, at / B::kPieces, at % B::kPieces, true, policy);
+    for (int at = lane; at < rows * B::kPieces; at += 32) copy_piece<B>(x + at / B::kPieces * stride, x, block, at / B::kPieces, at % B::kPieces, true);
 }
 
 // Rows of a block to the cache, where the first of them is key `first`.
@@ -127,8 +127,8 @@ static __device__ __forceinline__ void append(
     const uint32 values = block + KBlock::kBytes;
     for (int from = warp * kBlock; from < params.new_tokens; from += warps * kBlock) {
         const int rows = min(kBlock, params.new_tokens - from);
-        fetch_rows<KBlock>(cache.new_k + from * params.new_k_strides.token, params.new_k_strides.token, block, rows, cache.policy, lane);
-        fetch_rows<VBlock>(cache.new_v + from * params.new_v_strides.token, params.new_v_strides.token, values, rows, cache.policy, lane);
+        fetch_rows<KBlock>(cache.new_k + from * params.new_k_strides.token, params.new_k_strides.token, block, rows, lane);
+        fetch_rows<VBlock>(cache.new_v + from * params.new_v_strides.token, params.new_v_strides.token, values, rows, lane);
         commit_copies();
         wait_copies<0>();
         __syncwarp();

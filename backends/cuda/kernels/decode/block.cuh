@@ -20,10 +20,9 @@ struct Block {
 
     static __device__ __forceinline__ uint32 offset(int row, int piece) { return row * kPitch + ((piece ^ (row & 7)) << 4); }
 
-    // Calls f(row, piece) for each 16 bytes that this lane copies. A loop: all of the kernel runs for the first time on its multiprocessor, and takes as long
-    // as its instructions take to come.
+    // Calls f(row, piece) for each 16 bytes that this lane copies.
     template <class F> static __device__ __forceinline__ void for_each_piece(int lane, F f) {
-#pragma unroll 4
+#pragma unroll
         for (int i = 0; i < kPasses; ++i) {
             const int at = lane + 32 * i;
             f(at / kPieces, at % kPieces);
@@ -34,27 +33,24 @@ struct Block {
     static __device__ __forceinline__ int present(int piece) { return piece < Dim / 8 ? 8 : piece == Dim / 8 ? Dim % 8 : 0; }
 };
 
-using Policy = unsigned long long;  // of L2
-
-// What is read once gives way to what others will read again.
-static __device__ __forceinline__ Policy make_policy(bool once) {
-    Policy policy;
-    if (once) {
-        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    } else {
-        asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-    }
-    return policy;
-}
-
 // Starts the copy of 16 bytes of a row; zeros if there is none. anywhere: an address that may be named then.
 template <class B>
-static __device__ __forceinline__ void copy_piece(
-    const Element* row_start, const Element* anywhere, uint32 target, int row, int piece, bool exists, Policy policy) {
+static __device__ __forceinline__ void copy_piece(const Element* row_start, const Element* anywhere, uint32 target, int row, int piece, bool exists) {
     const int bytes = exists ? B::present(piece) * 2 : 0;
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;"
-                 :: "r"(target + B::offset(row, piece)), "l"(bytes > 0 ? row_start + 8 * piece : anywhere), "r"(bytes), "l"(policy) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 :: "r"(target + B::offset(row, piece)), "l"(bytes > 0 ? row_start + 8 * piece : anywhere), "r"(bytes) : "memory");
 }
+
+// Starts the copy of 4 bytes.
+static __device__ __forceinline__ void copy_word(const int* source, uint32 target) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(target), "l"(source) : "memory");
+}
+static __device__ __forceinline__ uint32 load_word(uint32 address) {
+    uint32 x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return x;
+}
+static __device__ __forceinline__ void store_word(uint32 address, int x) { asm volatile("st.shared.b32 [%0], %1;" :: "r"(address), "r"(x) : "memory"); }
 
 enum Pages { kContiguous, kWholePages, kAnyPages };  // kWholePages: of a multiple of 16 keys, so that a block lies in one page
 
@@ -64,7 +60,6 @@ struct Cache {
     const Element* k;
     const Element* v;
     Span some;  // keys that are read at all
-    Policy policy;
     const Element* new_k;
     const Element* new_v;
     int old;    // keys that the cache holds; only if Appends
@@ -72,7 +67,7 @@ struct Cache {
     static __device__ __forceinline__ Cache of(const Params& params, int batch, int kv_head, const Span& some) {
         const long long from = Paging == kContiguous ? batch : 0;
         Cache cache{params.k + from * params.k_strides.batch + kv_head * params.k_strides.head,
-                    params.v + from * params.v_strides.batch + kv_head * params.v_strides.head, some, make_policy(params.row_tiles.number == 1)};
+                    params.v + from * params.v_strides.batch + kv_head * params.v_strides.head, some};
         if constexpr (Appends) {
             cache.new_k = params.new_k + batch * params.new_k_strides.batch + kv_head * params.new_k_strides.head;
             cache.new_v = params.new_v + batch * params.new_v_strides.batch + kv_head * params.new_v_strides.head;
@@ -84,17 +79,21 @@ struct Cache {
     // Whether keys of a block are new.
     __device__ __forceinline__ bool has_new(int block) const { return Appends && (block + 1) * kBlock > old; }
 
-    // The page of a block, for kAnyPages that of the lane's key in it: asked for well before `start` needs it, which is why it must not ask how many
-    // keys there are. Behind them it is anything.
-    static __device__ __forceinline__ int look_up(const Params& params, int batch, int block, int lane) {
-        if constexpr (Paging == kContiguous) return 0;
-        const int key = block * kBlock + (Paging == kAnyPages ? lane % kBlock : 0);
-        return key < params.seqlen_k ? params.block_table[static_cast<long long>(batch) * params.pages + params.page_size.quotient(key)] : 0;
+    // Entries of a block in `block_table`: one, or one for each key, which lanes take in turn.
+    static constexpr int kEntries = Paging == kContiguous ? 0 : Paging == kWholePages ? 1 : kBlock;
+
+    // Where this lane's entry for a block is, or null if the table has none. It must not ask how many keys there are: behind them it is anything.
+    static __device__ __forceinline__ const int* entry(const Params& params, int batch, int block, int lane) {
+        if (Paging == kContiguous || lane >= kEntries) return nullptr;
+        const int key = block * kBlock + lane;
+        return key < params.seqlen_k ? params.block_table + static_cast<long long>(batch) * params.pages + params.page_size.quotient(key) : nullptr;
     }
 
-    // Starts the copies of a block's keys, or of its values. Keys outside of `some` become zeros and are not read.
+    // Starts the copies of a block's keys, or of its values. Keys outside of `some` become zeros and are not read. entries: the block's, in shared memory.
     template <class B>
-    __device__ __forceinline__ void start(const Params& params, bool values, int block, int page, uint32 target, int lane) const {
+    __device__ __forceinline__ void start(const Params& params, bool values, int block, uint32 entries, uint32 target, int lane) const {
+        int page = 0;
+        if constexpr (Paging != kContiguous) page = static_cast<int>(load_word(entries + lane % kEntries * 4));
         const Element* x = values ? v : k;
         const long long page_stride = values ? params.v_strides.batch : params.k_strides.batch;
         const long long stride = values ? params.v_strides.token : params.k_strides.token;
@@ -119,7 +118,7 @@ struct Cache {
                 const long long new_stride = values ? params.new_v_strides.token : params.new_k_strides.token;
                 if (key + row >= old) source = (values ? new_v : new_k) + (key + row - old) * new_stride;
             }
-            copy_piece<B>(source, x, target, row, piece, some.holds(key + row), policy);
+            copy_piece<B>(source, x, target, row, piece, some.holds(key + row));
         });
     }
 };

@@ -23,10 +23,14 @@ struct Config {
     static constexpr int kSlotBytes = Block<(kDepth > kWidth ? kDepth : kWidth)>::kBytes, kWarpBytes = kSlots * kSlotBytes;
     static_assert(kSlots >= (kAppends ? 3 : 2), "too few slots");
 };
-static_assert(Config::kWarps * Config::kWarpBytes + Merge<Config>::kBytes <= ATTNHUB_SHARED_BYTES, "the launch asks for ATTNHUB_SHARED_BYTES");
-
 // How many blocks ahead of the one whose keys are used the next copy is.
 constexpr int kAhead = Config::kSlots / 2;
+// Of a warp's entries of the block table, for as many blocks: those that are copied, and those whose entries are on their way.
+constexpr int kTableBlocks = kAhead < 3 ? 4 : kAhead < 7 ? 8 : 16;
+static_assert(kTableBlocks > kAhead + 1, "too few");
+constexpr int kEntryBytes = 4 * Cache<Config::kPaging, Config::kAppends>::kEntries, kTableBytes = kTableBlocks * kEntryBytes;
+constexpr int kMergeAt = Config::kWarps * Config::kWarpBytes, kTableAt = kMergeAt + Merge<Config>::kBytes;
+static_assert(kTableAt + Config::kWarps * kTableBytes <= ATTNHUB_SHARED_BYTES, "the launch asks for ATTNHUB_SHARED_BYTES");
 
 static __device__ __forceinline__ void attend(const Params& params, unsigned char* shared) {
     using C = Config;
@@ -51,10 +55,13 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
     // Splits, and their warps, take blocks in turn, so that the first pages of each can be asked for before a length is known.
     using Keys = Cache<C::kPaging, C::kAppends>;
     const int turn = split * C::kWarps + warp, step = params.splits.number * C::kWarps;
-    int pages[kAhead + 2];  // of the next blocks
+    int entries[kAhead];
     const auto ask = [&](int first) {
 #pragma unroll
-        for (int i = 0; i < kAhead + 2; ++i) pages[i] = Keys::look_up(params, sequence, first + turn + i * step, lane);
+        for (int i = 0; i < kAhead; ++i) {
+            const int* entry = Keys::entry(params, sequence, first + turn + i * step, lane);
+            entries[i] = entry != nullptr ? *entry : 0;
+        }
     };
     ask(0);
 
@@ -68,7 +75,7 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
     const Span some{first.first, last.last}, all{last.first, first.last};
     const int first_block = some.first / kBlock, stop = some.first < some.last ? (some.last + kBlock - 1) / kBlock : 0;
     if (first_block > 0) ask(first_block);
-    int block = first_block + turn;
+    const int block = first_block + turn;  // this warp's first
 
     const auto cache = Keys::of(params, sequence, kv_head, some);
     const uint32 slots = shared_address(shared) + warp * C::kWarpBytes;
@@ -77,31 +84,42 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
         const int number = row_tile * step + step - 1 - turn;
         append<C>(params, cache, sequence, slots, number, params.row_tiles.number * step, lane);
     }
-    // Copy c is of the keys (even c) or of the values (odd c) of this warp's block c / 2, and goes to slot c % kSlots. A group of copies is committed
-    // where there is nothing to copy, too, so that the number of the pending ones is known.
-    const auto copy = [&](bool values, int block, int page, uint32 slot) {
-        if (block < stop) {
-            if constexpr (C::kDepth == C::kWidth) {
-                cache.template start<Block<C::kDepth>>(params, values, block, page, slot, lane);
-            } else if (values) {
-                cache.template start<Block<C::kWidth>>(params, true, block, page, slot, lane);
-            } else {
-                cache.template start<Block<C::kDepth>>(params, false, block, page, slot, lane);
-            }
+    // The table's entries of block i (of this warp's) come together with the keys of block i - kAhead: a read of its own would wait for all copies
+    // that were asked for before it.
+    const uint32 table = shared_address(shared) + kTableAt + warp * kTableBytes;
+    const auto entries_of = [&](int i) { return table + i % kTableBlocks * kEntryBytes; };
+    if constexpr (C::kPaging != kContiguous) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (lane < Keys::kEntries) store_word(entries_of(i) + lane * 4, entries[i]);
+        }
+        __syncwarp();
+    }
+    // Copy c is of the keys (even c) or of the values (odd c) of block c / 2, and goes to slot c % kSlots.
+    const auto copy = [&](bool values, int i, uint32 slot) {
+        const int number = block + i * step;
+        if (number >= stop) return;
+        if (C::kPaging != kContiguous && !values && number + kAhead * step < stop) {
+            const int* entry = Keys::entry(params, sequence, number + kAhead * step, lane);
+            if (entry != nullptr) copy_word(entry, entries_of(i + kAhead) + lane * 4);
+        }
+        if constexpr (C::kDepth == C::kWidth) {
+            cache.template start<Block<C::kDepth>>(params, values, number, entries_of(i), slot, lane);
+        } else if (values) {
+            cache.template start<Block<C::kWidth>>(params, true, number, entries_of(i), slot, lane);
+        } else {
+            cache.template start<Block<C::kDepth>>(params, false, number, entries_of(i), slot, lane);
         }
     };
 #pragma unroll 1
     for (int c = 0; c < C::kSlots - 1; ++c) {
-        int page = pages[0];
-#pragma unroll
-        for (int i = 1; i <= (C::kSlots - 2) / 2; ++i) page = c / 2 == i ? pages[i] : page;
-        copy(c % 2, block + c / 2 * step, page, slots + c * C::kSlotBytes);
+        copy(c % 2, c / 2, slots + c * C::kSlotBytes);
         if (c == 0) {  // the queries come with the first keys
 #pragma unroll 1
             for (int at = lane; at < count * Block<C::kDepth>::kPieces; at += 32) {
                 const int row = at / Block<C::kDepth>::kPieces, piece = at % Block<C::kDepth>::kPieces;
                 const Element* start = Row::of(params, queries, kv_head, from + row).start(params, queries);
-                copy_piece<Block<C::kDepth>>(start, start, spare, row, piece, true, cache.policy);
+                copy_piece<Block<C::kDepth>>(start, start, spare, row, piece, true);
             }
         }
         commit_copies();
@@ -114,36 +132,32 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
         __syncwarp();
     }
     Rows<C> rows(params, mask, queries, sequence, kv_head, row_tile, spare, lane);
-    // While copy c is used, copy c + kSlots - 1 is started: of the block that is kAhead ahead, its values first if the number of slots is even.
-    constexpr bool kValuesFirst = C::kSlots % 2 == 0;
-    int page = pages[kAhead - kValuesFirst], next_page = pages[kAhead], later_page = pages[kAhead + 1];
+    // While copy c is used, copy c + kSlots - 1 is started: of a block kAhead behind, its values first if the number of slots is even. A group of copies is
+    // committed where there is nothing to copy, too, so that the number of the pending ones is known.
+    constexpr int kValuesFirst = C::kSlots % 2 == 0;
     uint32 slot = slots;
-    const auto next = [&](bool values, int block, int page) {
+    const auto next = [&](bool values, int i) {
         wait_copies<C::kSlots - 2>();
         __syncwarp();  // all lanes' copies are here, and all are done with the slot before
-        copy(values, block, page, slot == slots ? spare : slot - C::kSlotBytes);
+        copy(values, i, slot == slots ? spare : slot - C::kSlotBytes);
         commit_copies();
         const uint32 found = slot;
         slot = slot == spare ? slots : slot + C::kSlotBytes;
         return found;
     };
 #pragma unroll 1
-    for (; block < stop; block += step) {
-        const int key = block * kBlock, ahead = block + kAhead * step;
+    for (int i = 0; block + i * step < stop; ++i) {
+        const int key = (block + i * step) * kBlock;
         const bool masked = key < all.first || key + kBlock > all.last;
-        const int found_page = Keys::look_up(params, sequence, ahead + 2 * step, lane);  // this block's work must not wait for it, nor the next one's
-        const uint32 k = kValuesFirst ? next(true, ahead - step, page) : next(false, ahead, next_page);
+        const uint32 k = next(kValuesFirst, i + kAhead - kValuesFirst);
         if constexpr (C::kRotary) {
-            if (cache.has_new(block)) {
+            if (cache.has_new(block + i * step)) {
                 turn_rows<C>(params, k, max(0, cache.old - key), min(kBlock, mask.len_k - key), [&](int row) { return key + row; }, lane);
                 __syncwarp();
             }
         }
         rows.weigh(params, mask, key, k, masked, lane);
-        const uint32 v = kValuesFirst ? next(false, ahead, next_page) : next(true, ahead, next_page);
-        page = next_page;
-        next_page = later_page;
-        later_page = found_page;
+        const uint32 v = next(!kValuesFirst, i + kAhead);
         rows.add_values(key, v, masked && queries.count > 1, lane);
     }
     wait_copies<0>();

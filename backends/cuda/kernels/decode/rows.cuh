@@ -47,15 +47,9 @@ struct Rows {
     float maximum[2], sum[2];  // the sum is this lane's part
     float s[2][4];             // scores of a block, then weights
 
-    // q_block: the rows, in shared memory. Those that do not exist are anything.
+    // q_block: the rows, in shared memory. Those that do not exist are anything there, and 0 here, lest their maxima grow.
     __device__ __forceinline__ Rows(
         const Params& params, const Mask& mask, const Queries& queries, int sequence, int kv_head, int tile, uint32 q_block, int lane) {
-#pragma unroll
-        for (int step = 0; step < KBlock::kSteps; ++step) {
-            load_blocks(q[step], q_block + KBlock::offset(lane % 16, 2 * step + lane / 16));
-#pragma unroll
-            for (int i = 0; i < 4; ++i) q[step][i] ^= params.negate_q ? 0x80008000u : 0u;
-        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             own[half] = Row::of(params, queries, kv_head, tile * 16 + lane / 4 + 8 * half);
@@ -65,6 +59,13 @@ struct Rows {
             if constexpr (C::kAlibi) {
                 if (own[half].exists) slope[half] = params.alibi[sequence * params.alibi_batch_stride + own[half].head] * kLog2e;
             }
+        }
+        const uint32 flip = params.negate_q ? 0x80008000u : 0u;
+#pragma unroll
+        for (int step = 0; step < KBlock::kSteps; ++step) {
+            load_blocks(q[step], q_block + KBlock::offset(lane % 16, 2 * step + lane / 16));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) q[step][i] = own[i % 2].exists ? q[step][i] ^ flip : 0u;
         }
 #pragma unroll
         for (int n = 0; n < VBlock::kColumns / 8; ++n) {
