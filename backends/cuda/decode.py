@@ -19,8 +19,8 @@ _WARPS = ((8, 4), (4, 2))
 _SLOTS_BYTES, _SLOTS_BYTES_SMALL = 128 * 1024, 80 * 1024
 #: Compute capabilities whose blocks may have more than 99 KiB.
 _LARGE = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
-#: Tiles of rows from which on two blocks share a multiprocessor where keys are in pages, multiprocessors being 132.
-_MANY_TILES = 4 * 132
+#: Tiles of rows from which on two blocks share a multiprocessor, of which there are 132, where keys are in pages or slots are no larger than this.
+_MANY_TILES, _NARROW = 4 * 132, 2048
 #: Time relative to cuDNN's on contiguous keys: 0.94 to 1.0 of its speed there, and before the triton backend in most of the cases with pages.
 COST = 1.05
 #: Blocks of keys a warp should have at least, where keys are split.
@@ -105,7 +105,7 @@ def choose(problem: Problem) -> DecodeVariant:
     tiles = problem.batch * problem.kv_heads * -(-problem.q_heads // problem.kv_heads * problem.seqlen_q // ROWS)
     return make(
         f"sm_{arch[0]}{arch[1]}", problem.q_dtype, problem.head_dim, problem.v_head_dim, 0 if not page else 2 if page % KEYS else 1,
-        softcap=Feature.SOFTCAP in features, alibi=Feature.ALIBI in features, alone=arch in _LARGE and not (page and tiles >= _MANY_TILES),
+        softcap=Feature.SOFTCAP in features, alibi=Feature.ALIBI in features, alone=arch in _LARGE and not (tiles >= _MANY_TILES and (page or slot_bytes(problem.head_dim, problem.v_head_dim) <= _NARROW)),
     )  # fmt: skip
 
 

@@ -269,11 +269,16 @@ def test_splits_fill_the_device_once(tiles: int, seqlen_k: int, splits: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("arch", "batch", "page_size", "warps", "slots"),
-    [((9, 0), 1, 0, 8, 4), ((9, 0), 1, 16, 8, 4), ((9, 0), 128, 0, 8, 4), ((9, 0), 128, 16, 4, 5), ((8, 0), 1, 16, 8, 4), ((8, 6), 1, 0, 4, 5), ((12, 0), 1, 0, 4, 5)],
-)
-def test_a_block_has_a_multiprocessor_for_itself_where_there_is_room_and_tiles_are_few(arch: tuple[int, int], batch: int, page_size: int, warps: int, slots: int) -> None:
-    problem = Problem(DeviceInfo("cuda", "nvidia", arch), "float16", "float16", 128, 128, 32, 8, batch, 1, 8192, page_size=page_size)
+    ("arch", "dim", "batch", "page_size", "warps", "slots"),
+    [
+        ((9, 0), 128, 1, 0, 8, 4), ((9, 0), 128, 1, 16, 8, 4), ((9, 0), 128, 128, 0, 8, 4), ((9, 0), 128, 128, 16, 4, 5), ((9, 0), 64, 16, 0, 8, 8), ((9, 0), 64, 128, 0, 4, 10),
+        ((9, 0), 256, 128, 0, 4, 4), ((8, 0), 128, 1, 16, 8, 4), ((8, 6), 128, 1, 0, 4, 5), ((12, 0), 256, 1, 0, 2, 5),
+    ],
+)  # fmt: skip
+def test_a_block_has_a_multiprocessor_for_itself_where_it_has_room_there_and_tiles_are_few(
+    arch: tuple[int, int], dim: int, batch: int, page_size: int, warps: int, slots: int
+) -> None:
+    problem = Problem(DeviceInfo("cuda", "nvidia", arch), "float16", "float16", dim, dim, 32, 8, batch, 1, 8192, page_size=page_size)
     chosen = decode.choose(problem)
     assert (chosen.warps, chosen.slots) == (warps, slots)
 

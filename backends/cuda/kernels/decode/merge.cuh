@@ -232,7 +232,7 @@ private:
                     if (split < splits) add(found, own[split], early[split]);
                 }
             }
-#pragma unroll 8
+#pragma unroll kEarly
             for (int split = i == 0 ? kEarly : 0; split < splits; ++split) add(found, own[split], __ldcg(from.sums + split * kGroups + group));
             write_row<C>(params, queries, target, group, whole, found, scale);
         }
