@@ -21,8 +21,8 @@ struct Block {
     static __device__ __forceinline__ uint32 offset(int row, int piece) { return row * kPitch + ((piece ^ (row & 7)) << 4); }
 
     // Calls f(row, piece) for each 16 bytes that this lane copies.
-    template <class F> static __device__ __forceinline__ void for_each_piece(int lane, F f) {
-#pragma unroll
+    template <int Together = kPasses, class F> static __device__ __forceinline__ void for_each_piece(int lane, F f) {
+#pragma unroll Together
         for (int i = 0; i < kPasses; ++i) {
             const int at = lane + 32 * i;
             f(at / kPieces, at % kPieces);
@@ -106,7 +106,8 @@ struct Cache {
             if (!some.holds(key + lane % kBlock)) page = 0;
         }
         if constexpr (Paging != kAnyPages) x += page * page_stride + slot * stride;
-        B::for_each_piece(lane, [&](int row, int piece) {
+        constexpr int kTogether = Paging == kAnyPages && B::kPasses > 8 ? 4 : B::kPasses;  // wide rows leave no registers for more
+        B::template for_each_piece<kTogether>(lane, [&](int row, int piece) {
             const Element* source;
             if constexpr (Paging == kAnyPages) {
                 const long long row_page = __shfl_sync(0xffffffffu, page, row), row_slot = __shfl_sync(0xffffffffu, slot, row);
