@@ -21,12 +21,12 @@ _SLOTS_BYTES, _SLOTS_BYTES_SMALL = 128 * 1024, 80 * 1024
 _LARGE = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
 #: Tiles of rows from which on two blocks share a multiprocessor, of which there are 132, where keys are in pages or slots are no larger than this.
 _MANY_TILES, _NARROW = 4 * 132, 2048
-#: Time relative to cuDNN's on contiguous keys: 0.94 to 1.0 of its speed there, and before the triton backend in most of the cases with pages.
-COST = 1.05
-#: Blocks of keys a warp should have at least, where keys are split.
-_FEWEST_BLOCKS = 2
-#: The fewest splits that come this close to the best use of the last wave.
-_EFFICIENCY = 0.95
+#: Time relative to cuDNN's on contiguous keys: as fast where the memory is the bound, faster for small batches and wide heads, and in host time.
+COST = 0.95
+#: Parts of a row that the kernel's merge asks for at once.
+_BATCH = 16
+#: What waiting for them takes, and what a block takes before and after its keys, in times of a warp's step over 16 keys; from runs on an H200.
+_BATCH_STEPS, _BLOCK_STEPS = 0.5, 3
 #: From this many waves on nothing is split.
 _WAVES = 3.5
 
@@ -118,16 +118,17 @@ def make(
     return DecodeVariant(arch, dtype, head_dim, v_head_dim, paging, softcap, alibi, append, warps, slots)
 
 
-def split_count(tiles: int, seqlen_k: int, warps: int, slots: int) -> int:
-    """Into how many parts the keys of a tile of rows are divided. slots: blocks that the device runs at a time; seqlen_k: what a cache can hold,
-    since what it does hold is known to the device only.
+def split_count(tiles: int, seqlen_k: int, warps: int, slots: int, tile_rows: int = ROWS) -> int:
+    """Into how many parts the keys of a tile of rows are divided: the fewest of those that take the least time. slots: blocks that the device runs at a
+    time; seqlen_k: what a cache can hold, since what it does hold is known to the device only.
     """
     if tiles >= _WAVES * slots:
         return 1
-    most = max(1, min(MOST_SPLITS, -(-seqlen_k // KEYS) // (warps * _FEWEST_BLOCKS)))
-    used = []
-    for splits in range(1, most + 1):
-        waves = tiles * splits / slots
-        # Within one wave more blocks are always faster.
-        used.append(waves if waves <= 1 else waves / -(-tiles * splits // slots))
-    return next(splits for splits, efficiency in enumerate(used, 1) if efficiency >= _EFFICIENCY * max(used))
+    blocks = -(-seqlen_k // KEYS)
+
+    def steps(splits: int) -> float:
+        """From the first key to the last row's merge. A warp merges rows one after the other."""
+        merge = -(-tile_rows // warps) * -(-splits // _BATCH) * _BATCH_STEPS if splits > 1 else 0
+        return -(-tiles * splits // slots) * (-(-blocks // (splits * warps)) + _BLOCK_STEPS) + merge
+
+    return min(range(1, max(1, min(MOST_SPLITS, -(-blocks // warps))) + 1), key=steps)

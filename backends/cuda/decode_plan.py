@@ -100,9 +100,9 @@ class Launch:
         row_tiles = -(-group * longest // decode.ROWS)
         # Packed: one sequence more for the tokens behind the last one.
         self.tiles = (sequences + (varlen is not None)) * kv_heads * row_tiles
-        splits = decode.split_count(self.tiles, seqlen_k, variant.warps, slots(index, variant.shared_bytes))
-        self.grid = (self.tiles * splits, 1, 1)
         tile_rows = min(decode.ROWS, group * longest)
+        splits = decode.split_count(self.tiles, seqlen_k, variant.warps, slots(index, variant.shared_bytes), tile_rows)
+        self.grid = (self.tiles * splits, 1, 1)
         #: Rows of tiles, if they are split.
         self.rows = 0 if splits == 1 else self.tiles * tile_rows
         #: fp32 values that splits leave: rows of out, and two for each row.

@@ -261,11 +261,15 @@ def test_the_compiler_says_when_registers_spill() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tiles", "seqlen_k", "splits"), [(8, 8192, 16), (8, 65536, 16), (128, 8192, 1), (512, 8192, 1), (1024, 2048, 1), (2048, 4096, 1), (8, 100, 1), (150, 8192, 6), (1, 1 << 20, 122)]
-)
-def test_splits_fill_the_device_once(tiles: int, seqlen_k: int, splits: int) -> None:
-    """A block on each of 132 multiprocessors."""
-    assert decode.split_count(tiles, seqlen_k, 8, 132) == splits
+    ("tiles", "rows", "seqlen_k", "splits"),
+    [
+        (8, 4, 8192, 16), (8, 4, 65536, 16), (8, 4, 1024, 8), (8, 4, 100, 1), (32, 1, 8192, 4), (128, 4, 8192, 1), (150, 4, 8192, 4), (512, 4, 8192, 1), (1024, 4, 2048, 1),
+        (2, 16, 8192, 32), (1, 8, 1 << 20, 128),
+    ],
+)  # fmt: skip
+def test_splits_fill_the_device_once_and_leave_little_to_merge(tiles: int, rows: int, seqlen_k: int, splits: int) -> None:
+    """Blocks of 8 warps, one on each of 132 multiprocessors."""
+    assert decode.split_count(tiles, seqlen_k, 8, 132, rows) == splits
 
 
 @pytest.mark.parametrize(

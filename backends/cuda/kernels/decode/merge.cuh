@@ -104,7 +104,7 @@ struct Merge {
     static constexpr int kPasses = (kGroups + 31) / 32;  // of a warp's lanes over a row
     static constexpr int kPartsBytes = C::kWarps * 16 * sizeof(Part), kFactorsBytes = C::kWarps * C::kMostSplits * 4;
     static constexpr int kBytes = kPartsBytes + kFactorsBytes;
-    static constexpr int kEarly = C::kWidth <= 128 ? 16 : 8;  // splits; as many as there are registers for
+    static constexpr int kBatch = C::kWidth <= 128 ? 16 : 8;  // splits; as many as there are registers for
     static_assert(16 * kPitch * 4 <= C::kWarpBytes, "the sums of a warp do not fit where its keys were");
 
     float* sums;       // [warps][kWarpBytes / 4]
@@ -196,12 +196,15 @@ private:
         const Params& params, const Partial<kColumns>& from, const Queries& queries, const Row& target, float scale, int warp, int lane) {
         float* own = factors + warp * C::kMostSplits;
         const int splits = params.splits.number;
-        // Asked for before anything depends on them: reads that wait for each other cost more than all the rest.
-        float4 early[kEarly];
+        // Reads that wait for each other cost more than all the rest: a batch is asked for at once, the first one before anything depends on it.
+        float4 batch[kBatch];
+        const auto ask = [&](int first, int group) {
 #pragma unroll
-        for (int split = 0; split < kEarly; ++split) {
-            if (split < splits && lane < kGroups) early[split] = __ldcg(from.sums + split * kGroups + lane);
-        }
+            for (int i = 0; i < kBatch; ++i) {
+                if (first + i < splits && group < kGroups) batch[i] = __ldcg(from.sums + (first + i) * kGroups + group);
+            }
+        };
+        ask(0, lane);
         const auto part_of = [&](int split) {
             const float2 found = split < splits ? __ldcg(reinterpret_cast<const float2*>(from.parts + split)) : make_float2(-kInfinity, 0.f);
             return Part{found.x, found.y};
@@ -222,19 +225,18 @@ private:
         whole.sum = across_warp(whole.sum, [](float a, float b) { return a + b; });
         __syncwarp();
 #pragma unroll
-        for (int i = 0; i < kPasses; ++i) {
-            const int group = lane + 32 * i;
-            if (group >= kGroups) continue;
+        for (int pass = 0; pass < kPasses; ++pass) {
+            const int group = lane + 32 * pass;
             float4 found = make_float4(0.f, 0.f, 0.f, 0.f);
-            if (i == 0) {
+#pragma unroll 1
+            for (int first = 0; first < splits; first += kBatch) {
+                if (pass + first > 0) ask(first, group);
 #pragma unroll
-                for (int split = 0; split < kEarly; ++split) {
-                    if (split < splits) add(found, own[split], early[split]);
+                for (int i = 0; i < kBatch; ++i) {
+                    if (first + i < splits) add(found, own[first + i], batch[i]);
                 }
             }
-#pragma unroll kEarly
-            for (int split = i == 0 ? kEarly : 0; split < splits; ++split) add(found, own[split], __ldcg(from.sums + split * kGroups + group));
-            write_row<C>(params, queries, target, group, whole, found, scale);
+            if (group < kGroups) write_row<C>(params, queries, target, group, whole, found, scale);
         }
         __syncwarp();
     }
