@@ -22,7 +22,9 @@ _LARGE = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
 #: Tiles of rows from which on two blocks share a multiprocessor, of which there are 132, where keys are in pages or slots are no larger than this.
 _MANY_TILES, _NARROW = 4 * 132, 2048
 #: Time relative to cuDNN's on contiguous keys: as fast where the memory is the bound, faster for small batches and wide heads, and in host time.
-COST = 0.95
+_COST = 0.95
+#: Where a K/V head has rows for several tiles, each of which reads its keys: behind torch's kernels, and before the triton backend.
+_COST_MORE_ROWS = 1.05
 #: Parts of a row that the kernel's merge asks for at once.
 _BATCH = 16
 #: What waiting for them takes, and what a block takes before and after its keys, in times of a warp's step over 16 keys; from runs on an H200.
@@ -97,6 +99,11 @@ def serves(problem: Problem) -> bool:
     if problem.device.vendor != "nvidia" or tuple(problem.device.arch) < (8, 0):
         return False
     return bool(problem.page_size) or (problem.seqlen_q <= MOST_QUERIES and Feature.VARLEN not in problem.features)
+
+
+def cost(problem: Problem) -> float:
+    """`Backend.cost` of a problem that it serves, on compute capability 9.0."""
+    return _COST if problem.q_heads // problem.kv_heads * problem.seqlen_q <= ROWS else _COST_MORE_ROWS
 
 
 def choose(problem: Problem) -> DecodeVariant:
