@@ -133,13 +133,28 @@ def _features(call: Call) -> frozenset[Feature]:
     return frozenset(found)
 
 
+def _launch(variant: Any, call: Call, blocks: int = 132) -> tuple[hopper_plan.Launch, list[bytes]]:
+    """And the arguments of what it launches, as the driver reads them."""
+    started: list[bytes] = []
+
+    def launch(*numbers: int) -> None:
+        assert numbers == (5, *found.grid, variant.threads, 1, 1, variant.shared_bytes, 9, numbers[-2], 0)
+        started.append(ctypes.string_at(ctypes.c_void_p.from_address(numbers[-2]).value, hopper_params.LAYOUT.size))
+
+    found = hopper_plan.Launch(variant, call, 0, blocks, loading.Kernel(SimpleNamespace(ptr=5), launch))
+    return found, started
+
+
 def _packed(call: Call, rows: int, keys: int, data: tuple[int, ...] = (0,) * 7) -> tuple[bytes, HopperVariant, hopper_plan.Launch]:
     """The argument of a call for tiles of these sizes."""
     v = hopper.make("bfloat16", call.q.shape[3], call.v.shape[3], _features(call), call.q.shape[2])
-    sized = SimpleNamespace(rows=rows, tiles=dataclasses.replace(v.tiles, keys=keys), left=v.left, right=v.right)
-    launch = hopper_plan.Launch(sized, call, 0, 7)  # type: ignore[arg-type]
-    out = torch.empty_like(call.q)
-    return bytes(launch.argument(call.q, call.k, call.v, out, (0, *data, 0))), v, launch
+    sized = SimpleNamespace(
+        rows=rows, tiles=dataclasses.replace(v.tiles, keys=keys), left=v.left, right=v.right, threads=v.threads, shared_bytes=v.shared_bytes
+    )
+    launch, started = _launch(sized, call, 7)
+    launch.start(9, [x.data_ptr() for x in (call.q, call.k, call.v, torch.empty_like(call.q))], (0, *data, 0))
+    (found,) = started
+    return found, v, launch
 
 
 def _ints(*values: int) -> Tensor:
@@ -247,7 +262,7 @@ def test_tensor_maps_describe_the_tensors(driver: _Driver) -> None:
     k = k.transpose(1, 2).contiguous().transpose(1, 2)
     v = v[:, :1].expand(2, 2, 300, 64)
     call = Call(q, k, v, FULL, 0.125)
-    launch = hopper_plan.Launch(hopper.make("bfloat16", 96, 64), call, 0, 132)
+    launch, started = _launch(hopper.make("bfloat16", 96, 64), call)
     shapes = [(e["dims"], e["strides"], e["box"]) for e in driver.encoded]
     assert shapes == [
         ((96, 100, 4, 2), (192, 19200, 76800), (64, 64, 1, 1)),
@@ -258,8 +273,8 @@ def test_tensor_maps_describe_the_tensors(driver: _Driver) -> None:
     assert all((e["dtype"], e["rank"], e["steps"], e["rest"]) == (9, 4, (1, 1, 1, 1), (0, 3, 3, 0)) for e in driver.encoded)
     out = torch.empty(2, 4, 100, 64, dtype=torch.bfloat16)
     others = tuple(range(1001, 1010))
-    packed = bytes(launch.argument(q, k, v, out, others))
-    assert len(packed) == hopper_params.LAYOUT.size
+    launch.start(9, [x.data_ptr() for x in (q, k, v, out)], others)
+    (packed,) = started
     assert [packed[at : at + 8] for at in hopper_params.MAPS_AT] == [x.data_ptr().to_bytes(8, "little") for x in (q, k, v, out)]
     assert [_field(packed, name) for name in ("q", "k", "v", "out", "lse", "counters")] == [x.data_ptr() for x in (q, k, v, out)] + [
         1001,
@@ -267,10 +282,13 @@ def test_tensor_maps_describe_the_tensors(driver: _Driver) -> None:
     ]
     assert [_field(packed, name) for name in ("q_steps", "k_steps", "v_steps", "out_by_map", "heads_per_kv_head")] == [3, 3, 2, 1, 2]
     moved = len(driver.moved)
-    launch.argument(q, k, v, out, others)
-    assert len(driver.moved) == moved  # nothing moved
-    launch.argument(q, k.clone(), v, out, others)
+    launch.start(9, [x.data_ptr() for x in (q, k, v, out)], others)
+    assert len(driver.moved) == moved and started[1] == packed  # nothing moved
+    other = k.clone()
+    launch.start(9, [x.data_ptr() for x in (q, other, v, out)], others)
     assert len(driver.moved) == moved + 1
+    found = [int.from_bytes(started[2][at : at + 8], "little") for at in hopper_params.MAPS_AT]
+    assert found == [x.data_ptr() for x in (q, other, v, out)] and _field(started[2], "k") == other.data_ptr()
 
 
 def test_numbers_of_a_call(driver: _Driver) -> None:
