@@ -16,7 +16,17 @@ from torch import Tensor
 from attnhub.backend import Append, Call, PrepareError, Repeat
 from attnhub.backends.cuda import decode, decode_append, decode_params
 from attnhub.backends.cuda.decode import DecodeVariant
-from attnhub.backends.cuda.loading import Argument, CubinPlan, Kernel, current_device, empty_strided, is_capturing, pointer, raw_stream
+from attnhub.backends.cuda.loading import (
+    Argument,
+    CubinPlan,
+    Kernel,
+    current_device,
+    empty_strided,
+    is_capturing,
+    lasting,
+    pointer,
+    raw_stream,
+)
 from attnhub.layouts import empty_out
 
 log = logging.getLogger("attnhub")
@@ -51,28 +61,29 @@ class _Scratch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._by_stream: dict[tuple[int, int], tuple[Tensor, Tensor, int, int]] = {}
+        self._by_stream: dict[tuple[int, int], _Pair] = {}
         self._store: dict[int, tuple[Tensor, int]] = {}
 
     def prepare(self, index: int) -> None:
         """Makes the store of a device, unless a graph is being captured."""
         with self._lock:
             if index not in self._store and not is_capturing():
-                self._store[index] = (_zeros(_CAPTURED, index, wait=True), 0)
+                self._store[index] = (lasting(lambda: _zeros(_CAPTURED, index), index), 0)
+                torch.cuda.synchronize(index)  # whatever stream uses them, they are zeros
 
-    def take(self, partial: int, tickets: int, index: int, stream: int) -> tuple[Tensor, Tensor]:
-        """(partial sums, tickets), at least so many, for a launch on the current stream ``stream`` of the current device ``index``.
-
-        Whoever launches keeps both until then: another thread may have larger ones made for the stream.
-        """
+    def take(self, partial: int, tickets: int, index: int, stream: int) -> _Pair:
+        """At least so many partial sums and tickets, for a launch on the current stream ``stream`` of the current device ``index``."""
         if is_capturing():
-            return _floats(partial), self._captured(tickets, index)
+            return _Pair(_floats(partial, index), self._captured(tickets, index))
         found = self._by_stream.get((index, stream))
-        if found is None or found[2] < partial or found[3] < tickets:
-            # What is replaced may still be in use: torch gives it to later work of the same stream only.
-            partial, tickets = max(partial, found[2] if found else 0), max(tickets, found[3] if found else _FEWEST_TICKETS)
-            found = self._by_stream[index, stream] = _floats(partial), _zeros(tickets, index), partial, tickets
-        return found[0], found[1]
+        if found is None or found.partial_size < partial or found.tickets_size < tickets:
+            if found is not None:
+                partial, tickets = max(partial, found.partial_size), max(tickets, found.tickets_size)
+            # Those that are replaced may still be in use: torch gives their memory to later work of the same stream only.
+            found = self._by_stream[index, stream] = _Pair(
+                lasting(lambda: _floats(partial, index), index), lasting(lambda: _zeros(max(tickets, _FEWEST_TICKETS), index), index)
+            )
+        return found
 
     def _captured(self, count: int, index: int) -> Tensor:
         with self._lock:
@@ -83,16 +94,23 @@ class _Scratch:
             return store[used : used + count]
 
 
-def _floats(count: int) -> Tensor:
-    return empty_strided((count,), (1,), torch.float32)
+class _Pair:
+    """Partial sums and tickets. Kept until the launch, since meanwhile another thread may have larger ones made for the stream."""
+
+    __slots__ = ("partial_at", "partial_size", "tensors", "tickets_at", "tickets_size")
+
+    def __init__(self, partial: Tensor, tickets: Tensor) -> None:
+        self.tensors = partial, tickets
+        self.partial_at, self.tickets_at = partial.data_ptr(), tickets.data_ptr()
+        self.partial_size, self.tickets_size = partial.shape[0], tickets.shape[0]
 
 
-def _zeros(count: int, index: int, wait: bool = False) -> Tensor:
-    """wait: whatever stream uses them, they are zeros."""
-    found = torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", index))
-    if wait:
-        torch.cuda.synchronize(index)
-    return found
+def _floats(count: int, index: int) -> Tensor:
+    return torch.empty(count, dtype=torch.float32, device=torch.device("cuda", index))
+
+
+def _zeros(count: int, index: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", index))
 
 
 _scratch = _Scratch()
@@ -232,12 +250,10 @@ class DecodePlan(CubinPlan):
         stream = raw_stream(launch.index)
         out = empty_strided(*launch.out)
         lse = empty_strided(*launch.lse) if need_lse else None
-        partial = tickets = None
-        if launch.partial:
-            partial, tickets = _scratch.take(launch.partial, launch.tiles, launch.index, stream)
+        scratch = _scratch.take(launch.partial, launch.tiles, launch.index, stream) if launch.partial else None
         launch.start(
             stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), *data,
-            0 if partial is None else partial.data_ptr(), 0 if tickets is None else tickets.data_ptr(), *decode_append.pointers(append),
+            0 if scratch is None else scratch.partial_at, 0 if scratch is None else scratch.tickets_at, *decode_append.pointers(append),
         )  # fmt: skip
         return out, lse
 

@@ -15,7 +15,17 @@ from attnhub.backend import Call, Plan, Repeat
 from attnhub.backends.cuda import tensor_map
 from attnhub.backends.cuda.hopper import HopperVariant
 from attnhub.backends.cuda.hopper_params import LAYOUT, MAPS_AT, POINTERS, POINTERS_AT
-from attnhub.backends.cuda.loading import Argument, CubinPlan, Kernel, current_device, empty_strided, is_capturing, pointer, raw_stream
+from attnhub.backends.cuda.loading import (
+    Argument,
+    CubinPlan,
+    Kernel,
+    current_device,
+    empty_strided,
+    is_capturing,
+    lasting,
+    pointer,
+    raw_stream,
+)
 from attnhub.layouts import empty_out
 
 _LOG2E = math.log2(math.e)
@@ -210,8 +220,12 @@ def _counters(index: int, stream: int) -> Tensor:
     A graph may be replayed beside anything: what is captured has counters of its own, set to zero by the graph.
     """
     if is_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", index))
+        return _zeros(index)
     found = _memory.counters.get((index, stream))
     if found is None:
-        found = _memory.counters[index, stream] = torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", index))
+        found = _memory.counters[index, stream] = lasting(lambda: _zeros(index), index)
     return found
+
+
+def _zeros(index: int) -> Tensor:
+    return torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", index))

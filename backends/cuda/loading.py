@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Optional
 
@@ -82,6 +83,27 @@ def pointer(tensor: Optional[Tensor], kept: list[Tensor]) -> int:
         tensor = tensor.contiguous()
         kept.append(tensor)
     return tensor.data_ptr()
+
+
+def lasting(make: Callable[[], Tensor], index: int) -> Tensor:
+    """A tensor on device ``index`` that is kept for later launches on the current stream.
+
+    Another thread makes it: while torch.compile warms up a CUDA graph, what its own thread allocates lies in the graph's memory, where nothing
+    may stay.
+    """
+
+    def work() -> tuple[Tensor, torch.cuda.Event]:
+        with torch.cuda.device(index):
+            found, made = make(), torch.cuda.Event()
+            made.record()  # type: ignore[no-untyped-call]
+            return found, made
+
+    with ThreadPoolExecutor(1) as thread:
+        found, made = thread.submit(work).result()
+    stream = torch.cuda.current_stream(index)
+    stream.wait_event(made)  # type: ignore[no-untyped-call]
+    found.record_stream(stream)
+    return found
 
 
 class CubinPlan(Plan):

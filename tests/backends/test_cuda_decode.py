@@ -284,27 +284,26 @@ def test_pages_of_an_old_device_are_refused() -> None:
 def test_scratch_of_captured_launches_is_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     capturing = False
     monkeypatch.setattr(decode_plan, "is_capturing", lambda: capturing)
-    monkeypatch.setattr(decode_plan, "_zeros", lambda count, index, wait=False: torch.zeros(count, dtype=torch.int32))
-    monkeypatch.setattr(decode_plan, "empty_strided", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype))
+    monkeypatch.setattr(decode_plan, "lasting", lambda make, index: make())
+    monkeypatch.setattr(decode_plan, "_zeros", lambda count, index: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(decode_plan, "_floats", lambda count, index: torch.empty(count))
+    monkeypatch.setattr(decode_plan.torch.cuda, "synchronize", lambda index: None)
     monkeypatch.setattr(decode_plan, "_CAPTURED", 100)
     scratch = decode_plan._Scratch()
     scratch.prepare(0)
-
-    def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> list[bool]:
-        return [x is y for x, y in zip(a, b)]
-
     first = scratch.take(50, 8, 0, 7)
-    assert same(first, scratch.take(40, 30, 0, 7)) == [True, True]
-    assert same(first, scratch.take(50, 8, 0, 9)) == [False, False] == same(first, scratch.take(50, 8, 1, 7))
+    assert first is scratch.take(40, 30, 0, 7) and first.tickets_size >= 1024
+    others = scratch.take(50, 8, 0, 9), scratch.take(50, 8, 1, 7)
     for partial, tickets in ((70, 8), (10, 5000), (60, 3000)):
         found = scratch.take(partial, tickets, 0, 7)
-        assert found[0].shape[0] >= max(partial, 70) and found[1].shape[0] >= max(tickets, 1024) and not found[1].any()
-    assert same(found, scratch.take(70, 5000, 0, 7)) == [True, True]
+        assert found.partial_size >= max(partial, 70) and found.tickets_size >= max(tickets, 1024) and not found.tensors[1].any()
+    assert found is scratch.take(70, 5000, 0, 7) is not first
     capturing = True
     taken = [scratch.take(50, 40, 0, 7) for _ in range(4)]  # tickets: two from the store, two beyond it
     for kind in range(2):
-        ends = [(x.data_ptr(), x.data_ptr() + 4 * x.shape[0]) for x in (*(pair[kind] for pair in taken), found[kind])]
+        ends = [(x.data_ptr(), x.data_ptr() + 4 * x.shape[0]) for x in (pair.tensors[kind] for pair in (*taken, *others, found, first))]
         assert all(a[1] <= b[0] or b[1] <= a[0] for i, a in enumerate(ends) for b in ends[:i])
+    assert all((pair.partial_at, pair.tickets_at) == tuple(x.data_ptr() for x in pair.tensors) for pair in taken)
 
 
 # ---------------------------------------------------------------------------------------------- on a device

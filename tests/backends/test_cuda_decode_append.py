@@ -99,7 +99,9 @@ def host(built: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
         monkeypatch.setattr(module, "is_capturing", lambda: False)
     monkeypatch.setattr(loading._thread, "bound", {-1}, raising=False)
     monkeypatch.setattr(decode_plan, "slots", lambda index, shared_bytes: 12)
-    monkeypatch.setattr(decode_plan, "_zeros", lambda count, index, wait=False: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(decode_plan, "lasting", lambda make, index: make())
+    monkeypatch.setattr(decode_plan, "_zeros", lambda count, index: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(decode_plan, "_floats", lambda count, index: torch.empty(count))
     monkeypatch.setattr(decode_plan, "empty_strided", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype))
     monkeypatch.setattr(decode_plan, "_scratch", decode_plan._Scratch())
     built.backwards = False

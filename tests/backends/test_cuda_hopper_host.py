@@ -450,6 +450,7 @@ def test_a_launch_takes_the_thread_s_own_counters_and_a_graph_its_own(monkeypatc
     """Whoever may run beside another launch has other counters."""
     made: list[int] = []
     monkeypatch.setattr(hopper_plan.torch, "zeros", lambda *shape, **kwargs: made.append(1) or object())
+    monkeypatch.setattr(hopper_plan, "lasting", lambda make, index: make())
     monkeypatch.setattr(hopper_plan, "_memory", hopper_plan._Memory())
     capturing = [False]
     monkeypatch.setattr(hopper_plan, "is_capturing", lambda: capturing[0])
