@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnhub import arguments, config, ops, runtime
-from attnhub.backend import Append, Call, PrepareError
+from attnhub.backend import Append, Call, PrepareError, Repeat
 from attnhub.eager import append_in_launch, is_eager, is_usual_tensor, no_modes, run
 from attnhub.kv_cache import KVCache
 from attnhub.mask import FULL, Mask
@@ -112,12 +112,13 @@ def read_again(
     if rotary is not None and type(rotary) is not Rotary:
         return None
     append = None if k is None or v is None else Append(k, v, rotary)
-    keys, values = cache.heads_first()
-    table = cache.table()
-    given = (q, keys, values, cache.cache_seqlens) if table is None else (q, keys, values, cache.cache_seqlens, table)
-    tensors = given if append is None else (*given, k, v) if rotary is None else (*given, k, v, rotary.cos, rotary.sin)
+    table, bhsd = cache.table(), cache.layout == "bhsd"
+    lengths = cache.cache_seqlens
+    tensors = (q, cache.k_cache, cache.v_cache, lengths) if table is None else (q, cache.k_cache, cache.v_cache, lengths, table)
+    if append is not None:
+        tensors = (*tensors, k, v) if rotary is None else (*tensors, k, v, rotary.cos, rotary.sin)  # type: ignore[assignment]
     rest = (
-        KVCache, table is None, append is None, None if rotary is None else rotary[2:], None if mask is FULL else mask.structure, softmax_scale, softcap,
+        KVCache, table is None, bhsd, append is None, None if rotary is None else rotary[2:], None if mask is FULL else mask.structure, softmax_scale, softcap,
         return_lse, backend, _state(),
     )  # fmt: skip
     try:
@@ -129,7 +130,7 @@ def read_again(
         if alike(*tensors):
             if _unaligned(tensors):
                 return None
-            again = repeat(*given) if append is None else repeat(*given, append=append)
+            again = _with_cache(repeat, q, *cache.kept_heads_first(alike), lengths, table, append)
             if again is None:
                 return None
             _served.chosen = chosen
@@ -141,8 +142,9 @@ def read_again(
         return None
     key = (*[(t.shape, t.is_contiguous() or t.stride(), t.get_device(), t.dtype) for t in tensors], rest)
     seen = _seen.get(key)
+    keys, values = cache.heads_first()
     if seen is not None:
-        again = None if seen.repeat is None else seen.repeat(*given) if append is None else seen.repeat(*given, append=append)
+        again = None if seen.repeat is None else _with_cache(seen.repeat, q, keys, values, lengths, table, append)
         if again is not None:
             _served.chosen = seen.chosen
             _note(rest, seen, tensors)
@@ -158,8 +160,8 @@ def read_again(
     out, lse = found
     # A tensor that was copied on the way is no input of the plan's.
     repeatable = (
-        call.q is q and call.mask.seqused_k is cache.cache_seqlens and call.k.data_ptr() == keys.data_ptr() and call.v.data_ptr() == values.data_ptr()
-        and all(t.is_contiguous() for t in given[3:])
+        call.q is q and call.mask.seqused_k is lengths and call.k.data_ptr() == keys.data_ptr() and call.v.data_ptr() == values.data_ptr()
+        and lengths.is_contiguous() and (table is None or table.is_contiguous())
     )  # fmt: skip
     if is_eager(call) and not runtime.is_empty(call):
         _remember(key, call, runtime.prepared(call, backend, False), repeatable)
@@ -172,6 +174,14 @@ def append_again(
     """`attention` with new tokens and a mask without tensors, by a backend that appends them in the launch that attends; else None, and nothing is done."""
     usual = no_modes() and not torch.compiler.is_compiling()
     return read_again(q, cache, mask, softmax_scale, softcap, False, backend, k, v, rotary) if usual else None
+
+
+def _with_cache(
+    repeat: Repeat, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, table: Optional[Tensor], append: Optional[Append]
+) -> Optional[tuple[Tensor, Optional[Tensor]]]:  # fmt: skip
+    if append is not None:
+        return repeat(q, keys, values, lengths, append=append) if table is None else repeat(q, keys, values, lengths, table, append=append)
+    return repeat(q, keys, values, lengths) if table is None else repeat(q, keys, values, lengths, table)
 
 
 def _unaligned(tensors: tuple[Tensor, ...]) -> int:

@@ -40,6 +40,8 @@ _TINY_SCALE = 2.0**-100
 _LIMIT = 256
 #: Tickets for launches in graphs, and the fewest of a stream, see `_Scratch`.
 _CAPTURED, _FEWEST_TICKETS = 1 << 20, 1024
+#: Streams whose scratch is kept.
+_STREAMS = 64
 #: Shared memory of a multiprocessor where torch does not say it, and what each block takes beside its own.
 _SHARED_BYTES, _RESERVED_BYTES = 100 * 1024, 1024
 
@@ -73,16 +75,19 @@ class _Scratch:
 
     def take(self, partial: int, tickets: int, index: int, stream: int) -> _Pair:
         """At least so many partial sums and tickets, for a launch on the current stream ``stream`` of the current device ``index``."""
-        if is_capturing():
+        if stream and is_capturing():  # the default stream cannot be
             return _Pair(_floats(partial, index), self._captured(tickets, index))
         found = self._by_stream.get((index, stream))
         if found is None or found.partial_size < partial or found.tickets_size < tickets:
             if found is not None:
                 partial, tickets = max(partial, found.partial_size), max(tickets, found.tickets_size)
-            # Those that are replaced may still be in use: torch gives their memory to later work of the same stream only.
-            found = self._by_stream[index, stream] = _Pair(
-                lasting(lambda: _floats(partial, index), index), lasting(lambda: _zeros(max(tickets, _FEWEST_TICKETS), index), index)
-            )
+            tickets = max(tickets, _FEWEST_TICKETS)
+            made = _Pair(lasting(lambda: _floats(partial, index), index), lasting(lambda: _zeros(tickets, index), index))
+            # Those that are given up may still be in use: torch gives their memory away when the stream has come to this point.
+            with self._lock:
+                while len(self._by_stream) >= _STREAMS:
+                    del self._by_stream[next(iter(self._by_stream))]
+                found = self._by_stream[index, stream] = made
         return found
 
     def _captured(self, count: int, index: int) -> Tensor:

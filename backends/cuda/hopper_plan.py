@@ -40,8 +40,8 @@ _LARGEST_SOFTCAP = 1000.0
 #: Smaller ones are 0 in fp32, and would turn the -inf of a masked score into NaN.
 _SMALLEST_SCALE = 2.0**-120
 _ROWS = 64  # of a warpgroup: boxes of Q and of out
-#: Launches by shape that are remembered, in each thread.
-_LIMIT = 256
+#: Launches by shape that are remembered, in each thread, and maps of one of their tensors.
+_LIMIT, _MAPS = 256, 64
 
 
 def serves(variant: HopperVariant, call: Call) -> bool:
@@ -99,27 +99,38 @@ class Launch:
             tensor_map.steps(q), tensor_map.steps(k), tensor_map.steps(v),
             scale * _LOG2E, 2 * _LOG2E * scale / softcap if softcap else 0.0, softcap * _LOG2E,
         )  # fmt: skip
-        self._maps = [self.argument.address + at for at in MAPS_AT]
-        for target, x, box_rows in zip(self._maps, (q, k, v), (_ROWS, variant.tiles.keys, variant.tiles.keys)):
-            tensor_map.encode(target, x, box_rows)
+        tensors, rows_of_boxes = [q, k, v], (_ROWS, variant.tiles.keys, variant.tiles.keys, _ROWS)
         if tensor_map.addressable(out):
-            tensor_map.encode(self._maps[3], out, _ROWS)
-        else:
-            self._maps.pop()
-        self._moved = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()]
+            tensors.append(out)
+        for at, x, box_rows in zip(MAPS_AT, tensors, rows_of_boxes):
+            tensor_map.encode(self.argument.address + at, x, box_rows)
+        #: Where the tensors of the maps lie, and by that the maps that were used before: the driver takes four times as long to make one.
+        self._moved = [x.data_ptr() for x in tensors]
+        self._maps: list[dict[int, bytes]] = [{} for _ in tensors]
         self._start, self._parameters = kernel.sized(self.grid, (variant.threads, 1, 1), variant.shared_bytes), self.argument.parameters
 
     def start(self, stream: int, addresses: list[int], others: tuple[int, ...]) -> None:
         """Launches the kernel. addresses: of q, k, v and out; others: pointers from ``lse`` on."""
         if addresses != self._moved:
-            moved = self._moved
-            for n, target in enumerate(self._maps):
-                if addresses[n] != moved[n]:
-                    tensor_map.move(target, addresses[n])
-                    moved[n] = addresses[n]
-            self._moved = addresses
+            self._move(addresses)
         POINTERS.pack_into(self.argument.buffer, POINTERS_AT, *addresses, *others)
         self._start(stream, self._parameters, 0)
+
+    def _move(self, addresses: list[int]) -> None:
+        buffer, moved = self.argument.buffer, self._moved
+        for n, maps in enumerate(self._maps):
+            address = addresses[n]
+            if address != moved[n]:
+                at = MAPS_AT[n]
+                made = maps.get(address)
+                if made is None:
+                    tensor_map.move(self.argument.address + at, address)
+                    if len(maps) >= _MAPS:
+                        maps.clear()
+                    maps[address] = bytes(buffer[at : at + tensor_map.SIZE])
+                else:
+                    buffer[at : at + tensor_map.SIZE] = made
+                moved[n] = address
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -219,7 +230,7 @@ def _counters(index: int, stream: int) -> Tensor:
 
     A graph may be replayed beside anything: what is captured has counters of its own, set to zero by the graph.
     """
-    if is_capturing():
+    if stream and is_capturing():  # the default stream cannot be
         return _zeros(index)
     found = _memory.counters.get((index, stream))
     if found is None:

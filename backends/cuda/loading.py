@@ -86,24 +86,18 @@ def pointer(tensor: Optional[Tensor], kept: list[Tensor]) -> int:
 
 
 def lasting(make: Callable[[], Tensor], index: int) -> Tensor:
-    """A tensor on device ``index`` that is kept for later launches on the current stream.
+    """What ``make`` makes on the current stream of device ``index``, to be kept for later launches there.
 
-    Another thread makes it: while torch.compile warms up a CUDA graph, what its own thread allocates lies in the graph's memory, where nothing
-    may stay.
+    In another thread: while torch.compile warms up a CUDA graph, what its own thread allocates lies in the graph's memory, where nothing may stay.
     """
+    stream = torch.cuda.current_stream(index)
 
-    def work() -> tuple[Tensor, torch.cuda.Event]:
-        with torch.cuda.device(index):
-            found, made = make(), torch.cuda.Event()
-            made.record()  # type: ignore[no-untyped-call]
-            return found, made
+    def work() -> Tensor:
+        with torch.cuda.stream(stream):
+            return make()
 
     with ThreadPoolExecutor(1) as thread:
-        found, made = thread.submit(work).result()
-    stream = torch.cuda.current_stream(index)
-    stream.wait_event(made)  # type: ignore[no-untyped-call]
-    found.record_stream(stream)
-    return found
+        return thread.submit(work).result()
 
 
 class CubinPlan(Plan):

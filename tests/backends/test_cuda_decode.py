@@ -298,7 +298,12 @@ def test_scratch_of_captured_launches_is_their_own(monkeypatch: pytest.MonkeyPat
         found = scratch.take(partial, tickets, 0, 7)
         assert found.partial_size >= max(partial, 70) and found.tickets_size >= max(tickets, 1024) and not found.tensors[1].any()
     assert found is scratch.take(70, 5000, 0, 7) is not first
+    for stream in range(100, 1000):
+        scratch.take(1, 1, 0, stream)
+    assert len(scratch._by_stream) <= 64
+    found = scratch.take(70, 5000, 0, 7)
     capturing = True
+    assert scratch.take(1, 1, 0, 0) is scratch.take(1, 1, 0, 0)  # which is never captured
     taken = [scratch.take(50, 40, 0, 7) for _ in range(4)]  # tickets: two from the store, two beyond it
     for kind in range(2):
         ends = [(x.data_ptr(), x.data_ptr() + 4 * x.shape[0]) for x in (pair.tensors[kind] for pair in (*taken, *others, found, first))]

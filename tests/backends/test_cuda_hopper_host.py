@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import itertools
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +20,9 @@ import torch
 from torch import Tensor
 
 from attnhub.backend import Call, PrepareError
-from attnhub.backends.cuda import backend, compile, hopper, hopper_params, hopper_plan, launcher, loading, tensor_map
+from attnhub.backends.cuda import backend, compile, decode, decode_plan, hopper, hopper_params, hopper_plan, launcher, loading, tensor_map
 from attnhub.backends.cuda.hopper import HopperVariant
+from attnhub.backends.cuda.variant import make as make_portable
 from attnhub.dense import allowed_pairs
 from attnhub.layouts import Varlen
 from attnhub.mask import FULL, ALiBi, Causal, Chunk, LeftPad, Mask, Prefix, SeqLens, Window
@@ -287,8 +291,14 @@ def test_tensor_maps_describe_the_tensors(driver: _Driver) -> None:
     other = k.clone()
     launch.start(9, [x.data_ptr() for x in (q, other, v, out)], others)
     assert len(driver.moved) == moved + 1
-    found = [int.from_bytes(started[2][at : at + 8], "little") for at in hopper_params.MAPS_AT]
-    assert found == [x.data_ptr() for x in (q, other, v, out)] and _field(started[2], "k") == other.data_ptr()
+    for first in (k, other, k):  # the driver makes each map once
+        launch.start(9, [x.data_ptr() for x in (q, first, v, out)], others)
+        found = [int.from_bytes(started[-1][at : at + 8], "little") for at in hopper_params.MAPS_AT]
+        assert found == [x.data_ptr() for x in (q, first, v, out)] and _field(started[-1], "k") == first.data_ptr()
+    assert len(driver.moved) == moved + 2
+    for n in range(1000):
+        launch.start(9, [16 * n, *(x.data_ptr() for x in (k, v, out))], others)
+    assert int.from_bytes(started[-1][:8], "little") == 16 * 999 and len(launch._maps[0]) <= 64
 
 
 def test_numbers_of_a_call(driver: _Driver) -> None:
@@ -459,6 +469,96 @@ def test_a_launch_takes_the_thread_s_own_counters_and_a_graph_its_own(monkeypatc
     capturing[0] = True
     captured = [hopper_plan._counters(0, 1) for _ in range(2)]
     assert first is not captured[0] is not captured[1] and len(made) == 5
+
+
+@pytest.fixture(params=["hopper", "decode", "portable"])
+def started(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, driver: _Driver) -> tuple[loading.CubinPlan, Call, list[tuple[int, ...]]]:
+    """A plan for tensors of the host, a call of it, and what its kernel's launch is called with."""
+    for module in (loading, hopper_plan, decode_plan, launcher):
+        for name, found in (("current_device", lambda: -1), ("raw_stream", lambda index: 9), ("is_capturing", lambda: False), ("lasting", lambda make, index: make())):
+            monkeypatch.setattr(module, name, found, raising=False)
+        monkeypatch.setattr(module, "empty_strided", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype), raising=False)
+    monkeypatch.setattr(loading, "_bind_thread", lambda index: None)
+    monkeypatch.setattr(hopper_plan, "processors", lambda index: 132)
+    monkeypatch.setattr(hopper_plan, "_memory", hopper_plan._Memory())
+    monkeypatch.setattr(decode_plan, "slots", lambda index, shared_bytes: 132)
+    monkeypatch.setattr(decode_plan, "_scratch", decode_plan._Scratch())
+    monkeypatch.setattr(decode_plan, "_zeros", lambda count, index: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(decode_plan, "_floats", lambda count, index: torch.empty(count))
+    call = Call(*_tensors(1, 1 if request.param == "decode" else 200, 1000), FULL, 0.125)  # type: ignore[arg-type]
+    plan: loading.CubinPlan
+    if request.param == "hopper":
+        plan = hopper_plan.HopperPlan(hopper.make("bfloat16", 64, 64), "", lambda: pytest.fail("not served"))
+    elif request.param == "decode":
+        plan = decode_plan.DecodePlan(decode.choose(dataclasses.replace(_PROBLEM, head_dim=64, v_head_dim=64, seqlen_q=1)), "")
+    else:
+        plan = launcher.CudaPlan(make_portable(arch="sm_90", turing=False, dtype="bfloat16", head_dim=64, v_head_dim=64), "")
+    calls: list[tuple[int, ...]] = []
+    plan._kernels[-1] = loading.Kernel(SimpleNamespace(ptr=5), lambda *numbers: calls.append(numbers))
+    return plan, call, calls
+
+
+def test_each_thread_has_an_argument_of_its_own(started: Any) -> None:
+    """CuPy lets another thread run while the driver reads it."""
+    plan, call, calls = started
+
+    def run() -> list[bool]:
+        found = []
+        for _ in range(3):
+            assert plan.forward(call)[0].shape == call.q.shape
+            found.append(again is not None and again(call.q, call.k, call.v) is not None)
+        return found
+
+    plan.forward(call)
+    again = plan.repeat(call)
+    mine = run()
+    own = {numbers[-2] for numbers in calls}
+    calls.clear()
+    if again is not None:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(again, call.q, call.k, call.v).result() is None and not calls  # a thread's first call goes the long way
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run).result() == mine
+    theirs = {numbers[-2] for numbers in calls}
+    assert len(own) == len(theirs) == 1 and own != theirs
+    (where,) = theirs
+    assert all(numbers[0] == 5 and numbers[-3:] == (9, where, 0) for numbers in calls)
+
+
+def test_an_error_of_a_launch_is_the_driver_s(started: Any) -> None:
+    plan, call, _ = started
+
+    def fail(*numbers: int) -> None:
+        raise RuntimeError("CUDA_ERROR_INVALID_VALUE: invalid argument")
+
+    plan._kernels[-1] = loading.Kernel(SimpleNamespace(ptr=5), fail)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_VALUE"):
+            plan.forward(call)
+
+
+def test_the_driver_copies_from_where_an_argument_lies() -> None:
+    arguments = [loading.Argument(size) for size in (8, 800, 833)]
+    for n, argument in enumerate(arguments):
+        argument.buffer[:] = bytes([n + 1]) * len(argument.buffer)
+    for n, argument in enumerate(arguments):
+        address = ctypes.c_void_p.from_address(argument.parameters).value
+        assert address == argument.address and address % 64 == 0
+        assert ctypes.string_at(address, len(argument.buffer)) == bytes([n + 1]) * len(argument.buffer)
+
+
+def test_what_lasts_is_made_by_another_thread_on_the_same_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = threading.local()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: f"stream of {index}")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: setattr(current, "stream", stream) or contextlib.nullcontext())
+
+    def make() -> Any:
+        return threading.get_ident(), current.stream
+
+    thread, stream = loading.lasting(make, 3)  # type: ignore[misc]
+    assert thread != threading.get_ident() and stream == "stream of 3"
+    with pytest.raises(ZeroDivisionError):
+        loading.lasting(lambda: 1 // 0, 3)  # type: ignore[arg-type, return-value]
 
 
 def test_raw_stream_is_torch_s() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -174,7 +176,7 @@ def test_another_state_is_noticed(name: str, short: Short, looked_up: list[int],
     assert runtime.last_backend() != "short"
 
 
-@pytest.mark.parametrize("modes", [(torch.no_grad, torch.inference_mode), (torch.inference_mode, torch.enable_grad)], ids=["no_grad first", "inference first"])
+@pytest.mark.parametrize("modes", [(torch.no_grad, torch.inference_mode, torch.enable_grad), (torch.no_grad, torch.enable_grad, torch.no_grad)], ids=["inference", "no_grad"])
 def test_each_mode_of_autograd_is_known(modes: Any, short: Short, looked_up: list[int]) -> None:
     q, k, v = (t.requires_grad_() for t in _qkv())
     for mode in modes:
@@ -265,7 +267,8 @@ INSIDE: dict[str, Callable[[KVCache], Any]] = {
     "nothing": lambda cache: None,
     "values": lambda cache: cache.k_cache.mul_(0.5),
     "lengths": lambda cache: cache.cache_seqlens.fill_(3),
-    "another k_cache": _replace("k_cache", lambda t: torch.randn_like(t)),
+    "another k_cache": _replace("k_cache", torch.randn_like),
+    "other memory": lambda cache: cache.k_cache.set_(torch.randn_like(cache.k_cache)),
     "other strides": _replace("v_cache", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)),
     "fewer columns of the table": lambda cache: cache.block_table is not None and cache.block_table.resize_(2, 2),
     "fewer pages": lambda cache: [t.resize_(5, *t.shape[1:]) for t in (cache.k_cache, cache.v_cache)] if cache.block_table is not None else None,
@@ -287,11 +290,38 @@ def test_a_cache_that_changed_is_noticed(name: str, page_size: int, layout: str,
     before = [_metadata(t) for t in (cache.k_cache, cache.v_cache)] + [cache.block_table is not None and cache.block_table.shape]
     INSIDE[name](cache)
     after = [_metadata(t) for t in (cache.k_cache, cache.v_cache)] + [cache.block_table is not None and cache.block_table.shape]
-    out = attnhub.attention(q.clone(), kv_cache=cache)
-    assert isinstance(out, Tensor)
-    assert name == "unaligned" or bool(looked_up) == (before != after or name == "grad")
-    with torch.no_grad():
-        want = attnhub.attention(q, kv_cache=cache, backend="reference")
-    torch.testing.assert_close(out.detach().as_subclass(Tensor), want.as_subclass(Tensor))  # type: ignore[union-attr]
+    for n in range(4):
+        out = attnhub.attention(q.clone(), kv_cache=cache)
+        assert isinstance(out, Tensor)
+        assert name == "unaligned" or n or bool(looked_up) == (before != after or name == "grad")
+        with torch.no_grad():
+            want = attnhub.attention(q, kv_cache=cache, backend="reference")
+        torch.testing.assert_close(out.detach().as_subclass(Tensor), want.as_subclass(Tensor))  # type: ignore[union-attr]
     if name == "grad":
         assert torch.autograd.grad(out.sum(), cache.v_cache)[0].abs().sum() > 0
+
+
+def test_caches_in_turn(short: Short, looked_up: list[int]) -> None:
+    """Of settings that are the same, with other tensors and other numbers of them."""
+    caches, q = [_cache(0), _cache(4), _cache(4, "bshd"), _cache(0, "bshd")], torch.randn(2, 4, 1, 8)
+    rows = KVCache(*(torch.randn(3, 2, 12, 8) for _ in range(2)), torch.tensor([3, 7], dtype=torch.int32), cache_batch_idx=torch.tensor([2, 0]))
+    want = [attnhub.attention(q, kv_cache=cache, backend="reference") for cache in (*caches, rows)]
+    for n in range(4):
+        looked_up.clear()
+        for cache, right in zip((*caches, rows), want):
+            torch.testing.assert_close(attnhub.attention(q, kv_cache=cache), right)
+        assert bool(looked_up) == (n < 2)
+    new = torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 8)
+    attnhub.attention(q, *new, kv_cache=rows)  # tokens more are tensors more
+    torch.testing.assert_close(rows.k_cache[2, :, 3], new[0][0, :, 0])
+    torch.testing.assert_close(rows.v_cache[0, :, 7], new[1][1, :, 0])
+
+
+def test_what_is_remembered_of_a_cache_is_no_part_of_it(short: Short) -> None:
+    cache, q = _cache(4, "bshd"), torch.randn(2, 4, 1, 8)
+    for _ in range(3):
+        want = attnhub.attention(q, kv_cache=cache)
+    assert "_kept" in vars(cache)
+    for other in (pickle.loads(pickle.dumps(cache)), copy.copy(cache), copy.deepcopy(cache)):
+        assert vars(other).keys() == {name for name in vars(cache) if name != "_kept"}
+        torch.testing.assert_close(attnhub.attention(q, kv_cache=other), want)
