@@ -52,39 +52,39 @@ def repeated(
         if not isinstance(return_lse, bool):
             raise TypeError(f"return_lse is a {type(return_lse).__name__}: True or False is needed") from None
         recent = None
-    for alike, chosen, repeat in recent or ():
-        if alike(q, k, v) and not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
-            again = repeat(q, k, v)
-            if again is None:
-                break
-            _served.chosen = chosen
-            return again if return_lse else again[0]  # type: ignore[return-value]
-    if not (is_usual_tensor(q) and is_usual_tensor(k) and is_usual_tensor(v)) or (enable_gqa is not None and not has_usual_shapes(q, k, v, enable_gqa)):
-        return None
-    grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    strides = None if q.is_contiguous() and k.is_contiguous() and v.is_contiguous() else (q.stride(), k.stride(), v.stride())
-    unaligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
-    key = (
-        q.shape, k.shape, v.shape, strides, q.get_device(), k.get_device(), v.get_device(), unaligned, q.dtype, k.dtype, v.dtype,
-        None if mask.structural else tuple([(t.shape, t.dtype, t.device) for t in mask.held]), grad, rest,
-    )  # fmt: skip
-    seen = None if recent is None else _seen.get(key)
-    if seen is None:
-        call = arguments.normalise(q, k, v, mask, softmax_scale, softcap, None, 0.0, None, None, return_lse, "bhsd")
-        out, lse = run(call, backend, return_lse)
-        if call.q is q and call.k is k and call.v is v and is_eager(call) and not runtime.is_empty(call):
-            bits = runtime._LSE_GRAD if grad and return_lse else 0
-            call.need_lse = return_lse
-            chosen = runtime.prepared(call, backend, grad, bits)
-            call.need_lse = return_lse or grad
-            _remember(key, call, chosen, mask.structural and not unaligned)
-        return (out, lse) if lse is not None else out
+    for entry in recent or ():
+        if entry[0](q, k, v) and not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+            _, seen, grad = entry
+            break
+    else:
+        if not (is_usual_tensor(q) and is_usual_tensor(k) and is_usual_tensor(v)) or (enable_gqa is not None and not has_usual_shapes(q, k, v, enable_gqa)):
+            return None
+        grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        strides = None if q.is_contiguous() and k.is_contiguous() and v.is_contiguous() else (q.stride(), k.stride(), v.stride())
+        unaligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
+        key = (
+            q.shape, k.shape, v.shape, strides, q.get_device(), k.get_device(), v.get_device(), unaligned, q.dtype, k.dtype, v.dtype,
+            None if mask.structural else tuple([(t.shape, t.dtype, t.device) for t in mask.held]), grad, rest,
+        )  # fmt: skip
+        known = None if recent is None else _seen.get(key)
+        if known is None:
+            call = arguments.normalise(q, k, v, mask, softmax_scale, softcap, None, 0.0, None, None, return_lse, "bhsd")
+            out, lse = run(call, backend, return_lse)
+            if call.q is q and call.k is k and call.v is v and is_eager(call) and not runtime.is_empty(call):
+                bits = runtime._LSE_GRAD if grad and return_lse else 0
+                call.need_lse = return_lse
+                chosen = runtime.prepared(call, backend, grad, bits)
+                call.need_lse = return_lse or grad
+                _remember(key, call, chosen, mask.structural and not unaligned)
+            return (out, lse) if lse is not None else out
+        seen = known
+        if mask.structural and not unaligned:
+            _note(rest, seen, grad, (q, k, v))
     chosen, scale, shorter = seen.chosen, seen.scale, seen.repeat
     _served.chosen = chosen
     if shorter is not None and not grad:
         again = shorter(q, k, v)
         if again is not None:
-            _note(rest, seen, (q, k, v))
             return again if return_lse else again[0]  # type: ignore[return-value]
     call = Call(q, k, v, mask, scale, softcap, need_lse=return_lse)
     try:
@@ -126,14 +126,14 @@ def read_again(
     except TypeError:
         # A list for a number, say: the long way has words for it.
         return None
-    for alike, chosen, repeat in recent:
+    for alike, seen, _ in recent:
         if alike(*tensors):
-            if _unaligned(tensors):
+            if seen.repeat is None or _unaligned(tensors):
                 return None
-            again = _with_cache(repeat, q, *cache.kept_heads_first(alike), lengths, table, append)
+            again = _with_cache(seen.repeat, q, *cache.kept_heads_first(alike), lengths, table, append)
             if again is None:
                 return None
-            _served.chosen = chosen
+            _served.chosen = seen.chosen
             return again if return_lse else again[0]  # type: ignore[return-value]
     for t in tensors:
         if not is_usual_tensor(t) or (t.requires_grad and torch.is_grad_enabled()):
@@ -141,15 +141,15 @@ def read_again(
     if _unaligned(tensors):
         return None
     key = (*[(t.shape, t.is_contiguous() or t.stride(), t.get_device(), t.dtype) for t in tensors], rest)
-    seen = _seen.get(key)
+    known = _seen.get(key)
     keys, values = cache.heads_first()
-    if seen is not None:
-        again = None if seen.repeat is None else _with_cache(seen.repeat, q, keys, values, lengths, table, append)
-        if again is not None:
-            _served.chosen = seen.chosen
-            _note(rest, seen, tensors)
-            return again if return_lse else again[0]  # type: ignore[return-value]
-        return None
+    if known is not None:
+        _note(rest, known, False, tensors)
+        again = None if known.repeat is None else _with_cache(known.repeat, q, keys, values, lengths, table, append)
+        if again is None:
+            return None
+        _served.chosen = known.chosen
+        return again if return_lse else again[0]  # type: ignore[return-value]
     call = arguments.normalise(q, k, v, mask, softmax_scale, softcap, None, 0.0, None, cache, return_lse, "bhsd", rotary=rotary)
     found = run(call, backend, return_lse) if append is None else append_in_launch(call, cache, backend)
     if found is None:
@@ -207,12 +207,12 @@ def _remember(key: tuple[Any, ...], call: Call, chosen: runtime.Prepared, repeat
     _seen[key] = runtime.Seen(chosen, call.softmax_scale, chosen.plan.repeat(call) if repeatable else None)
 
 
-def _note(rest: tuple[Any, ...], seen: runtime.Seen, tensors: tuple[Tensor, ...]) -> None:
+def _note(rest: tuple[Any, ...], seen: runtime.Seen, grad: bool, tensors: tuple[Tensor, ...]) -> None:
     """Has calls like this one found by their tensors."""
-    if _Guards is None or seen.repeat is None or len(set(map(id, tensors))) < len(tensors):
+    if _Guards is None or len(set(map(id, tensors))) < len(tensors):
         return
     # Dispatch keys (of inference mode, say) and subclasses are not in the key of `_seen`.
     if seen.alike is None or not seen.alike(*tensors):
         sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
         seen.alike = _Guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-    _recent[rest] = ((seen.alike, seen.chosen, seen.repeat), *_recent.get(rest, ())[: _RECENT_LIMIT - 1])
+    _recent[rest] = ((seen.alike, seen, grad), *_recent.get(rest, ())[: _RECENT_LIMIT - 1])

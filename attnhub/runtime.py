@@ -79,8 +79,8 @@ def policy(backend: str = "") -> Policy:
 
 #: Calls by exact metadata; see `attnhub.repeats`.
 seen: dict[tuple[Any, ...], Seen] = {}
-#: The last of these that have a shorter way, by all but their tensors, each with its check of tensors.
-recent: dict[tuple[Any, ...], tuple[tuple[Callable[..., bool], Prepared, Repeat], ...]] = {}
+#: The last of these, by all but their tensors, each behind its check of tensors and with whether they want a gradient.
+recent: dict[tuple[Any, ...], tuple[tuple[Callable[..., bool], Seen, bool], ...]] = {}
 
 
 class Prepared:

@@ -184,7 +184,10 @@ def test_each_mode_of_autograd_is_known(modes: Any, short: Short, looked_up: lis
             looked_up.clear()
             with mode():
                 out = attnhub.attention(q, k, v)
-        assert isinstance(out, Tensor) and out.requires_grad == bool(looked_up) == (mode is torch.enable_grad)
+        assert isinstance(out, Tensor) and not looked_up and out.requires_grad == (mode is torch.enable_grad)
+        if out.requires_grad:
+            wanted = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).sum(), (q, k, v))
+            torch.testing.assert_close(torch.autograd.grad(out.sum(), (q, k, v)), wanted)
 
 
 def test_transforms_go_the_long_way(short: Short) -> None:
