@@ -6,6 +6,7 @@ import contextlib
 import copy
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import pytest
@@ -246,6 +247,17 @@ def test_a_torch_without_the_check(short: Short, looked_up: list[int], monkeypat
         looked_up.clear()
         attnhub.attention(q, k, v)
         assert looked_up and short.short == n
+
+
+def _raises(*tensors: Tensor, **kwargs: Any) -> Any:
+    raise TypeError("other arguments")
+
+
+@pytest.mark.parametrize("guards", [_raises, lambda *t, **kw: SimpleNamespace(check=lambda *t: True), lambda *t, **kw: SimpleNamespace(check=lambda *t: False), None])
+def test_a_check_that_is_another_one_is_not_used(guards: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert repeats._tensor_guards() is repeats._Guards is not None
+    monkeypatch.setattr(torch._C._dynamo, "guards", SimpleNamespace(TensorGuards=guards))
+    assert repeats._tensor_guards() is None
 
 
 # ---------------------------------------------------------------------------------------------- caches
