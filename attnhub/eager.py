@@ -75,7 +75,7 @@ def is_usual_mask(mask: Any) -> bool:
     """Whether all tensors of a mask are usual ones that need no gradient."""
     if type(mask) is not Mask:
         return False
-    if mask.structural:
+    if not mask.held:
         return True
     learnt = (mask.bias is not None and mask.bias.requires_grad) or (mask.alibi is not None and mask.alibi.requires_grad)
     return not learnt and all(type(t) in _PLAIN and not t.is_neg() for t in mask.held)

@@ -38,7 +38,7 @@ def _tensor_guards() -> Any:
 
 
 #: torch.compile's own check whether tensors are as others were: type, dispatch keys, dtype, device, shape, strides, requires_grad, and that none is
-#: there twice, in a seventh of the time that a key of `_seen` takes. It is private: without it (None) each call is looked up there.
+#: there twice, in a fraction of the time that a key of `_seen` takes. It is private: without it (None) each call is looked up there.
 _Guards: Any = _tensor_guards()
 
 
