@@ -30,9 +30,9 @@ _is_grad_enabled, _get_context, _snapshot, _served = torch.is_grad_enabled, runt
 def _tensor_guards() -> Any:
     try:
         found: Any = torch._C._dynamo.guards.TensorGuards
-        tensor = torch.empty(2)
+        tensor, other = (torch.empty(n, device="cpu") for n in (2, 3))
         works = found(tensor, dynamic_dims_sizes=[[2]], dynamic_dims_strides=[[1]]).check
-        return found if works(tensor) and not works(torch.empty(3)) else None
+        return found if works(tensor) and not works(other) else None
     except Exception:
         return None
 
