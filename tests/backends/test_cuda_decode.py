@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -50,16 +49,16 @@ class HostPlan(Plan):
         self.variant, self.library, self.launched = variant, library, launched
 
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
-        launch = decode_plan.Launch(self.variant, call, 0)
-        out = empty_out(call.q, launch.v_head_dim).fill_(float("nan"))
-        lse = torch.full(launch.lse_shape, float("nan"))
+        launch = decode_plan.Launch(self.variant, call, 0, cuda_on_host.kernel(self.library.run))
+        out = empty_out(call.q, call.v.shape[3]).fill_(float("nan"))
+        lse = torch.full(call.q.shape[:3], float("nan"))
+        assert launch.out == (out.shape, out.stride(), out.dtype) and launch.lse == (lse.shape, lse.stride(), lse.dtype)
         partial, tickets = torch.full((launch.partial or 1,), float("nan")), torch.zeros(max(1, launch.rows), dtype=torch.int32)
         mask = call.mask
         starts = None if call.varlen is None else call.varlen.cu_seqlens_q
         pointers = (call.q, call.k, call.v, out, lse, starts, mask.seqused_k, mask.leftpad, mask.prefix, call.block_table, call.sinks, mask.alibi, partial, tickets, None, None, None, None)
         kept = [None if x is None else x if i < 4 else x.contiguous() for i, x in enumerate(pointers)]
-        argument = launch.argument(*(0 if x is None else x.data_ptr() for x in kept))
-        self.library.run(np.frombuffer(argument.tobytes(), np.uint8).ctypes.data_as(cuda_on_host.ctypes.c_void_p), launch.grid[0], self.variant.threads, self.variant.shared_bytes)
+        launch.start(0, *(0 if x is None else x.data_ptr() for x in kept))
         assert not tickets.any()
         self.launched.append(launch.grid[0] // launch.tiles)
         return out, lse if call.need_lse else None
@@ -166,7 +165,7 @@ def test_extreme_scores(power: int, host: HostBackend, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("mask", [FULL, Causal()], ids=["full", "causal"])
 def test_the_portable_kernel_too_stands_extreme_scores(mask: Mask, portable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the host: its launch with a library in place of CuPy's function. Rows whose scores are ordinary are between the others."""
+    """On the host: its launch with a library in place of the kernel. Rows whose scores are ordinary are between the others."""
     q, k, v = (torch.randn(1, 2, 100, 64) for _ in range(3))
     q[:, :, ::3], k[:, :, :50:4] = q[:, :, ::3] * 2.0**13, k[:, :, :50:4] * 2.0**12
     q, k, v = q.half(), k.half(), v.half()
@@ -185,11 +184,7 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> Any:
     chosen = variant.make(arch="sm_80", turing=False, dtype="float16", head_dim=64, v_head_dim=64, seqlen_q=64)
     library = cuda_on_host.build(tmp_path_factory.mktemp("portable"), chosen)
     plan = launcher.CudaPlan(chosen, "")
-
-    def function(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[np.void], shared_bytes: int, stream: Any) -> None:
-        library.run(np.frombuffer(arguments[0].tobytes(), np.uint8).ctypes.data_as(cuda_on_host.ctypes.c_void_p), grid[0], block[0], shared_bytes)
-
-    plan._function = lambda index: function  # type: ignore[method-assign]
+    plan._kernel = lambda index: cuda_on_host.kernel(library.run)  # type: ignore[method-assign]
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Any:
         with pytest.MonkeyPatch.context() as patch:
@@ -307,18 +302,34 @@ def test_pages_of_an_old_device_are_refused() -> None:
     assert reason.code == Code.NO_PAGED
 
 
-def test_tickets_of_captured_launches_are_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scratch_of_captured_launches_is_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     capturing = False
     monkeypatch.setattr(decode_plan, "is_capturing", lambda: capturing)
-    monkeypatch.setattr(decode_plan, "_zeros", lambda count, index, wait=False: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(decode_plan, "lasting", lambda make, index: make())
+    monkeypatch.setattr(decode_plan, "_zeros", lambda count, index: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(decode_plan, "_floats", lambda count, index: torch.empty(count))
+    monkeypatch.setattr(decode_plan.torch.cuda, "synchronize", lambda index: None)
     monkeypatch.setattr(decode_plan, "_CAPTURED", 100)
-    tickets = decode_plan._Tickets()
-    tickets.prepare(0)
-    assert tickets.take(8, 0, 7) is tickets.take(30, 0, 7) is not tickets.take(8, 0, 9)
+    scratch = decode_plan._Scratch()
+    scratch.prepare(0)
+    first = scratch.take(50, 8, 0, 7)
+    assert first is scratch.take(40, 30, 0, 7) and first.tickets_size >= 1024
+    others = scratch.take(50, 8, 0, 9), scratch.take(50, 8, 1, 7)
+    for partial, tickets in ((70, 8), (10, 5000), (60, 3000)):
+        found = scratch.take(partial, tickets, 0, 7)
+        assert found.partial_size >= max(partial, 70) and found.tickets_size >= max(tickets, 1024) and not found.tensors[1].any()
+    assert found is scratch.take(70, 5000, 0, 7) is not first
+    for stream in range(100, 1000):
+        scratch.take(1, 1, 0, stream)
+    assert len(scratch._by_stream) <= 64
+    found = scratch.take(70, 5000, 0, 7)
     capturing = True
-    taken = [tickets.take(40, 0, 7) for _ in range(4)]  # two from the store, two beyond it
-    ends = [(x.data_ptr(), x.data_ptr() + 4 * 40) for x in taken]
-    assert all(a[1] <= b[0] or b[1] <= a[0] for i, a in enumerate(ends) for b in ends[:i])
+    assert scratch.take(1, 1, 0, 0) is scratch.take(1, 1, 0, 0)  # which is never captured
+    taken = [scratch.take(50, 40, 0, 7) for _ in range(4)]  # tickets: two from the store, two beyond it
+    for kind in range(2):
+        ends = [(x.data_ptr(), x.data_ptr() + 4 * x.shape[0]) for x in (pair.tensors[kind] for pair in (*taken, *others, found, first))]
+        assert all(a[1] <= b[0] or b[1] <= a[0] for i, a in enumerate(ends) for b in ends[:i])
+    assert all((pair.partial_at, pair.tickets_at) == tuple(x.data_ptr() for x in pair.tensors) for pair in taken)
 
 
 # ---------------------------------------------------------------------------------------------- on a device

@@ -60,24 +60,25 @@ class Host(Backend):
 
     def plan(self, variant: DecodeVariant) -> DecodePlan:
         found = DecodePlan(variant, "", self.plan)
-        found._functions[-1] = self.function(variant)
+        found._kernels[-1] = self.kernel(variant)
         return found
 
-    def function(self, variant: DecodeVariant) -> Any:
+    def kernel(self, variant: DecodeVariant) -> loading.Kernel:
         if variant not in self.libraries:
             self.libraries[variant] = cuda_on_host.build(self.folder / str(len(self.libraries)), variant)
         library = self.libraries[variant]
 
-        def run(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[np.void], shared_bytes: int, stream: Any) -> None:
+        def run(argument: Any, blocks: int, threads: int, shared_bytes: int) -> None:
             library.set_backwards(self.backwards)
-            library.run(np.frombuffer(arguments[0].tobytes(), np.uint8).ctypes.data_as(cuda_on_host.ctypes.c_void_p), grid[0], block[0], shared_bytes)
+            library.run(argument, blocks, threads, shared_bytes)
             self.launched.append(variant.append)
-            self.splits.append(int(np.frombuffer(arguments[0].tobytes(), np.int32, 1, decode_params.offsets()["splits.number"])[0]))
+            packed = cuda_on_host.ctypes.string_at(argument.value, decode_params.SIZE)
+            self.splits.append(int(np.frombuffer(packed, np.int32, 1, decode_params.offsets()["splits.number"])[0]))
             if library.failure():
                 raise RuntimeError(library.failure().decode())
             assert library.most_stores() <= 1, "several blocks write the same token"
 
-        return run
+        return cuda_on_host.kernel(run)  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +99,11 @@ def host(built: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
         monkeypatch.setattr(module, "is_capturing", lambda: False)
     monkeypatch.setattr(loading._thread, "bound", {-1}, raising=False)
     monkeypatch.setattr(decode_plan, "slots", lambda index, shared_bytes: 12)
-    monkeypatch.setattr(decode_plan, "_zeros", lambda count, index, wait=False: torch.zeros(count, dtype=torch.int32))
-    monkeypatch.setattr(decode_plan, "_tickets", decode_plan._Tickets())
+    monkeypatch.setattr(decode_plan, "lasting", lambda make, index: make())
+    monkeypatch.setattr(decode_plan, "_zeros", lambda count, index: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(decode_plan, "_floats", lambda count, index: torch.empty(count))
+    monkeypatch.setattr(decode_plan, "empty_strided", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype))
+    monkeypatch.setattr(decode_plan, "_scratch", decode_plan._Scratch())
     built.backwards = False
     built.launched.clear()
     built.splits.clear()
