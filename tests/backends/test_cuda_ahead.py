@@ -97,7 +97,6 @@ def test_they_are_what_a_decode_plan_makes(monkeypatch: pytest.MonkeyPatch) -> N
     x, new = torch.zeros(3, 2, 24, 64, dtype=torch.bfloat16), torch.zeros(3, 2, 1, 64, dtype=torch.bfloat16)
     for rotary in (None, Rotary(torch.zeros(9, 32), torch.zeros(9, 32))):
         call = Call(torch.zeros(3, 8, 1, 64, dtype=torch.bfloat16), x, x.clone(), FULL, 0.1, append=Append(new, new.clone(), rotary))
-        plan._functions[-1] = None
         plan.appends(call)
     assert made == [kernel_for(*asked)[1] for asked in command.asked([problem], "")] and len(made) == 3
     assert [ahead.APPEND.index(kind) for kind in ("", "tokens", "rotary")] == [decode_append.NONE, decode_append.TOKENS, decode_append.ROTARY]
