@@ -1,5 +1,5 @@
 """New tokens appended, and rotated, by the decode kernel's own launch: its source on the host (cuda_on_host.py) below the plan that also serves devices,
-against torch operations followed by attention. What only a device can show is in test_cuda_decode.py.
+against torch operations followed by attention. What only a device can show is in test_cuda_decode_append_device.py.
 """
 
 from __future__ import annotations
