@@ -249,10 +249,10 @@ def test_shapes_for_a_named_architecture(compiled: list[Any], capsys: pytest.Cap
     assert cli.main(["warmup", "--arch", "a100", *shapes]) == 0
     said = capsys.readouterr().out
     assert "portable" in said and "sm_80" in said and "2 of 2 kernels" in said
-    for more, kinds in ((["--append", "rotary"], ["", "rotary", ""]), (["--page-size", "16"], ["", "tokens", "rotary"])):
+    for more, kinds in ((["--append", "rotary"], {"", "rotary"}), (["--page-size", "16"], {"", "tokens", "rotary"})):
         assert cli.main(["warmup", "--arch", "sm_90a", *shapes, *more, "--json"]) == 0
         told = json.loads(capsys.readouterr().out)
-        assert [row["append"] for row in told["kernels"]] == kinds
+        assert {row["append"] for row in told["kernels"] if row["kernel"] == "decode"} == kinds
         assert "seqlens" in told["kernels"][0]["problem"]["features"]
     assert cli.main(["warmup", "--arch", "sm_90a", *shapes, *more]) == 0
     assert "decode, rotary" in capsys.readouterr().out
