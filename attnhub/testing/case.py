@@ -333,7 +333,7 @@ def _to_append_to(case: Case, sizes: tuple[float, float], random_: torch.Generat
         shape = (rows + 2, size, case.kv_heads) if swapped else (rows + 2, case.kv_heads, size)
         room = torch.full((*shape, dim * (2 if case.layout == "strided" else 1)), float("nan"), dtype=dtype, device=device)
         inside = room[1:-1, ..., :dim]
-        return inside.copy_(values.transpose(1, 2) if swapped else values)
+        return inside.copy_((values.transpose(1, 2) if swapped else values).to(dtype))
 
     keys, values = stored(case.head_dim, sizes[0]), stored(case.v_head_dim or case.head_dim, sizes[1])
     return KVCache(keys, values, lengths.to(device), table.int().to(device) if case.page_size else None, layout="bshd" if swapped else "bhsd")
