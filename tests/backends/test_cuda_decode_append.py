@@ -1,5 +1,5 @@
 """New tokens appended, and rotated, by the decode kernel's own launch: its source on the host (cuda_on_host.py) below the plan that also serves devices,
-against torch operations followed by attention. What only a device can show is in test_cuda_decode.py.
+against torch operations followed by attention. What only a device can show is in test_cuda_decode_append_device.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import attnhub
-from attnhub import KVCache, Rotary, runtime
+from attnhub import KVCache, Rotary, runtime, testing
 from attnhub.backend import Append, Backend, Call, Plan, PrepareError
 from attnhub.backends.cuda import backend as cuda_backend
 from attnhub.backends.cuda import decode, decode_append, decode_params, decode_plan, loading
@@ -244,6 +244,17 @@ def test_it_is_append_and_then_attend(case: Case, splits: int, host: Host, monke
     assert set(host.splits) == {splits}
     torch.testing.assert_close(out, want, rtol=0.02, atol=0.02)
     torch.testing.assert_close(lse, want_lse, rtol=1e-3, atol=1e-3)
+
+
+_OF_THE_SUITE = [
+    case for case in testing.cases(Host.capability, "cpu") if case.new_tokens and case.dtype == "bfloat16" and case.head_dim == 64
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", _OF_THE_SUITE, ids=str)
+def test_conformance(case: testing.Case, host: Host) -> None:
+    testing.Check(NAME, "forward", case, None, "cpu").run()
+    assert host.launched == [decode_append.ROTARY if case.rotary else decode_append.TOKENS] * 3
 
 
 _CALLS: dict[str, Any] = {
