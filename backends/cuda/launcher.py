@@ -14,7 +14,7 @@ from attnhub.backend import Call, PrepareError
 from attnhub.backends.cuda import compile, decode, hopper, nvrtc
 from attnhub.backends.cuda.loading import CubinPlan, Stream, pointer, raw_stream
 from attnhub.backends.cuda.params import LAYOUT
-from attnhub.backends.cuda.variant import THREADS, Variant, choose
+from attnhub.backends.cuda.variant import Variant, choose
 from attnhub.layouts import empty_out
 from attnhub.problem import Problem
 from attnhub.reasons import Code, Reason
@@ -26,7 +26,6 @@ _SECTION_BYTES = 24 << 20
 MAX_LENGTH = 1 << 30
 #: Instead of a softmax_scale of 0, which would turn the -inf of a masked score into NaN.
 _TINY_SCALE = 2.0**-100
-_BLOCK = (THREADS, 1, 1)
 
 
 class CudaPlan(CubinPlan):
@@ -36,6 +35,7 @@ class CudaPlan(CubinPlan):
         super().__init__(cubin, variant.shared_bytes)
         self.variant = variant
         self._rows = variant.rows  # a computed property, too slow for each launch
+        self._block = (variant.warps * 32, 1, 1)
         self._head_bytes = (variant.head_dim + variant.v_head_dim) * 2
 
     def _launch(self, call: Call, index: int) -> tuple[Tensor, Optional[Tensor]]:
@@ -85,7 +85,7 @@ class CudaPlan(CubinPlan):
             size * _LOG2E, 2 * _LOG2E * size / softcap if softcap else 0.0, softcap * _LOG2E,
             0,
         )  # fmt: skip
-        function((q_tiles * blocks_of_heads, 1, 1), _BLOCK, (np.void(packed),), self._shared_bytes, Stream(raw_stream(index)))
+        function((q_tiles * blocks_of_heads, 1, 1), self._block, (np.void(packed),), self._shared_bytes, Stream(raw_stream(index)))
         return out, lse
 
     def describe(self) -> dict[str, Any]:

@@ -7,9 +7,6 @@ from typing import Any
 
 from attnhub.problem import Feature, Problem
 
-THREADS = 128
-_WARPS = THREADS // 32
-
 #: Shared memory that one block may use: compute capability 7.5 has 64 KiB; 8.6 and 8.9, the smallest of the others, 99 KiB.
 _SHARED_TURING = 64 * 1024
 _SHARED_AMPERE = 99 * 1024
@@ -42,6 +39,12 @@ class Variant:
     keep_query: bool
     softcap: bool = False
     alibi: bool = False
+    warps: int = 4
+    stages: int = 1
+    ahead: bool = False
+    blocks: int = 1
+    slack: int = -1
+    computed: int = 0
 
     main = "forward.cu"
 
@@ -51,13 +54,13 @@ class Variant:
     @property
     def rows(self) -> int:
         """Query rows per block."""
-        return self.row_tiles * 16 * _WARPS
+        return self.row_tiles * 16 * self.warps
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory per block: Q, K and V tiles, over which the epilogue lays the tile of out."""
         q_pitch, v_pitch = _pitch(self.head_dim), _pitch(self.v_head_dim)
-        return max((self.rows + self.keys) * q_pitch + self.keys * v_pitch, self.rows * v_pitch)
+        return max((self.rows + self.stages * self.keys) * q_pitch + self.stages * self.keys * v_pitch, self.rows * v_pitch)
 
     @property
     def held_registers(self) -> int:
@@ -76,7 +79,13 @@ class Variant:
             "HEAD_DIM": self.head_dim,
             "V_HEAD_DIM": self.v_head_dim,
             "ROW_TILES": self.row_tiles,
+            "WARPS": self.warps,
             "KEYS": self.keys,
+            "STAGES": self.stages,
+            "AHEAD": self.ahead,
+            "BLOCKS": self.blocks,
+            "SLACK": self.slack,
+            "COMPUTED": self.computed,
             "KEEP_QUERY": self.keep_query,
             "SOFTCAP": self.softcap,
             "ALIBI": self.alibi,

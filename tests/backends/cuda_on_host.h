@@ -199,6 +199,8 @@ template <class Type> void taint(unsigned& taint, unsigned pair, unsigned) {
 }
 template <class... T> void unknown(T&&...) { std::abort(); }
 inline void exp2(float& y, float x) { y = std::exp2(x); }
+inline void whole(float& y, float x) { y = std::floor(x) + 12582912.f; }
+inline void larger(float& y, float a, float b) { y = a != a ? a : b != b ? b : max(a, b); }
 inline void widen(float& y, unsigned short x) { y = Half::widen(x); }
 inline void reciprocal(float& y, float x) { y = 1.f / x; }
 
@@ -275,4 +277,5 @@ extern "C" [[noreturn]] inline void __assertfail(const char* message, const char
 }
 template <class T> T __ldcg(const T* x) { return *x; }
 inline float __uint_as_float(unsigned x) { return host::as_float(x); }
+inline unsigned __float_as_uint(float x) { return host::as_word(x); }
 inline size_t __cvta_generic_to_shared(const void* x) { return static_cast<size_t>(static_cast<const unsigned char*>(x) - host::shared.data()); }

@@ -31,6 +31,8 @@ _FUNCTIONS = {
     "fma.rn.bf16x2": "taint<host::BFloat16>",
     "fma.rn.f16x2": "taint<host::Half>",
     "ex2.approx": "exp2",
+    "add.rm.ftz.f32": "whole",
+    "max.NaN.f32": "larger",
     "rcp.approx": "reciprocal",
     "cvt.f32.f16": "widen",
 }

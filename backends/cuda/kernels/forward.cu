@@ -1,11 +1,15 @@
-// Attention forward on mma.sync: one block of 4 warps per tile of query rows, walking over tiles of keys from the last to
-// the first with an online softmax in registers (FlashAttention-2, arXiv 2307.08691).
+// Attention forward on mma.sync: one block per tile of query rows, walking over tiles of keys from the last to the first with an online softmax
+// in registers (FlashAttention-2, arXiv 2307.08691).
 //
-// One tile of K and one of V are in shared memory. K of the next step is loaded under softmax and P V, V under Q K^T.
-// Masks cost only in the tiles that they cut; tiles that they hide are never loaded.
+// With one stage, a tile of K and one of V are in shared memory: K of the next step is loaded under softmax and P V, V under Q K^T. With two stages
+// both are loaded a step ahead, and a step has one barrier. Scores, too, may be a step ahead: then Q K^T of the next tile of keys and the
+// exponentials of this one are one stretch of code, whose instructions the compiler mixes.
 //
-// Compiled once per variant (variant.py), which defines: ATTNHUB_TURING, ATTNHUB_TYPE, ATTNHUB_HEAD_DIM, ATTNHUB_V_HEAD_DIM,
-// ATTNHUB_ROW_TILES, ATTNHUB_KEYS, ATTNHUB_KEEP_QUERY, ATTNHUB_SOFTCAP, ATTNHUB_ALIBI.
+// Masks cost only in the tiles that they cut; tiles that they hide are never loaded. What goes wrong rarely is found at the end, and done again.
+//
+// Compiled once per variant (variant.py), which defines: ATTNHUB_TURING, ATTNHUB_TYPE, ATTNHUB_HEAD_DIM, ATTNHUB_V_HEAD_DIM, ATTNHUB_WARPS,
+// ATTNHUB_ROW_TILES, ATTNHUB_KEYS, ATTNHUB_STAGES, ATTNHUB_AHEAD, ATTNHUB_BLOCKS, ATTNHUB_KEEP_QUERY, ATTNHUB_SLACK, ATTNHUB_COMPUTED, ATTNHUB_SOFTCAP,
+// ATTNHUB_ALIBI.
 
 #include "epilogue.cuh"
 #include "schedule.cuh"
@@ -15,8 +19,11 @@ namespace attnhub {
 using Type = ATTNHUB_TYPE;
 constexpr int kRowTiles = ATTNHUB_ROW_TILES;  // of 16 rows, per warp
 constexpr int kWarpRows = kRowTiles * 16;
-constexpr int kRows = kWarpRows * (kThreads / 32);
+constexpr int kRows = kWarpRows * ATTNHUB_WARPS;
 constexpr int kKeys = ATTNHUB_KEYS;
+constexpr int kStages = ATTNHUB_STAGES;
+static_assert(kStages == 1 || (kStages == 2 && !ATTNHUB_TURING), "a tile on its way through registers has no stages");
+static_assert(kStages == 2 || !ATTNHUB_AHEAD, "scores ahead need the next K");
 constexpr bool kRawScores = !ATTNHUB_SOFTCAP && !ATTNHUB_ALIBI;  // the scale is then applied inside the exponent
 
 using QTile = Tile<kRows, ATTNHUB_HEAD_DIM>;
@@ -38,7 +45,8 @@ static __device__ void clear_tail(const Params& params, const Work& work) {
     }
 }
 
-// False: the block's scores are extreme (or not numbers), nothing was written, and it must be Careful (softmax_step).
+// False: nothing was written and the block must be done again, Careful, because its scores are extreme or not numbers (raise_maxima), or
+// because a hidden key's V may be Inf or NaN: there a weight of 0 does not hide it.
 template <bool Careful>
 static __device__ __forceinline__ bool attend(const Params& params, const Work& work, uint32 shared) {
     const Sequence sequence = Sequence::of(params, work.sequence);
@@ -53,22 +61,19 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
     const Element* q = rows_of(params.q, params.q_strides, sequence.batch, work.head, static_cast<long long>(sequence.q_token) + block_row);
     const Element* k = rows_of(params.k, params.k_strides, sequence.batch, kv_head, sequence.k_token);
     const Element* v = rows_of(params.v, params.v_strides, sequence.batch, kv_head, sequence.k_token);
-    const uint32 q_tile = shared, k_tile = q_tile + QTile::kBytes, v_tile = k_tile + KTile::kBytes;
+    const uint32 q_tile = shared, k_tile = q_tile + QTile::kBytes, v_tile = k_tile + kStages * KTile::kBytes;
 
     const Span top = mask.keys(block_row), bottom = mask.keys(block_row + row_count - 1);
     const Span some{uniform(top.first), uniform(bottom.last)}, all{uniform(bottom.first), uniform(top.last)};
     const int last_key = (some.last - 1) / kKeys * kKeys;  // of the last tile, if there is one
     const bool has_keys = some.first < some.last;
 
-    TileCopy<kRows, ATTNHUB_HEAD_DIM> q_copy;
-    TileCopy<kKeys, ATTNHUB_HEAD_DIM> k_copy;
-    TileCopy<kKeys, ATTNHUB_V_HEAD_DIM> v_copy;
-    const auto load_keys = [&](int key) {
-        k_copy.start(k_tile, k + key * params.k_strides.token, params.k_strides.token, some.first - key, some.last - key);
-    };
-    const auto load_values = [&](int key) {
-        v_copy.start(v_tile, v + key * params.v_strides.token, params.v_strides.token, some.first - key, some.last - key);
-    };
+    TileCopy<kRows, ATTNHUB_HEAD_DIM> q_copy(q, params.q_strides.token);
+    TileCopy<kKeys, ATTNHUB_HEAD_DIM> k_copy(k + last_key * params.k_strides.token, params.k_strides.token);
+    TileCopy<kKeys, ATTNHUB_V_HEAD_DIM> v_copy(v + last_key * params.v_strides.token, params.v_strides.token);
+    // From the last tile to the first, and past it, where there are only zeros: a branch would keep the instructions around it apart.
+    const auto load_keys = [&](int key, uint32 tile) { k_copy.start(tile, params.k_strides.token, some.first - key, some.last - key); };
+    const auto load_values = [&](int key, uint32 tile) { v_copy.start(tile, params.v_strides.token, some.first - key, some.last - key); };
 
     Accumulators<kRowTiles, VTile::kColumns> out = {};
     RowState<kRowTiles> rows;
@@ -77,56 +82,159 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
     if constexpr (ATTNHUB_ALIBI) slope = params.alibi[work.sequence * params.alibi_batch_stride + work.head] * kLog2e;
     const float scale = kRawScores ? params.scale_log2 : 1.f;
 
-    if (has_keys) {
-        q_copy.start(q_tile, q, params.q_strides.token, 0, row_count);
-        load_keys(last_key);
-        q_copy.finish(q_tile);
-        if (params.negate_q) transform<QTile>(q_tile, [](uint32 x) { return x ^ 0x80008000u; });
-    }
-    for (int key = last_key; has_keys && key + kKeys > some.first; key -= kKeys) {
-        const bool masked = key < all.first || key + kKeys > all.last;
-
-        k_copy.finish(k_tile);
-        __syncthreads();  // K is here, and nobody reads the last V any more
-        load_values(key);
-        if (key + kKeys >= some.last) query.keep();  // Q arrived with the first K
-        Scores<kRowTiles, kKeys> scores;
-        multiply_keys<Type, KTile, kRowTiles, kKeys>(scores, query, k_tile, lane);
-
-        v_copy.finish(v_tile);
-        bool hazard = false;  // V is here, K is free
-        if (masked) {
-            hazard = __syncthreads_or(has_nonfinite<Type, VTile>(v_tile));
-        } else {
-            __syncthreads();
-        }
-        if (key > some.first) load_keys(key - kKeys);
-
+    const auto masked = [&](int key) { return key < all.first || key + kKeys > all.last; };
+    const auto complete = [&](Scores<kRowTiles, kKeys>& scores, int key) {
         if constexpr (ATTNHUB_SOFTCAP) cap_scores<kRowTiles, kKeys>(scores, params.cap_inner, params.cap_outer);
         if constexpr (ATTNHUB_ALIBI) {
             const float to_log2 = ATTNHUB_SOFTCAP ? 1.f : params.scale_log2;
             add_alibi<kRowTiles, kKeys>(scores, to_log2, slope, first_row + mask.offset, key, lane);
         }
-        if (masked) hide_scores<kRowTiles, kKeys>(scores, Sequence::of(params, work.sequence).mask, first_row, key, lane);
-        softmax_step<Careful, kRowTiles, kKeys, VTile::kColumns>(scores, rows, out, scale);
-
-        Weights<kRowTiles, kKeys> weights;
-        to_weights<Type, kRowTiles, kKeys>(weights, scores);
-        if (hazard) {
-            const Mask again = Sequence::of(params, work.sequence).mask;
-            add_nonfinite_values<Type, VTile, kRowTiles, kKeys>(out, v_tile, lane, again, first_row, key);
-            __syncthreads();
-            transform<VTile>(v_tile, [](uint32 x) { return Type::finite(x); });
-            __syncthreads();
+        if (masked(key)) hide_scores<kRowTiles, kKeys>(scores, Sequence::of(params, work.sequence).mask, first_row, key, lane);
+    };
+    Weights<kRowTiles, kKeys> weights;
+    float origin[kRowTiles][2];
+    const auto negate_q = [&] {
+        if (params.negate_q) transform<QTile>(q_tile, [](uint32 x) { return x ^ 0x80008000u; });
+    };
+    // The weights of 16 keys, just before their products.
+    const auto weigh_step = [&](const Scores<kRowTiles, kKeys>& scores, int step) {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+            weigh<Type, Careful, kRowTiles, kKeys>(weights, scores, rows, origin, scale, m, 2 * step);
+            weigh<Type, Careful, kRowTiles, kKeys>(weights, scores, rows, origin, scale, m, 2 * step + 1);
         }
-        multiply_values<Type, VTile, kRowTiles, kKeys>(out, weights, v_tile, lane);
+    };
+    const auto nothing = [](int) {};
+
+    if constexpr (Careful || kStages == 1) {
+        if (has_keys) {
+            q_copy.start(q_tile, params.q_strides.token, 0, row_count);
+            load_keys(last_key, k_tile);
+            q_copy.finish(q_tile);
+            negate_q();
+        }
+        for (int key = last_key; has_keys && key + kKeys > some.first; key -= kKeys) {
+            k_copy.finish(k_tile);
+            __syncthreads();  // K is here, and nobody reads the last V any more
+            if (key + kKeys >= some.last) query.keep();  // Q arrived with the first K
+            Scores<kRowTiles, kKeys> scores;
+            multiply_keys<Type, KTile, kRowTiles, kKeys>(scores, query, k_tile, lane, [&](int step) {
+                if (step == 0) load_values(key, v_tile);
+            });
+
+            v_copy.finish(v_tile);
+            bool hazard = false;  // V is here, K is free
+            if (Careful && masked(key)) {
+                hazard = __syncthreads_or(has_nonfinite<Type, VTile>(v_tile));
+            } else {
+                __syncthreads();
+            }
+            complete(scores, key);
+            raise_maxima<Careful, kRowTiles, kKeys, VTile::kColumns>(scores, rows, out, scale, origin);
+            if (Careful && hazard) {
+                const Mask again = Sequence::of(params, work.sequence).mask;
+                add_nonfinite_values<Type, VTile, kRowTiles, kKeys>(out, v_tile, lane, again, first_row, key);
+                __syncthreads();
+                transform<VTile>(v_tile, [](uint32 x) { return Type::finite(x); });
+                __syncthreads();
+            }
+            multiply_values<Type, VTile, kRowTiles, kKeys>(out, weights, v_tile, lane, [&](int step) {
+                weigh_step(scores, step);
+                if (step == 0) load_keys(key - kKeys, k_tile);
+            });
+        }
+    } else if constexpr (!ATTNHUB_AHEAD) {
+        if (has_keys) {
+            q_copy.start(q_tile, params.q_strides.token, 0, row_count);
+            load_keys(last_key, k_tile);
+            load_values(last_key, v_tile);
+            q_copy.finish(q_tile);
+            negate_q();
+        }
+        uint32 stage = 0;
+        for (int key = last_key; has_keys && key + kKeys > some.first; key -= kKeys) {
+            k_copy.finish(k_tile);
+            __syncthreads();  // K and V are here, and nobody reads those before any more
+            const uint32 this_k = k_tile + stage * KTile::kBytes, this_v = v_tile + stage * VTile::kBytes;
+            stage ^= 1;
+            if (key + kKeys >= some.last) query.keep();
+            Scores<kRowTiles, kKeys> scores;
+            multiply_keys<Type, KTile, kRowTiles, kKeys>(scores, query, this_k, lane, [&](int step) {
+                if (step == 0) load_keys(key - kKeys, k_tile + stage * KTile::kBytes);
+                if (step == 1 || QTile::kColumns == 16) load_values(key - kKeys, v_tile + stage * VTile::kBytes);
+            });
+            complete(scores, key);
+            raise_maxima<Careful, kRowTiles, kKeys, VTile::kColumns>(scores, rows, out, scale, origin);
+            multiply_values<Type, VTile, kRowTiles, kKeys>(out, weights, this_v, lane, [&](int step) { weigh_step(scores, step); });
+        }
+    } else if (has_keys) {
+        constexpr int kSteps = QTile::kColumns / 16, kUnits = kRowTiles * kKeys / 8;
+        Scores<kRowTiles, kKeys> scores;
+        q_copy.start(q_tile, params.q_strides.token, 0, row_count);
+        load_keys(last_key, k_tile);
+        commit_copies();
+        load_values(last_key, v_tile);
+        if (last_key > some.first) load_keys(last_key - kKeys, k_tile + KTile::kBytes);
+        commit_copies();
+        wait_for_copies<1>();
+        negate_q();
+        __syncthreads();
+        query.keep();
+        multiply_keys<Type, KTile, kRowTiles, kKeys>(scores, query, k_tile, lane, nothing);
+        complete(scores, last_key);
+        uint32 stage = 0;  // of this step's V; the next K is in the other one
+        int key = last_key;
+        for (; key > some.first; key -= kKeys) {
+            raise_maxima<Careful, kRowTiles, kKeys, VTile::kColumns>(scores, rows, out, scale, origin);
+            k_copy.finish(k_tile);
+            __syncthreads();  // this V and the next K are here, and nobody reads those before any more
+            const uint32 this_v = v_tile + stage * VTile::kBytes, freed_k = k_tile + stage * KTile::kBytes;
+            stage ^= 1;
+            const uint32 next_k = k_tile + stage * KTile::kBytes;
+            Scores<kRowTiles, kKeys> next;
+            multiply_keys<Type, KTile, kRowTiles, kKeys>(next, query, next_k, lane, [&](int step) {
+                if (step == 0) load_values(key - kKeys, v_tile + stage * VTile::kBytes);
+                if (step == 1 || QTile::kColumns == 16) load_keys(key - 2 * kKeys, freed_k);
+#pragma unroll
+                for (int unit = step * kUnits / kSteps; unit < (step + 1) * kUnits / kSteps; ++unit) {
+                    weigh<Type, Careful, kRowTiles, kKeys>(weights, scores, rows, origin, scale, unit % kRowTiles, unit / kRowTiles);
+                }
+            });
+            multiply_values<Type, VTile, kRowTiles, kKeys>(out, weights, this_v, lane, nothing);
+            complete(next, key - kKeys);
+#pragma unroll
+            for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+                for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) scores[m][n][i] = next[m][n][i];
+                }
+            }
+        }
+        raise_maxima<Careful, kRowTiles, kKeys, VTile::kColumns>(scores, rows, out, scale, origin);
+        k_copy.finish(k_tile);
+        __syncthreads();
+        multiply_values<Type, VTile, kRowTiles, kKeys>(
+            out, weights, v_tile + stage * VTile::kBytes, lane, [&](int step) { weigh_step(scores, step); });
     }
 
-    if constexpr (kRawScores && !Careful) {  // else the scale is 1, which rounds nothing
-        bool extreme = false;
+    k_copy.finish(k_tile);  // of zeros: the epilogue's tile lies over all others
+    if constexpr (!Careful) {
+        bool again = false;
+        float taint = 0.f;  // stays 0 as long as all of out is finite
+        const bool hides = some.first < all.first || some.last > all.last;
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) extreme = extreme || rows.sum[m][0] != rows.sum[m][0] || rows.sum[m][1] != rows.sum[m][1];
-        if (__syncthreads_or(extreme)) return false;
+        for (int m = 0; m < kRowTiles; ++m) {
+            again = again || rows.sum[m][0] != rows.sum[m][0] || rows.sum[m][1] != rows.sum[m][1];
+            if (hides) {
+#pragma unroll
+                for (int n = 0; n < VTile::kColumns / 8; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) taint = fmaf(out[m][n][i], 0.f, taint);
+                }
+            }
+        }
+        if (__syncthreads_or(again || taint != 0.f)) return false;
     }
 
     // Looked up again rather than kept, as for the masks above: every register counts in the loop.
@@ -148,7 +256,7 @@ static __device__ __noinline__ void attend_again(const Params& params, uint32 sh
 
 }  // namespace attnhub
 
-extern "C" __global__ void __launch_bounds__(attnhub::kThreads, 1) attnhub_forward(const __grid_constant__ attnhub::Params params) {
+extern "C" __global__ void __launch_bounds__(attnhub::kThreads, ATTNHUB_BLOCKS) attnhub_forward(const __grid_constant__ attnhub::Params params) {
     extern __shared__ __align__(16) unsigned char shared[];
     const bool packed = params.cu_seqlens_q != nullptr;
     const int sequences = params.batch + packed;  // the last one of a packed batch stands for the tokens behind it

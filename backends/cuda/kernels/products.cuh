@@ -52,8 +52,9 @@ struct Query {
     }
 };
 
-template <class Type, class KTile, int RowTiles, int Keys, class Q>
-static __device__ __forceinline__ void multiply_keys(Scores<RowTiles, Keys>& scores, const Q& query, uint32 k_tile, int lane) {
+// Calls between(step) after the products of each step of 16 columns.
+template <class Type, class KTile, int RowTiles, int Keys, class Q, class F>
+static __device__ __forceinline__ void multiply_keys(Scores<RowTiles, Keys>& scores, const Q& query, uint32 k_tile, int lane, F between) {
     // In this order of blocks the two registers of one operand are neighbours, as HMMA wants them.
     const uint32 k = k_tile + KTile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
 #pragma unroll
@@ -78,29 +79,18 @@ static __device__ __forceinline__ void multiply_keys(Scores<RowTiles, Keys>& sco
                 Type::mma(scores[m][2 * n + 1], a[m], b[2], b[3]);
             }
         }
+        between(step);
     }
 }
 
-template <class Type, int RowTiles, int Keys>
-static __device__ __forceinline__ void to_weights(Weights<RowTiles, Keys>& weights, const Scores<RowTiles, Keys>& p) {
-#pragma unroll
-    for (int m = 0; m < RowTiles; ++m) {
-#pragma unroll
-        for (int n = 0; n < Keys / 16; ++n) {
-            weights[m][n][0] = Type::pack(p[m][2 * n][0], p[m][2 * n][1]);
-            weights[m][n][1] = Type::pack(p[m][2 * n][2], p[m][2 * n][3]);
-            weights[m][n][2] = Type::pack(p[m][2 * n + 1][0], p[m][2 * n + 1][1]);
-            weights[m][n][3] = Type::pack(p[m][2 * n + 1][2], p[m][2 * n + 1][3]);
-        }
-    }
-}
-
-template <class Type, class VTile, int RowTiles, int Keys>
+// Calls before(step) before the products of each step of 16 keys.
+template <class Type, class VTile, int RowTiles, int Keys, class F>
 static __device__ __forceinline__ void multiply_values(
-    Accumulators<RowTiles, VTile::kColumns>& out, const Weights<RowTiles, Keys>& weights, uint32 v_tile, int lane) {
+    Accumulators<RowTiles, VTile::kColumns>& out, const Weights<RowTiles, Keys>& weights, uint32 v_tile, int lane, F before) {
     const uint32 v = v_tile + VTile::offset(lane % 16, lane / 16 * 8);
 #pragma unroll
     for (int step = 0; step < Keys / 16; ++step) {
+        before(step);
 #pragma unroll
         for (int n = 0; n < VTile::kColumns / 16; ++n) {
             uint32 b[4];
