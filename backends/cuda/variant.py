@@ -36,15 +36,11 @@ class Variant:
     v_head_dim: int
     row_tiles: int
     keys: int
-    keep_query: bool
+    keep_query: int
     softcap: bool = False
     alibi: bool = False
     warps: int = 4
     stages: int = 1
-    ahead: bool = False
-    blocks: int = 1
-    slack: int = -1
-    computed: int = 0
 
     main = "forward.cu"
 
@@ -82,10 +78,6 @@ class Variant:
             "WARPS": self.warps,
             "KEYS": self.keys,
             "STAGES": self.stages,
-            "AHEAD": self.ahead,
-            "BLOCKS": self.blocks,
-            "SLACK": self.slack,
-            "COMPUTED": self.computed,
             "KEEP_QUERY": self.keep_query,
             "SOFTCAP": self.softcap,
             "ALIBI": self.alibi,
@@ -152,7 +144,7 @@ def make(
 
     def sized(keys: int) -> Variant:
         # With few columns Q fits the registers, but more keys per step are worth more (H200: 3 to 6% at head_dim 64).
-        keep_query = head_dim <= 64 and keys <= 64
+        keep_query = _columns(head_dim) // 16 if head_dim <= 64 and keys <= 64 else 0
         return Variant(arch, turing, dtype, head_dim, v_head_dim, row_tiles, keys, keep_query, softcap, alibi)
 
     def fits(v: Variant) -> bool:

@@ -13,9 +13,6 @@ static __device__ __forceinline__ uint32 finite_pair(uint32 pair, uint32 exponen
 }
 
 struct Half {
-    static constexpr int kExp2Degree = 4;  // relative error 2^-18
-    static constexpr float kExp2[] = {0.69304484f, 0.24128020f, 0.052242473f, 0.013426684f};
-
     // d += a b for a [16 x 16] row-major and b [16 x 8] column-major, fp32 accumulators.
     static __device__ __forceinline__ void mma(float (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
 #if ATTNHUB_TURING
@@ -60,9 +57,6 @@ struct Half {
 };
 
 struct BFloat16 {
-    static constexpr int kExp2Degree = 3;  // relative error 2^-13.5
-    static constexpr float kExp2[] = {0.69511676f, 0.22764499f, 0.07706704f};
-
     static __device__ __forceinline__ void mma(float (&d)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -106,20 +100,6 @@ static __device__ __forceinline__ float reciprocal_fast(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-// 2^x for x <= 128 as 2^floor(x) times a polynomial, of least relative error under p(0) = 1: so -inf, cut to -127, gives 0. Of NaN anything.
-template <class Type>
-static __device__ __forceinline__ float exp2_computed(float x) {
-    x = fmaxf(x, -127.f);
-    float whole;  // floor(x) in the last bits
-    asm("add.rm.ftz.f32 %0, %1, 0f4B400000;" : "=f"(whole) : "f"(x));
-    const float part = x - (whole - 12582912.f);
-    float p = Type::kExp2[Type::kExp2Degree - 1];
-#pragma unroll
-    for (int i = Type::kExp2Degree - 2; i >= 0; --i) p = fmaf(p, part, Type::kExp2[i]);
-    p = fmaf(p, part, 1.f);
-    return __uint_as_float((__float_as_uint(whole) << 23) + __float_as_uint(p));
 }
 
 // A value that is the same in the whole warp, in a form that the compiler knows to be so: it then takes a uniform register,

@@ -8,7 +8,7 @@ namespace attnhub {
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLog2e = 1.4426950408889634f;
 
-// Completes the denominators, sink included, normalises out and writes lse. `lse` points at the block's first row.
+// Completes the denominators, sink included, normalises out and writes lse. `lse` points at the block's first row. scale: from rows.maximum to log2.
 template <int RowTiles, int Columns>
 static __device__ __forceinline__ void normalise(
     Accumulators<RowTiles, Columns>& out, RowState<RowTiles>& rows, float scale, const float* sink, float* lse,
@@ -18,7 +18,7 @@ static __device__ __forceinline__ void normalise(
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float sum = across_row(rows.sum[m][half], [](float a, float b) { return a + b; });
-            float scaled = rows.maximum[m][half] == -kInfinity ? -kInfinity : rows.maximum[m][half] * scale;
+            float scaled = sum == 0.f ? -kInfinity : rows.maximum[m][half] * scale;
             float factor = 1.f;
             if (sink != nullptr) {
                 const float sink_log2 = *sink * kLog2e;

@@ -2,14 +2,12 @@
 // in registers (FlashAttention-2, arXiv 2307.08691).
 //
 // With one stage, a tile of K and one of V are in shared memory: K of the next step is loaded under softmax and P V, V under Q K^T. With two stages
-// both are loaded a step ahead, and a step has one barrier. Scores, too, may be a step ahead: then Q K^T of the next tile of keys and the
-// exponentials of this one are one stretch of code, whose instructions the compiler mixes.
+// both are loaded a step ahead, and a step has one barrier.
 //
 // Masks cost only in the tiles that they cut; tiles that they hide are never loaded. What goes wrong rarely is found at the end, and done again.
 //
 // Compiled once per variant (variant.py), which defines: ATTNHUB_TURING, ATTNHUB_TYPE, ATTNHUB_HEAD_DIM, ATTNHUB_V_HEAD_DIM, ATTNHUB_WARPS,
-// ATTNHUB_ROW_TILES, ATTNHUB_KEYS, ATTNHUB_STAGES, ATTNHUB_AHEAD, ATTNHUB_BLOCKS, ATTNHUB_KEEP_QUERY, ATTNHUB_SLACK, ATTNHUB_COMPUTED, ATTNHUB_SOFTCAP,
-// ATTNHUB_ALIBI.
+// ATTNHUB_ROW_TILES, ATTNHUB_KEYS, ATTNHUB_STAGES, ATTNHUB_KEEP_QUERY, ATTNHUB_SOFTCAP, ATTNHUB_ALIBI.
 
 #include "epilogue.cuh"
 #include "schedule.cuh"
@@ -23,7 +21,6 @@ constexpr int kRows = kWarpRows * ATTNHUB_WARPS;
 constexpr int kKeys = ATTNHUB_KEYS;
 constexpr int kStages = ATTNHUB_STAGES;
 static_assert(kStages == 1 || (kStages == 2 && !ATTNHUB_TURING), "a tile on its way through registers has no stages");
-static_assert(kStages == 2 || !ATTNHUB_AHEAD, "scores ahead need the next K");
 constexpr bool kRawScores = !ATTNHUB_SOFTCAP && !ATTNHUB_ALIBI;  // the scale is then applied inside the exponent
 
 using QTile = Tile<kRows, ATTNHUB_HEAD_DIM>;
@@ -76,7 +73,7 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
     const auto load_values = [&](int key, uint32 tile) { v_copy.start(tile, params.v_strides.token, some.first - key, some.last - key); };
 
     Accumulators<kRowTiles, VTile::kColumns> out = {};
-    RowState<kRowTiles> rows;
+    RowState<kRowTiles> rows(kNoMaximum<Careful>);
     Query<kRowTiles, QTile, ATTNHUB_KEEP_QUERY> query(q_tile, warp_row, lane);
     float slope = 0.f;
     if constexpr (ATTNHUB_ALIBI) slope = params.alibi[work.sequence * params.alibi_batch_stride + work.head] * kLog2e;
@@ -92,7 +89,6 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
         if (masked(key)) hide_scores<kRowTiles, kKeys>(scores, Sequence::of(params, work.sequence).mask, first_row, key, lane);
     };
     Weights<kRowTiles, kKeys> weights;
-    float origin[kRowTiles][2];
     const auto negate_q = [&] {
         if (params.negate_q) transform<QTile>(q_tile, [](uint32 x) { return x ^ 0x80008000u; });
     };
@@ -100,11 +96,21 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
     const auto weigh_step = [&](const Scores<kRowTiles, kKeys>& scores, int step) {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-            weigh<Type, Careful, kRowTiles, kKeys>(weights, scores, rows, origin, scale, m, 2 * step);
-            weigh<Type, Careful, kRowTiles, kKeys>(weights, scores, rows, origin, scale, m, 2 * step + 1);
+            weigh<Type, Careful, kRowTiles, kKeys>(weights, scores, rows, scale, m, 2 * step);
+            weigh<Type, Careful, kRowTiles, kKeys>(weights, scores, rows, scale, m, 2 * step + 1);
         }
     };
-    const auto nothing = [](int) {};
+    // A warp begins with the last tile that its own rows see: those behind are of other warps, it only copies its part of them.
+    const int my_last = warp_row < row_count ? uniform(mask.keys(min(first_row + kWarpRows, block_row + row_count) - 1).last) : some.first;
+    int key = last_key;
+    const auto more = [&] { return has_keys && key + kKeys > some.first; };
+    const auto not_mine = [&] { return !Careful && key >= my_last; };
+    const auto keep_query = [&] {  // Q arrived with the first K
+        if constexpr (ATTNHUB_KEEP_QUERY > 0) {
+            __syncthreads();
+            query.keep();
+        }
+    };
 
     if constexpr (Careful || kStages == 1) {
         if (has_keys) {
@@ -112,11 +118,19 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
             load_keys(last_key, k_tile);
             q_copy.finish(q_tile);
             negate_q();
+            keep_query();
         }
-        for (int key = last_key; has_keys && key + kKeys > some.first; key -= kKeys) {
+        for (; more() && not_mine(); key -= kKeys) {
+            k_copy.finish(k_tile);
+            __syncthreads();
+            load_values(key, v_tile);
+            v_copy.finish(v_tile);
+            __syncthreads();
+            load_keys(key - kKeys, k_tile);
+        }
+        for (; more(); key -= kKeys) {
             k_copy.finish(k_tile);
             __syncthreads();  // K is here, and nobody reads the last V any more
-            if (key + kKeys >= some.last) query.keep();  // Q arrived with the first K
             Scores<kRowTiles, kKeys> scores;
             multiply_keys<Type, KTile, kRowTiles, kKeys>(scores, query, k_tile, lane, [&](int step) {
                 if (step == 0) load_values(key, v_tile);
@@ -130,7 +144,7 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
                 __syncthreads();
             }
             complete(scores, key);
-            raise_maxima<Careful, kRowTiles, kKeys, VTile::kColumns>(scores, rows, out, scale, origin);
+            raise_maxima<Careful, kRowTiles, kKeys, VTile::kColumns>(scores, rows, out, scale);
             if (Careful && hazard) {
                 const Mask again = Sequence::of(params, work.sequence).mask;
                 add_nonfinite_values<Type, VTile, kRowTiles, kKeys>(out, v_tile, lane, again, first_row, key);
@@ -143,90 +157,45 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
                 if (step == 0) load_keys(key - kKeys, k_tile);
             });
         }
-    } else if constexpr (!ATTNHUB_AHEAD) {
+    } else {
         if (has_keys) {
             q_copy.start(q_tile, params.q_strides.token, 0, row_count);
             load_keys(last_key, k_tile);
             load_values(last_key, v_tile);
             q_copy.finish(q_tile);
             negate_q();
+            keep_query();
         }
         uint32 stage = 0;
-        for (int key = last_key; has_keys && key + kKeys > some.first; key -= kKeys) {
+        for (; more() && not_mine(); key -= kKeys) {
+            k_copy.finish(k_tile);
+            __syncthreads();
+            stage ^= 1;
+            load_keys(key - kKeys, k_tile + stage * KTile::kBytes);
+            load_values(key - kKeys, v_tile + stage * VTile::kBytes);
+        }
+        for (; more(); key -= kKeys) {
             k_copy.finish(k_tile);
             __syncthreads();  // K and V are here, and nobody reads those before any more
             const uint32 this_k = k_tile + stage * KTile::kBytes, this_v = v_tile + stage * VTile::kBytes;
             stage ^= 1;
-            if (key + kKeys >= some.last) query.keep();
             Scores<kRowTiles, kKeys> scores;
             multiply_keys<Type, KTile, kRowTiles, kKeys>(scores, query, this_k, lane, [&](int step) {
                 if (step == 0) load_keys(key - kKeys, k_tile + stage * KTile::kBytes);
                 if (step == 1 || QTile::kColumns == 16) load_values(key - kKeys, v_tile + stage * VTile::kBytes);
             });
             complete(scores, key);
-            raise_maxima<Careful, kRowTiles, kKeys, VTile::kColumns>(scores, rows, out, scale, origin);
+            raise_maxima<Careful, kRowTiles, kKeys, VTile::kColumns>(scores, rows, out, scale);
             multiply_values<Type, VTile, kRowTiles, kKeys>(out, weights, this_v, lane, [&](int step) { weigh_step(scores, step); });
         }
-    } else if (has_keys) {
-        constexpr int kSteps = QTile::kColumns / 16, kUnits = kRowTiles * kKeys / 8;
-        Scores<kRowTiles, kKeys> scores;
-        q_copy.start(q_tile, params.q_strides.token, 0, row_count);
-        load_keys(last_key, k_tile);
-        commit_copies();
-        load_values(last_key, v_tile);
-        if (last_key > some.first) load_keys(last_key - kKeys, k_tile + KTile::kBytes);
-        commit_copies();
-        wait_for_copies<1>();
-        negate_q();
-        __syncthreads();
-        query.keep();
-        multiply_keys<Type, KTile, kRowTiles, kKeys>(scores, query, k_tile, lane, nothing);
-        complete(scores, last_key);
-        uint32 stage = 0;  // of this step's V; the next K is in the other one
-        int key = last_key;
-        for (; key > some.first; key -= kKeys) {
-            raise_maxima<Careful, kRowTiles, kKeys, VTile::kColumns>(scores, rows, out, scale, origin);
-            k_copy.finish(k_tile);
-            __syncthreads();  // this V and the next K are here, and nobody reads those before any more
-            const uint32 this_v = v_tile + stage * VTile::kBytes, freed_k = k_tile + stage * KTile::kBytes;
-            stage ^= 1;
-            const uint32 next_k = k_tile + stage * KTile::kBytes;
-            Scores<kRowTiles, kKeys> next;
-            multiply_keys<Type, KTile, kRowTiles, kKeys>(next, query, next_k, lane, [&](int step) {
-                if (step == 0) load_values(key - kKeys, v_tile + stage * VTile::kBytes);
-                if (step == 1 || QTile::kColumns == 16) load_keys(key - 2 * kKeys, freed_k);
-#pragma unroll
-                for (int unit = step * kUnits / kSteps; unit < (step + 1) * kUnits / kSteps; ++unit) {
-                    weigh<Type, Careful, kRowTiles, kKeys>(weights, scores, rows, origin, scale, unit % kRowTiles, unit / kRowTiles);
-                }
-            });
-            multiply_values<Type, VTile, kRowTiles, kKeys>(out, weights, this_v, lane, nothing);
-            complete(next, key - kKeys);
-#pragma unroll
-            for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-                for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) scores[m][n][i] = next[m][n][i];
-                }
-            }
-        }
-        raise_maxima<Careful, kRowTiles, kKeys, VTile::kColumns>(scores, rows, out, scale, origin);
-        k_copy.finish(k_tile);
-        __syncthreads();
-        multiply_values<Type, VTile, kRowTiles, kKeys>(
-            out, weights, v_tile + stage * VTile::kBytes, lane, [&](int step) { weigh_step(scores, step); });
     }
 
     k_copy.finish(k_tile);  // of zeros: the epilogue's tile lies over all others
     if constexpr (!Careful) {
-        bool again = false;
         float taint = 0.f;  // stays 0 as long as all of out is finite
-        const bool hides = some.first < all.first || some.last > all.last;
+        if (some.first < all.first || some.last > all.last) {
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-            again = again || rows.sum[m][0] != rows.sum[m][0] || rows.sum[m][1] != rows.sum[m][1];
-            if (hides) {
+            for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
                 for (int n = 0; n < VTile::kColumns / 8; ++n) {
 #pragma unroll
@@ -234,7 +203,7 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
                 }
             }
         }
-        if (__syncthreads_or(again || taint != 0.f)) return false;
+        if (__syncthreads_or(needs_care(rows) || taint != 0.f)) return false;
     }
 
     // Looked up again rather than kept, as for the masks above: every register counts in the loop.
@@ -243,7 +212,7 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
     const int count = min(kRows, target.len_q - work.q_tile * kRows);
     float* lse = params.lse == nullptr ? nullptr : params.lse + (target.batch * params.q_heads + work.head) * params.seqlen_q + first_token;
     normalise<kRowTiles, VTile::kColumns>(
-        out, rows, scale, params.sinks == nullptr ? nullptr : params.sinks + work.head, lse, warp_row, count, lane);
+        out, rows, Careful ? scale : 1.f, params.sinks == nullptr ? nullptr : params.sinks + work.head, lse, warp_row, count, lane);
     Element* out_rows = const_cast<Element*>(rows_of(params.out, params.out_strides, target.batch, work.head, first_token));
     store_out<Type, OutTile, kRowTiles>(out_rows, params.out_strides.token, out, shared, warp_row, count, params.out_aligned, lane);
     return true;
@@ -256,7 +225,7 @@ static __device__ __noinline__ void attend_again(const Params& params, uint32 sh
 
 }  // namespace attnhub
 
-extern "C" __global__ void __launch_bounds__(attnhub::kThreads, ATTNHUB_BLOCKS) attnhub_forward(const __grid_constant__ attnhub::Params params) {
+extern "C" __global__ void __launch_bounds__(attnhub::kThreads, 1) attnhub_forward(const __grid_constant__ attnhub::Params params) {
     extern __shared__ __align__(16) unsigned char shared[];
     const bool packed = params.cu_seqlens_q != nullptr;
     const int sequences = params.batch + packed;  // the last one of a packed batch stands for the tokens behind it

@@ -16,12 +16,13 @@ using Weights = uint32[RowTiles][Keys / 16][4];
 template <int RowTiles, int Columns>
 using Accumulators = float[RowTiles][Columns / 8][4];
 
-// The warp's rows of Q, as left operands: kept in registers where head_dim is small, else read again for each tile of keys.
-template <int RowTiles, class QTile, bool Keep>
+// The warp's rows of Q, as left operands: those of the first Kept steps of 16 columns stay in registers, the others are read again for each tile
+// of keys.
+template <int RowTiles, class QTile, int Kept>
 struct Query {
-    static constexpr int kSteps = QTile::kColumns / 16;
+    static_assert(Kept <= QTile::kColumns / 16, "there are no more steps");
     uint32 address;
-    uint32 kept[Keep ? kSteps : 1][RowTiles][4];  // unused, and then not a register, unless Keep
+    uint32 kept[Kept ? Kept : 1][RowTiles][4];
 
     __device__ __forceinline__ explicit Query(uint32 tile, int first_row, int lane)
         : address(tile + QTile::offset(first_row + lane % 16, lane / 16 * 8)) {}
@@ -33,21 +34,16 @@ struct Query {
 
     // After Q has arrived.
     __device__ __forceinline__ void keep() {
-        if constexpr (Keep) {
 #pragma unroll
-            for (int step = 0; step < kSteps; ++step) read(kept[step], step);
-        }
+        for (int step = 0; step < Kept; ++step) read(kept[step], step);
     }
 
     __device__ __forceinline__ void get(uint32 (&a)[RowTiles][4], int step) const {
-        if constexpr (Keep) {
+        if (step >= Kept) return read(a, step);
 #pragma unroll
-            for (int m = 0; m < RowTiles; ++m) {
+        for (int m = 0; m < RowTiles; ++m) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) a[m][i] = kept[step][m][i];
-            }
-        } else {
-            read(a, step);
+            for (int i = 0; i < 4; ++i) a[m][i] = kept[step][m][i];
         }
     }
 };

@@ -7,16 +7,16 @@ namespace attnhub {
 
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
 
-// What a lane knows of its 2 * RowTiles rows. The maximum is of raw scores and the same in the 4 lanes of a row; the sum
-// is this lane's part.
+// What a lane knows of its 2 * RowTiles rows. The maximum is the same in the 4 lanes of a row, of raw scores (Careful) or of scores times the scale;
+// the sum is this lane's part.
 template <int RowTiles>
 struct RowState {
     float maximum[RowTiles][2], sum[RowTiles][2];
 
-    __device__ __forceinline__ RowState() {
+    __device__ __forceinline__ explicit RowState(float none) {
 #pragma unroll
         for (int m = 0; m < RowTiles; ++m) {
-            maximum[m][0] = maximum[m][1] = -kInfinity;
+            maximum[m][0] = maximum[m][1] = none;
             sum[m][0] = sum[m][1] = 0.f;
         }
     }
@@ -82,93 +82,87 @@ static __device__ __forceinline__ void hide_scores(
 }
 
 constexpr float kExtreme = 1 << 14;
-constexpr float kNan = __builtin_bit_cast(float, 0x7fffffff);
-constexpr float kSlack = ATTNHUB_SLACK;
+constexpr float kSlack = 8.f;
 
-// The larger one; a NaN where exp2_computed() would swallow it.
-static __device__ __forceinline__ float larger(float a, float b) {
-#if ATTNHUB_COMPUTED
-    float y;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-    return y;
-#else
-    return fmaxf(a, b);
-#endif
-}
+// What rows.maximum holds before the first key. Careful: nothing is below it. Else a number, so that a row without a key needs no care: its exponents
+// are -inf minus that.
+template <bool Careful>
+constexpr float kNoMaximum = Careful ? -kInfinity : -__builtin_bit_cast(float, 0x7f7fffff);
 
-// Each row's maximum over this tile of keys and those before, and what was accumulated under an older one rescaled. Fills `origin`, which exponents are
-// relative to: the maximum, times `scale` unless Careful; 0 for a row without a key so far, where -inf - -inf must not be computed.
+// -inf - -inf must not be computed.
+static __device__ __forceinline__ float anchor_of(float maximum) { return maximum == -kInfinity ? 0.f : maximum; }
+
+// Each row's maximum over this tile of keys and those before, and what was accumulated under an older one rescaled.
 //
-// With a slack of at least 0 a maximum stays while the weights grow by no more than 2^kSlack: the sums stay far from overflow, and out / sum is the
-// same whatever both are relative to. Then most tiles rescale nothing, which the warp decides at a place where it waits for the maxima anyway.
+// A maximum stays while the weights grow by no more than 2^kSlack: the sums stay far from overflow, and out / sum is the same whatever both are
+// relative to. So most tiles rescale nothing, which the warp decides together: there it waits for the maxima anyway, while a branch
+// further down kept the exponentials and P V apart, whose instructions the compiler mixes (2 to 9% on an H200).
 //
 // An exponent is one instruction, score * scale - (maximum * scale, rounded): what the rounding moves, the largest weight from 1 to 2^e, cancels in
-// out / sum, as long as e is small. Rows whose scores are beyond kExtreme (e up to 2^-10: to bf16 that weight is still 1) get a sum
-// that is not a number, and are done again, Careful: the maximum is subtracted first.
+// out / sum, as long as e is small. Rows that end with a maximum beyond kExtreme (e up to 2^-10: to bf16 that weight is still 1) are done again,
+// Careful: the maximum is subtracted first, and is the exact one.
 template <bool Careful, int RowTiles, int Keys, int Columns>
 static __device__ __forceinline__ void raise_maxima(
-    const Scores<RowTiles, Keys>& scores, RowState<RowTiles>& rows, Accumulators<RowTiles, Columns>& out, float scale, float (&origin)[RowTiles][2]) {
-    constexpr bool kAlways = Careful || kSlack < 0.f;
+    const Scores<RowTiles, Keys>& scores, RowState<RowTiles>& rows, Accumulators<RowTiles, Columns>& out, float scale) {
     float maxima[RowTiles][2];
-    bool grown = false;
+    bool grown = Careful;
 #pragma unroll
     for (int m = 0; m < RowTiles; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float maximum = kAlways ? rows.maximum[m][half] : -kInfinity;
+            float maximum = scores[m][0][half * 2];
 #pragma unroll
-            for (int n = 0; n < Keys / 8; ++n) maximum = larger(maximum, larger(scores[m][n][half * 2], scores[m][n][half * 2 + 1]));
-            maxima[m][half] = across_row(maximum, larger);
-            // Not below is also NaN; a row without a key has -inf on both sides.
-            grown = grown || !(maxima[m][half] * scale <= fmaf(rows.maximum[m][half], scale, kSlack));
+            for (int n = 0; n < Keys / 8; ++n) maximum = fmaxf(maximum, fmaxf(scores[m][n][half * 2], scores[m][n][half * 2 + 1]));
+            maximum = across_row(maximum, [](float a, float b) { return fmaxf(a, b); });
+            maxima[m][half] = Careful ? maximum : __fmul_rn(maximum, scale);
+            grown = grown || maxima[m][half] > rows.maximum[m][half] + kSlack;
         }
     }
-    if (kAlways || __any_sync(0xffffffffu, grown)) {
+    if (!__any_sync(0xffffffffu, grown)) return;
 #pragma unroll
-        for (int m = 0; m < RowTiles; ++m) {
+    for (int m = 0; m < RowTiles; ++m) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float maximum = kAlways ? maxima[m][half] : larger(maxima[m][half], rows.maximum[m][half]);
-                const float anchor = maximum == -kInfinity ? 0.f : maximum, scaled = __fmul_rn(anchor, scale);
-                // Both products rounded, as in the weights: 1 where the maximum stays.
-                float rescale = exp2_fast(
-                    Careful ? (rows.maximum[m][half] - anchor) * scale : __fsub_rn(__fmul_rn(rows.maximum[m][half], scale), scaled));
-                if (!Careful && !(fabsf(scaled) <= kExtreme)) rescale = kNan;
-                rows.maximum[m][half] = maximum;
-                rows.sum[m][half] *= rescale;
+        for (int half = 0; half < 2; ++half) {
+            const float before = rows.maximum[m][half], now = fmaxf(before, maxima[m][half]);
+            const float rescale = exp2_fast(Careful ? (before - anchor_of(now)) * scale : before - now);
+            rows.maximum[m][half] = now;
+            rows.sum[m][half] *= rescale;
 #pragma unroll
-                for (int n = 0; n < Columns / 8; ++n) {
-                    out[m][n][half * 2] *= rescale;
-                    out[m][n][half * 2 + 1] *= rescale;
-                }
+            for (int n = 0; n < Columns / 8; ++n) {
+                out[m][n][half * 2] *= rescale;
+                out[m][n][half * 2 + 1] *= rescale;
             }
         }
     }
+}
+
+// Whether a row must be done again: its scores are extreme, or one is not a number.
+template <int RowTiles>
+static __device__ __forceinline__ bool needs_care(const RowState<RowTiles>& rows) {
+    bool found = false;
 #pragma unroll
     for (int m = 0; m < RowTiles; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float anchor = rows.maximum[m][half] == -kInfinity ? 0.f : rows.maximum[m][half];
-            origin[m][half] = Careful ? anchor : __fmul_rn(anchor, scale);
+            const float maximum = rows.maximum[m][half], sum = rows.sum[m][half];
+            found = found || sum != sum || (fabsf(maximum) > kExtreme && maximum != kNoMaximum<false>);
         }
     }
+    return found;
 }
 
-// Weights 2^(scale * score - origin) of one block of scores, [16 x 8], to sums and to the left operand of P V. ATTNHUB_COMPUTED eighths of them take the
-// units for multiply-adds and not the one for exponentials, which is narrower.
+// Weights of one block of scores, [16 x 8], to sums and to the left operand of P V.
 template <class Type, bool Careful, int RowTiles, int Keys>
 static __device__ __forceinline__ void weigh(
-    Weights<RowTiles, Keys>& weights, const Scores<RowTiles, Keys>& scores, RowState<RowTiles>& rows, const float (&origin)[RowTiles][2], float scale,
-    int m, int n) {
+    Weights<RowTiles, Keys>& weights, const Scores<RowTiles, Keys>& scores, RowState<RowTiles>& rows, float scale, int m, int n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+        const float maximum = rows.maximum[m][half];
         float p[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const float score = scores[m][n][half * 2 + i];
-            const float x = Careful ? (score - origin[m][half]) * scale : fmaf(score, scale, -origin[m][half]);
-            const bool computed = !Careful && (n * 2 + i) * ATTNHUB_COMPUTED % 8 + ATTNHUB_COMPUTED >= 8;
-            p[i] = computed ? exp2_computed<Type>(x) : exp2_fast(x);
+            p[i] = exp2_fast(Careful ? (score - anchor_of(maximum)) * scale : fmaf(score, scale, -maximum));
             rows.sum[m][half] += p[i];
         }
         weights[m][n / 2][n % 2 * 2 + half] = Type::pack(p[0], p[1]);

@@ -119,15 +119,6 @@ struct TileCopy {
     }
 };
 
-#if !ATTNHUB_TURING
-// A group of copies ends; all but the last Pending groups have arrived.
-static __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int Pending>
-static __device__ __forceinline__ void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(Pending) : "memory");
-}
-#endif
-
 // Whether one of this thread's own chunks holds Inf or NaN.
 template <class Type, class Layout>
 static __device__ __forceinline__ bool has_nonfinite(uint32 tile) {
