@@ -7,7 +7,7 @@
 // Masks cost only in the tiles that they cut; tiles that they hide are never loaded. What goes wrong rarely is found at the end, and done again.
 //
 // Compiled once per variant (variant.py), which defines: ATTNHUB_TURING, ATTNHUB_TYPE, ATTNHUB_HEAD_DIM, ATTNHUB_V_HEAD_DIM, ATTNHUB_WARPS,
-// ATTNHUB_ROW_TILES, ATTNHUB_KEYS, ATTNHUB_STAGES, ATTNHUB_KEEP_QUERY, ATTNHUB_SOFTCAP, ATTNHUB_ALIBI.
+// ATTNHUB_ROW_TILES, ATTNHUB_KEYS, ATTNHUB_STAGES, ATTNHUB_KEPT, ATTNHUB_SOFTCAP, ATTNHUB_ALIBI.
 
 #include "epilogue.cuh"
 #include "schedule.cuh"
@@ -74,7 +74,7 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
 
     Accumulators<kRowTiles, VTile::kColumns> out = {};
     RowState<kRowTiles> rows(kNoMaximum<Careful>);
-    Query<kRowTiles, QTile, ATTNHUB_KEEP_QUERY> query(q_tile, warp_row, lane);
+    Query<kRowTiles, QTile, ATTNHUB_KEPT> query(q_tile, warp_row, lane);
     float slope = 0.f;
     if constexpr (ATTNHUB_ALIBI) slope = params.alibi[work.sequence * params.alibi_batch_stride + work.head] * kLog2e;
     const float scale = kRawScores ? params.scale_log2 : 1.f;
@@ -106,7 +106,7 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
     const auto more = [&] { return has_keys && key + kKeys > some.first; };
     const auto not_mine = [&] { return !Careful && key >= my_last; };
     const auto keep_query = [&] {  // Q arrived with the first K
-        if constexpr (ATTNHUB_KEEP_QUERY > 0) {
+        if constexpr (ATTNHUB_KEPT > 0) {
             __syncthreads();
             query.keep();
         }
