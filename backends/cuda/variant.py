@@ -40,6 +40,7 @@ class Variant:
     keys: int
     stages: int = 1
     kept: int = 0
+    pairs: bool = False
     softcap: bool = False
     alibi: bool = False
 
@@ -51,13 +52,14 @@ class Variant:
     @property
     def rows(self) -> int:
         """Query rows per block."""
-        return self.row_tiles * 16 * self.warps
+        return self.row_tiles * 16 * self.warps // (2 if self.pairs else 1)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory per block: Q, K and V tiles, over which the epilogue lays the tile of out."""
         q_pitch, v_pitch = _pitch(self.head_dim), _pitch(self.v_head_dim)
-        return max((self.rows + self.stages * self.keys) * q_pitch + self.stages * self.keys * v_pitch, self.rows * v_pitch)
+        exchanged = self.rows * (_pitch(self.keys) + 8) if self.pairs else 0
+        return max((self.rows + self.stages * self.keys) * q_pitch + self.stages * self.keys * v_pitch + exchanged, self.rows * v_pitch)
 
     @property
     def held_registers(self) -> int:
@@ -76,6 +78,7 @@ class Variant:
             "HEAD_DIM": self.head_dim,
             "V_HEAD_DIM": self.v_head_dim,
             "WARPS": self.warps,
+            "PAIRS": self.pairs,
             "ROW_TILES": self.row_tiles,
             "KEYS": self.keys,
             "STAGES": self.stages,
@@ -144,7 +147,7 @@ def make(
     registers = (_REGISTERS_TURING if turing else _REGISTERS_AMPERE)[softcap or alibi]
 
     def sized(warps: int, row_tiles: int, keys: int, stages: int, kept: int = 0) -> Variant:
-        return Variant(arch, turing, dtype, head_dim, v_head_dim, warps, row_tiles, keys, stages, kept, softcap, alibi)
+        return Variant(arch, turing, dtype, head_dim, v_head_dim, warps, row_tiles, keys, stages, kept, softcap=softcap, alibi=alibi)
 
     def fits(v: Variant) -> bool:
         room = registers - 32 if v.keys > 64 and v.row_tiles == 2 else registers  # the unrolled loops over keys want some as well

@@ -52,7 +52,7 @@ struct Warp { Meeting meeting; uint64_t slots[32][12]; };
 inline std::vector<unsigned char> shared;
 inline std::vector<std::unique_ptr<Lane>> lanes;
 inline std::vector<Warp> warps;
-inline Meeting block_meeting;
+inline Meeting block_meeting, pair_meetings[16];
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline unsigned current;
@@ -78,6 +78,7 @@ inline void meet(Meeting& m, int size) {
 
 inline Warp& warp() { return warps[current / 32]; }
 inline void meet_warp() { meet(warp().meeting, 32); }
+inline void meet_pair(int barrier) { meet(pair_meetings[barrier], 64); }
 
 // Gives every lane's words to every lane of the warp: f(words of all).
 template <class T, class F> auto exchange(const T& mine, F f) {
@@ -199,8 +200,6 @@ template <class Type> void taint(unsigned& taint, unsigned pair, unsigned) {
 }
 template <class... T> void unknown(T&&...) { std::abort(); }
 inline void exp2(float& y, float x) { y = std::exp2(x); }
-inline void whole(float& y, float x) { y = std::floor(x) + 12582912.f; }
-inline void larger(float& y, float a, float b) { y = a != a ? a : b != b ? b : max(a, b); }
 inline void widen(float& y, unsigned short x) { y = Half::widen(x); }
 inline void reciprocal(float& y, float x) { y = 1.f / x; }
 
@@ -219,6 +218,7 @@ template <class F> void launch(unsigned blocks, unsigned threads, unsigned share
         shared.assign(shared_bytes, 0xff);  // NaN
         warps.assign(threads / 32, {});
         block_meeting = {};
+        for (Meeting& meeting : pair_meetings) meeting = {};
         for (auto& lane : lanes) {
             getcontext(&lane->context);
             lane->context.uc_stack.ss_sp = lane->stack.data();

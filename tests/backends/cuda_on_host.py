@@ -31,8 +31,7 @@ _FUNCTIONS = {
     "fma.rn.bf16x2": "taint<host::BFloat16>",
     "fma.rn.f16x2": "taint<host::Half>",
     "ex2.approx": "exp2",
-    "add.rm.ftz.f32": "whole",
-    "max.NaN.f32": "larger",
+    "bar.sync": "meet_pair",
     "rcp.approx": "reciprocal",
     "cvt.f32.f16": "widen",
 }

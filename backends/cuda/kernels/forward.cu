@@ -7,7 +7,7 @@
 // Masks cost only in the tiles that they cut; tiles that they hide are never loaded. What goes wrong rarely is found at the end, and done again.
 //
 // Compiled once per variant (variant.py), which defines: ATTNHUB_TURING, ATTNHUB_TYPE, ATTNHUB_HEAD_DIM, ATTNHUB_V_HEAD_DIM, ATTNHUB_WARPS,
-// ATTNHUB_ROW_TILES, ATTNHUB_KEYS, ATTNHUB_STAGES, ATTNHUB_KEPT, ATTNHUB_SOFTCAP, ATTNHUB_ALIBI.
+// ATTNHUB_PAIRS, ATTNHUB_ROW_TILES, ATTNHUB_KEYS, ATTNHUB_STAGES, ATTNHUB_KEPT, ATTNHUB_SOFTCAP, ATTNHUB_ALIBI.
 
 #include "epilogue.cuh"
 #include "schedule.cuh"
@@ -15,9 +15,7 @@
 namespace attnhub {
 
 using Type = ATTNHUB_TYPE;
-constexpr int kRowTiles = ATTNHUB_ROW_TILES;  // of 16 rows, per warp
-constexpr int kWarpRows = kRowTiles * 16;
-constexpr int kRows = kWarpRows * ATTNHUB_WARPS;
+constexpr int kRows = ATTNHUB_ROW_TILES * 16 * ATTNHUB_WARPS / (ATTNHUB_PAIRS ? 2 : 1);
 constexpr int kKeys = ATTNHUB_KEYS;
 constexpr int kStages = ATTNHUB_STAGES;
 static_assert(kStages == 1 || (kStages == 2 && !ATTNHUB_TURING), "a tile on its way through registers has no stages");
@@ -27,6 +25,7 @@ using QTile = Tile<kRows, ATTNHUB_HEAD_DIM>;
 using KTile = Tile<kKeys, ATTNHUB_HEAD_DIM>;
 using VTile = Tile<kKeys, ATTNHUB_V_HEAD_DIM>;
 using OutTile = Tile<kRows, ATTNHUB_V_HEAD_DIM>;
+using Exchange = PairExchange<kRows, kKeys>;
 
 static __device__ __forceinline__ const Element* rows_of(
     const void* tensor, const Strides& strides, long long batch, int head, long long token) {
@@ -52,13 +51,21 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
     const int row_count = min(kRows, sequence.len_q - block_row);
     if (row_count <= 0) return true;
 
-    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * kWarpRows;
+    constexpr bool kPairs = ATTNHUB_PAIRS && !Careful;
+    constexpr int kRowTiles = kRows / 16 / (kPairs ? ATTNHUB_WARPS / 2 : ATTNHUB_WARPS);  // of 16 rows, per warp
+    constexpr int kWarpRows = kRowTiles * 16;
+    constexpr int kWarpKeys = kPairs ? kKeys / 2 : kKeys, kWarpColumns = kPairs ? VTile::kColumns / 2 : VTile::kColumns;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int warp_row = (kPairs ? warp / 2 : warp) * kWarpRows;
+    const int side = kPairs ? warp % 2 : 0;
+    const int my_keys = side * kWarpKeys, my_columns = side * kWarpColumns;  // the first of them in a tile
     const int first_row = block_row + warp_row;
     const int kv_head = work.head / params.heads_per_kv_head;
     const Element* q = rows_of(params.q, params.q_strides, sequence.batch, work.head, static_cast<long long>(sequence.q_token) + block_row);
     const Element* k = rows_of(params.k, params.k_strides, sequence.batch, kv_head, sequence.k_token);
     const Element* v = rows_of(params.v, params.v_strides, sequence.batch, kv_head, sequence.k_token);
     const uint32 q_tile = shared, k_tile = q_tile + QTile::kBytes, v_tile = k_tile + kStages * KTile::kBytes;
+    const Exchange exchange(v_tile + kStages * VTile::kBytes, warp_row, side, lane);
 
     const Span top = mask.keys(block_row), bottom = mask.keys(block_row + row_count - 1);
     const Span some{uniform(top.first), uniform(bottom.last)}, all{uniform(bottom.first), uniform(top.last)};
@@ -72,7 +79,7 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
     const auto load_keys = [&](int key, uint32 tile) { k_copy.start(tile, params.k_strides.token, some.first - key, some.last - key); };
     const auto load_values = [&](int key, uint32 tile) { v_copy.start(tile, params.v_strides.token, some.first - key, some.last - key); };
 
-    Accumulators<kRowTiles, VTile::kColumns> out = {};
+    Accumulators<kRowTiles, kWarpColumns> out = {};
     RowState<kRowTiles> rows(kNoMaximum<Careful>);
     Query<kRowTiles, QTile, ATTNHUB_KEPT> query(q_tile, warp_row, lane);
     float slope = 0.f;
@@ -80,25 +87,40 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
     const float scale = kRawScores ? params.scale_log2 : 1.f;
 
     const auto masked = [&](int key) { return key < all.first || key + kKeys > all.last; };
-    const auto complete = [&](Scores<kRowTiles, kKeys>& scores, int key) {
-        if constexpr (ATTNHUB_SOFTCAP) cap_scores<kRowTiles, kKeys>(scores, params.cap_inner, params.cap_outer);
+    const auto complete = [&](Scores<kRowTiles, kWarpKeys>& scores, int key) {
+        if constexpr (ATTNHUB_SOFTCAP) cap_scores<kRowTiles, kWarpKeys>(scores, params.cap_inner, params.cap_outer);
         if constexpr (ATTNHUB_ALIBI) {
             const float to_log2 = ATTNHUB_SOFTCAP ? 1.f : params.scale_log2;
-            add_alibi<kRowTiles, kKeys>(scores, to_log2, slope, first_row + mask.offset, key, lane);
+            add_alibi<kRowTiles, kWarpKeys>(scores, to_log2, slope, first_row + mask.offset, key + my_keys, lane);
         }
-        if (masked(key)) hide_scores<kRowTiles, kKeys>(scores, Sequence::of(params, work.sequence).mask, first_row, key, lane);
+        if (masked(key)) hide_scores<kRowTiles, kWarpKeys>(scores, Sequence::of(params, work.sequence).mask, first_row, key + my_keys, lane);
     };
     Weights<kRowTiles, kKeys> weights;
     const auto negate_q = [&] {
         if (params.negate_q) transform<QTile>(q_tile, [](uint32 x) { return x ^ 0x80008000u; });
     };
     // The weights of 16 keys, just before their products.
-    const auto weigh_step = [&](const Scores<kRowTiles, kKeys>& scores, int step) {
+    const auto weigh_step = [&](const Scores<kRowTiles, kWarpKeys>& scores, int step) {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-            weigh<Type, Careful, kRowTiles, kKeys>(weights, scores, rows, scale, m, 2 * step);
-            weigh<Type, Careful, kRowTiles, kKeys>(weights, scores, rows, scale, m, 2 * step + 1);
+            if constexpr (kPairs) {
+                exchange.get(weights[m][step], m, step);
+            } else {
+                weigh<Type, Careful>(weights[m][step], scores, rows, scale, m, step);
+            }
         }
+    };
+    const auto exchange_weights = [&](const Scores<kRowTiles, kWarpKeys>& scores) {
+#pragma unroll
+        for (int step = 0; step < kWarpKeys / 16; ++step) {
+#pragma unroll
+            for (int m = 0; m < kRowTiles; ++m) {
+                uint32 mine[4];
+                weigh<Type, Careful>(mine, scores, rows, scale, m, step);
+                exchange.put(mine, m, step * 16 + my_keys);
+            }
+        }
+        exchange.meet();
     };
     // A warp begins with the last tile that its own rows see: those behind are of other warps, it only copies its part of them.
     const int my_last = warp_row < row_count ? uniform(mask.keys(min(first_row + kWarpRows, block_row + row_count) - 1).last) : some.first;
@@ -131,28 +153,31 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
         for (; more(); key -= kKeys) {
             k_copy.finish(k_tile);
             __syncthreads();  // K is here, and nobody reads the last V any more
-            Scores<kRowTiles, kKeys> scores;
-            multiply_keys<Type, KTile, kRowTiles, kKeys>(scores, query, k_tile, lane, [&](int step) {
+            Scores<kRowTiles, kWarpKeys> scores;
+            multiply_keys<Type, KTile, kRowTiles, kWarpKeys>(scores, query, k_tile + KTile::offset(my_keys, 0), lane, [&](int step) {
                 if (step == 0) load_values(key, v_tile);
             });
 
             v_copy.finish(v_tile);
             bool hazard = false;  // V is here, K is free
-            if (Careful && masked(key)) {
-                hazard = __syncthreads_or(has_nonfinite<Type, VTile>(v_tile));
+            if constexpr (Careful) {
+                hazard = __syncthreads_or(masked(key) && has_nonfinite<Type, VTile>(v_tile));
             } else {
                 __syncthreads();
             }
             complete(scores, key);
-            raise_maxima<Careful, kRowTiles, kKeys, VTile::kColumns>(scores, rows, out, scale);
-            if (Careful && hazard) {
-                const Mask again = Sequence::of(params, work.sequence).mask;
-                add_nonfinite_values<Type, VTile, kRowTiles, kKeys>(out, v_tile, lane, again, first_row, key);
-                __syncthreads();
-                transform<VTile>(v_tile, [](uint32 x) { return Type::finite(x); });
-                __syncthreads();
+            raise_maxima<Careful, kPairs>(scores, rows, out, scale, exchange);
+            if constexpr (kPairs) exchange_weights(scores);
+            if constexpr (Careful) {
+                if (hazard) {
+                    const Mask again = Sequence::of(params, work.sequence).mask;
+                    add_nonfinite_values<Type, VTile, kRowTiles, kKeys>(out, v_tile, lane, again, first_row, key);
+                    __syncthreads();
+                    transform<VTile>(v_tile, [](uint32 x) { return Type::finite(x); });
+                    __syncthreads();
+                }
             }
-            multiply_values<Type, VTile, kRowTiles, kKeys>(out, weights, v_tile, lane, [&](int step) {
+            multiply_values<Type, VTile, kRowTiles, kKeys, kWarpColumns>(out, weights, v_tile + VTile::offset(0, my_columns), lane, [&](int step) {
                 weigh_step(scores, step);
                 if (step == 0) load_keys(key - kKeys, k_tile);
             });
@@ -179,14 +204,15 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
             __syncthreads();  // K and V are here, and nobody reads those before any more
             const uint32 this_k = k_tile + stage * KTile::kBytes, this_v = v_tile + stage * VTile::kBytes;
             stage ^= 1;
-            Scores<kRowTiles, kKeys> scores;
-            multiply_keys<Type, KTile, kRowTiles, kKeys>(scores, query, this_k, lane, [&](int step) {
+            Scores<kRowTiles, kWarpKeys> scores;
+            multiply_keys<Type, KTile, kRowTiles, kWarpKeys>(scores, query, this_k + KTile::offset(my_keys, 0), lane, [&](int step) {
                 if (step == 0) load_keys(key - kKeys, k_tile + stage * KTile::kBytes);
                 if (step == 1 || QTile::kColumns == 16) load_values(key - kKeys, v_tile + stage * VTile::kBytes);
             });
             complete(scores, key);
-            raise_maxima<Careful, kRowTiles, kKeys, VTile::kColumns>(scores, rows, out, scale);
-            multiply_values<Type, VTile, kRowTiles, kKeys>(out, weights, this_v, lane, [&](int step) { weigh_step(scores, step); });
+            raise_maxima<Careful, kPairs>(scores, rows, out, scale, exchange);
+            if constexpr (kPairs) exchange_weights(scores);
+            multiply_values<Type, VTile, kRowTiles, kKeys, kWarpColumns>(out, weights, this_v + VTile::offset(0, my_columns), lane, [&](int step) { weigh_step(scores, step); });
         }
     }
 
@@ -197,7 +223,7 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
 #pragma unroll
             for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-                for (int n = 0; n < VTile::kColumns / 8; ++n) {
+                for (int n = 0; n < kWarpColumns / 8; ++n) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) taint = fmaf(out[m][n][i], 0.f, taint);
                 }
@@ -206,15 +232,17 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
         if (__syncthreads_or(needs_care(rows) || taint != 0.f)) return false;
     }
 
+    if constexpr (kPairs) exchange.add_sums(rows);
     // Looked up again rather than kept, as for the masks above: every register counts in the loop.
     const Sequence target = Sequence::of(params, work.sequence);
     const long long first_token = static_cast<long long>(target.q_token) + work.q_tile * kRows;
     const int count = min(kRows, target.len_q - work.q_tile * kRows);
     float* lse = params.lse == nullptr ? nullptr : params.lse + (target.batch * params.q_heads + work.head) * params.seqlen_q + first_token;
-    normalise<kRowTiles, VTile::kColumns>(
+    if (side == 1) lse = nullptr;
+    normalise<kRowTiles, kWarpColumns>(
         out, rows, Careful ? scale : 1.f, params.sinks == nullptr ? nullptr : params.sinks + work.head, lse, warp_row, count, lane);
     Element* out_rows = const_cast<Element*>(rows_of(params.out, params.out_strides, target.batch, work.head, first_token));
-    store_out<Type, OutTile, kRowTiles>(out_rows, params.out_strides.token, out, shared, warp_row, count, params.out_aligned, lane);
+    store_out<Type, OutTile>(out_rows, params.out_strides.token, out, shared, warp_row, my_columns, count, params.out_aligned, lane);
     return true;
 }
 

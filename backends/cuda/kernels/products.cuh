@@ -80,15 +80,15 @@ static __device__ __forceinline__ void multiply_keys(Scores<RowTiles, Keys>& sco
 }
 
 // Calls before(step) before the products of each step of 16 keys.
-template <class Type, class VTile, int RowTiles, int Keys, class F>
+template <class Type, class VTile, int RowTiles, int Keys, int Columns, class F>
 static __device__ __forceinline__ void multiply_values(
-    Accumulators<RowTiles, VTile::kColumns>& out, const Weights<RowTiles, Keys>& weights, uint32 v_tile, int lane, F before) {
+    Accumulators<RowTiles, Columns>& out, const Weights<RowTiles, Keys>& weights, uint32 v_tile, int lane, F before) {
     const uint32 v = v_tile + VTile::offset(lane % 16, lane / 16 * 8);
 #pragma unroll
     for (int step = 0; step < Keys / 16; ++step) {
         before(step);
 #pragma unroll
-        for (int n = 0; n < VTile::kColumns / 16; ++n) {
+        for (int n = 0; n < Columns / 16; ++n) {
             uint32 b[4];
             load_blocks_transposed(b, v + VTile::offset(step * 16, n * 16));
 #pragma unroll

@@ -1,7 +1,7 @@
 // Scores to weights: softcap, ALiBi, mask, and the online softmax (arXiv 2205.14135, 2307.08691) in base 2.
 #pragma once
 
-#include "products.cuh"
+#include "pairs.cuh"
 
 namespace attnhub {
 
@@ -101,9 +101,10 @@ static __device__ __forceinline__ float anchor_of(float maximum) { return maximu
 // An exponent is one instruction, score * scale - (maximum * scale, rounded): what the rounding moves, the largest weight from 1 to 2^e, cancels in
 // out / sum, as long as e is small. Rows that end with a maximum beyond kExtreme (e up to 2^-10: to bf16 that weight is still 1) are done again,
 // Careful: the maximum is subtracted first, and is the exact one.
-template <bool Careful, int RowTiles, int Keys, int Columns>
+template <bool Careful, bool Pairs, int RowTiles, int KeyBlocks, int OutBlocks, class Exchange>
 static __device__ __forceinline__ void raise_maxima(
-    const Scores<RowTiles, Keys>& scores, RowState<RowTiles>& rows, Accumulators<RowTiles, Columns>& out, float scale) {
+    const float (&scores)[RowTiles][KeyBlocks][4], RowState<RowTiles>& rows, float (&out)[RowTiles][OutBlocks][4], float scale,
+    const Exchange& exchange) {
     float maxima[RowTiles][2];
     bool grown = Careful;
 #pragma unroll
@@ -112,11 +113,15 @@ static __device__ __forceinline__ void raise_maxima(
         for (int half = 0; half < 2; ++half) {
             float maximum = scores[m][0][half * 2];
 #pragma unroll
-            for (int n = 0; n < Keys / 8; ++n) maximum = fmaxf(maximum, fmaxf(scores[m][n][half * 2], scores[m][n][half * 2 + 1]));
+            for (int n = 0; n < KeyBlocks; ++n) maximum = fmaxf(maximum, fmaxf(scores[m][n][half * 2], scores[m][n][half * 2 + 1]));
             maximum = across_row(maximum, [](float a, float b) { return fmaxf(a, b); });
             maxima[m][half] = Careful ? maximum : __fmul_rn(maximum, scale);
-            grown = grown || maxima[m][half] > rows.maximum[m][half] + kSlack;
         }
+    }
+    if constexpr (Pairs) exchange.raise(maxima);
+#pragma unroll
+    for (int m = 0; m < RowTiles; ++m) {
+        grown = grown || maxima[m][0] > rows.maximum[m][0] + kSlack || maxima[m][1] > rows.maximum[m][1] + kSlack;
     }
     if (!__any_sync(0xffffffffu, grown)) return;
 #pragma unroll
@@ -128,7 +133,7 @@ static __device__ __forceinline__ void raise_maxima(
             rows.maximum[m][half] = now;
             rows.sum[m][half] *= rescale;
 #pragma unroll
-            for (int n = 0; n < Columns / 8; ++n) {
+            for (int n = 0; n < OutBlocks; ++n) {
                 out[m][n][half * 2] *= rescale;
                 out[m][n][half * 2 + 1] *= rescale;
             }
@@ -151,21 +156,24 @@ static __device__ __forceinline__ bool needs_care(const RowState<RowTiles>& rows
     return found;
 }
 
-// Weights of one block of scores, [16 x 8], to sums and to the left operand of P V.
-template <class Type, bool Careful, int RowTiles, int Keys>
+// Weights of 16 keys, with which they add to the sums, as the left operand of P V.
+template <class Type, bool Careful, int RowTiles, int KeyBlocks>
 static __device__ __forceinline__ void weigh(
-    Weights<RowTiles, Keys>& weights, const Scores<RowTiles, Keys>& scores, RowState<RowTiles>& rows, float scale, int m, int n) {
+    uint32 (&weights)[4], const float (&scores)[RowTiles][KeyBlocks][4], RowState<RowTiles>& rows, float scale, int m, int step) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const float maximum = rows.maximum[m][half];
-        float p[2];
+    for (int n = 0; n < 2; ++n) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float score = scores[m][n][half * 2 + i];
-            p[i] = exp2_fast(Careful ? (score - anchor_of(maximum)) * scale : fmaf(score, scale, -maximum));
-            rows.sum[m][half] += p[i];
+        for (int half = 0; half < 2; ++half) {
+            const float maximum = rows.maximum[m][half];
+            float p[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float score = scores[m][2 * step + n][half * 2 + i];
+                p[i] = exp2_fast(Careful ? (score - anchor_of(maximum)) * scale : fmaf(score, scale, -maximum));
+                rows.sum[m][half] += p[i];
+            }
+            weights[n * 2 + half] = Type::pack(p[0], p[1]);
         }
-        weights[m][n / 2][n % 2 * 2 + half] = Type::pack(p[0], p[1]);
     }
 }
 
