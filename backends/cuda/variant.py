@@ -27,7 +27,7 @@ class Variant:
 
     arch: ``sm_90``. turing: the path without cp.async and with m16n8k8 products (any architecture can run it). warps: of a block. row_tiles:
     16-row tiles of queries per warp. keys: rows of a K/V tile. stages: tiles of K, and of V, in shared memory. kept: steps of 16
-    columns of Q that stay in registers.
+    columns of Q that stay in registers. pairs: two warps share their rows, and divide the keys of Q K^T and the columns of P V.
     """
 
     arch: str
@@ -145,18 +145,20 @@ def make(
     per_block, per_multiprocessor = (x * _KIB for x in (_SHARED["sm_75"] if turing else _SHARED.get(arch.rstrip("af"), _SHARED_LEAST)))
     registers = (_REGISTERS_TURING if turing else _REGISTERS_AMPERE)[softcap or alibi]
 
+    def room(keys: int, row_tiles: int, pairs: bool) -> int:
+        return registers - 32 if keys > 64 and row_tiles == 2 and not pairs else registers  # the unrolled loops over keys want some as well
+
     def sized(warps: int, row_tiles: int, keys: int, stages: int, pairs: bool = False) -> Variant:
         v = Variant(arch, turing, dtype, head_dim, v_head_dim, warps, row_tiles, keys, stages, 0, pairs, softcap, alibi)
-        # What registers are left keep Q: 3 to 4% at head_dim 64, 7% at 256.
-        kept = 0 if turing else min(_columns(head_dim) // 16, max(0, registers - v.held_registers) // (4 * row_tiles))
-        return replace(v, kept=kept)
+        # What registers are left keep Q; pairs want them for fragments.
+        left = 0 if turing or pairs else room(keys, row_tiles, pairs) - v.held_registers
+        return replace(v, kept=min(_columns(head_dim) // 16, max(0, left) // (4 * row_tiles)))
 
     def fits(v: Variant) -> bool:
-        room = registers - 32 if v.keys > 64 and v.row_tiles == 2 else registers  # the unrolled loops over keys want some as well
-        return v.shared_bytes <= per_block and (v.held_registers <= room or v.keys == 16)
+        return v.shared_bytes <= per_block and (v.held_registers <= room(v.keys, v.row_tiles, v.pairs) or v.keys == 16)
 
     def fills(v: Variant) -> bool:
-        return v.keys >= 32 and v.warps * (per_multiprocessor // (v.shared_bytes + _RESERVED)) >= _WARPS
+        return turing or v.keys >= 32 and v.warps * (per_multiprocessor // (v.shared_bytes + _RESERVED)) >= _WARPS
 
     widest = max(head_dim, v_head_dim)
     small = [sized(4, 1, keys, 1) for keys in (64, 48, 32, 16)]
@@ -164,10 +166,13 @@ def make(
         shapes = small
     elif widest <= 128:
         # Two row tiles per warp halve the reads from shared memory per product, which otherwise bound it. They fit up to 128 columns of out.
-        few = [sized(4, 2, 64, 2), *(sized(4, 2, keys, 1) for keys in (64, 48, 32))]
+        few = [sized(4, 2, 64, 2), *(sized(4, 2, keys, 1) for keys in (96, 64, 48, 32))]
         many = [sized(8, 2, keys, 1) for keys in (64, 48, 32)] if seqlen_q > 128 else []
         shapes = [*few, *many, sized(4, 2, 16, 1)]
     else:
-        shapes = [sized(8, 1, 64, 2), *(sized(8, 1, keys, 1) for keys in (80, 64, 48, 32)), *small]
+        # Out leaves registers for one row tile per warp, or for two with half the columns each.
+        halves = _columns(v_head_dim) % 32 == 0
+        paired = [sized(8, 2, keys, 1, pairs=True) for keys in (128, 96, 64)] if halves else []
+        shapes = [*paired, sized(8, 1, 64, 2), *(sized(8, 1, keys, 1) for keys in (80, 64, 48, 32)), *small]
     fitting = [v for v in shapes if fits(v)]
     return next((v for v in fitting if fills(v)), fitting[0])

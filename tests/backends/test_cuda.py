@@ -198,7 +198,7 @@ def _check(v: variant.Variant, folder: Path) -> None:
     assert _spilled(compiled.log) <= 40, compiled.log
     if _spilled(compiled.log):
         loads, stores = _memory_in_loop(compiled.cubin, folder)
-        assert loads <= 4 and stores == 0
+        assert loads <= 6 and stores == 0
 
 
 _QUICK = [_made("sm_90", "bfloat16", d) for d in (64, 128, 256)]
@@ -225,7 +225,7 @@ def test_tiles_fit_every_pair_of_head_dims(arch: str) -> None:
                 v = _made(arch, "float16", head_dim, v_head_dim, **more)
                 assert v.shared_bytes <= LIMITS[arch] * 1024
                 assert v.keys % 16 == 0 and v.keys % (v.warps * 2) == 0 and (v.keys >= 32 or arch == "sm_75")
-                assert 16 * v.kept <= head_dim + 15 and (not v.pairs or v.v_head_dim > 128)
+                assert 16 * v.kept <= head_dim + 15 and (not v.pairs or -(-v.v_head_dim // 16) % 2 == 0)
     assert _made(f"{arch}a", "float16", 128) == dataclasses.replace(_made(arch, "float16", 128), arch=f"{arch}a") or arch == "sm_75"
 
 
