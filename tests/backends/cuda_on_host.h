@@ -52,7 +52,7 @@ struct Warp { Meeting meeting; uint64_t slots[32][12]; };
 inline std::vector<unsigned char> shared;
 inline std::vector<std::unique_ptr<Lane>> lanes;
 inline std::vector<Warp> warps;
-inline Meeting block_meeting;
+inline Meeting block_meeting, pair_meetings[16];
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline unsigned current;
@@ -78,6 +78,7 @@ inline void meet(Meeting& m, int size) {
 
 inline Warp& warp() { return warps[current / 32]; }
 inline void meet_warp() { meet(warp().meeting, 32); }
+inline void meet_pair(int barrier) { meet(pair_meetings[barrier], 64); }
 
 // Gives every lane's words to every lane of the warp: f(words of all).
 template <class T, class F> auto exchange(const T& mine, F f) {
@@ -219,6 +220,7 @@ template <class F> void launch(unsigned blocks, unsigned threads, unsigned share
         shared.assign(shared_bytes, 0xff);  // NaN
         warps.assign(threads / 32, {});
         block_meeting = {};
+        for (Meeting& meeting : pair_meetings) meeting = {};
         for (auto& lane : lanes) {
             getcontext(&lane->context);
             lane->context.uc_stack.ss_sp = lane->stack.data();
@@ -277,4 +279,5 @@ extern "C" [[noreturn]] inline void __assertfail(const char* message, const char
 }
 template <class T> T __ldcg(const T* x) { return *x; }
 inline float __uint_as_float(unsigned x) { return host::as_float(x); }
+inline unsigned __float_as_uint(float x) { return host::as_word(x); }
 inline size_t __cvta_generic_to_shared(const void* x) { return static_cast<size_t>(static_cast<const unsigned char*>(x) - host::shared.data()); }

@@ -35,6 +35,7 @@ _FUNCTIONS = {
     "fma.rn.bf16x2": "taint<host::BFloat16>",
     "fma.rn.f16x2": "taint<host::Half>",
     "ex2.approx": "exp2",
+    "bar.sync": "meet_pair",
     "rcp.approx": "reciprocal",
     "cvt.f32.f16": "widen",
 }
