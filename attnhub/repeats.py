@@ -75,7 +75,7 @@ def repeated(
         strides = None if q.is_contiguous() and k.is_contiguous() and v.is_contiguous() else (q.stride(), k.stride(), v.stride())
         unaligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
         key = (
-            q.shape, k.shape, v.shape, strides, q.get_device(), k.get_device(), v.get_device(), unaligned, q.dtype, k.dtype, v.dtype,
+            q.shape, k.shape, v.shape, strides, q.is_cuda, q.get_device(), k.get_device(), v.get_device(), unaligned, q.dtype, k.dtype, v.dtype,
             None if mask.structural else tuple([(t.shape, t.dtype, t.device) for t in mask.held]), grad, rest,
         )  # fmt: skip
         known = None if recent is None else _seen.get(key)

@@ -211,6 +211,15 @@ def _cuda_decode(device: str) -> list[Case]:
     return [dataclasses.replace(c, page_size=size, graph=graph) for c, size in pages for graph in (False, True)]
 
 
+def _cuda_few(device: str) -> list[Case]:
+    """Several queries of each sequence behind a cache, as of drafted tokens or small chunks."""
+    shapes = [(1, 8192, 8), (1, 8192, 32), (16, 4096, 8), (64, 2048, 8)] if device != "cpu" else [(1, 1024, 8)]
+    return [
+        Case(count, length, batch=batch, heads=32, kv_heads=kv_heads, head_dim=128, dtype="bfloat16", graph=device != "cpu")
+        for batch, length, kv_heads in shapes for count in (2, 4, 8, 16)
+    ]  # fmt: skip
+
+
 _GPU_BACKENDS = ("auto", "triton")
 PRESETS = {
     "quick": Preset("a minute: one small shape in two dtypes, a decode step, a backward", _quick),
@@ -268,6 +277,10 @@ PRESETS = {
     "cuda-decode": Preset(
         "the cuda backend's decode steps, contiguous and paged, by plain calls and by CUDA graph", _cuda_decode,
         gpu_peers=("cudnn",), gpu_backends=("cuda", "triton"), turns=(3, 0.05), judged="attnhub cuda", shown=RATIOS,
+    ),
+    "cuda-few": Preset(
+        "2 to 16 queries of each sequence over a long cache, by CUDA graph", _cuda_few,
+        gpu_peers=("cudnn", "flash"), gpu_backends=("cuda", "triton"), turns=(3, 0.03), judged="attnhub cuda", shown=RATIOS,
     ),
     "cuda-portable": Preset(
         "the cuda backend's mma.sync kernel for older GPUs, compiled for this one, beside flash", _forward(1024, 4096, 16384),

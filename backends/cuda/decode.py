@@ -21,10 +21,12 @@ _SLOTS_BYTES, _SLOTS_BYTES_SMALL = 128 * 1024, 80 * 1024
 _LARGE = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
 #: Tiles of rows from which on two blocks share a multiprocessor, of which there are 132, where keys are in pages or slots are no larger than this.
 _MANY_TILES, _NARROW = 4 * 132, 2048
-#: Time relative to cuDNN's on contiguous keys: as fast where the memory is the bound, faster for small batches and wide heads, and in host time.
-_COST = 0.95
-#: Where a K/V head has rows for several tiles, each of which reads its keys: behind torch's kernels, and before the triton backend.
-_COST_MORE_ROWS = 1.05
+#: Time relative to cuDNN's of one query over contiguous keys: as fast where the memory is the bound, faster for small batches and wide heads, and in host
+#: time; with more rows for a K/V head than a tile has, behind.
+_COST, _COST_MORE_ROWS = 0.95, 1.05
+#: Of several queries before many keys, for which cuDNN takes several times as long: while tiles are few, and where each of many reads the keys again.
+_COST_FEW, _COST_FEW_MANY_TILES = 0.7, 0.9
+_MANY_KEYS, _MULTIPROCESSORS = 1024, 132
 #: Parts of a row that the kernel's merge asks for at once.
 _BATCH = 16
 #: What waiting for them takes, and what a block takes before and after its keys, in times of a warp's step over 16 keys; from runs on an H200.
@@ -101,15 +103,23 @@ def serves(problem: Problem) -> bool:
     return bool(problem.page_size) or (problem.seqlen_q <= MOST_QUERIES and Feature.VARLEN not in problem.features)
 
 
+def _tiles(problem: Problem) -> int:
+    """Of rows."""
+    return problem.batch * problem.kv_heads * -(-problem.q_heads // problem.kv_heads * problem.seqlen_q // ROWS)
+
+
 def cost(problem: Problem) -> float:
     """`Backend.cost` of a problem that it serves, on compute capability 9.0."""
-    return _COST if problem.q_heads // problem.kv_heads * problem.seqlen_q <= ROWS else _COST_MORE_ROWS
+    one_tile = problem.q_heads // problem.kv_heads * problem.seqlen_q <= ROWS
+    if problem.seqlen_q > 1 and problem.seqlen_k >= _MANY_KEYS:
+        return _COST_FEW if one_tile or _tiles(problem) <= _MULTIPROCESSORS else _COST_FEW_MANY_TILES
+    return _COST if one_tile else _COST_MORE_ROWS
 
 
 def choose(problem: Problem) -> DecodeVariant:
     """The variant for a problem that it serves."""
     arch, features, page = tuple(problem.device.arch), problem.features, problem.page_size
-    tiles = problem.batch * problem.kv_heads * -(-problem.q_heads // problem.kv_heads * problem.seqlen_q // ROWS)
+    tiles = _tiles(problem)
     return make(
         f"sm_{arch[0]}{arch[1]}", problem.q_dtype, problem.head_dim, problem.v_head_dim, 0 if not page else 2 if page % KEYS else 1,
         softcap=Feature.SOFTCAP in features, alibi=Feature.ALIBI in features, alone=arch in _LARGE and not (tiles >= _MANY_TILES and (page or slot_bytes(problem.head_dim, problem.v_head_dim) <= _NARROW)),

@@ -112,7 +112,7 @@ def test_tokens_that_pass_the_cache_are_asserted_by_the_device() -> None:
     source = """
 import torch, attnhub
 q, k = torch.randn(1, 8, 1, 64, device="cuda").half(), torch.randn(1, 2, 1, 64, device="cuda").half()
-cache = KVCache.empty(1, 2, 32, 64, dtype=torch.float16, device="cuda")
+cache = attnhub.KVCache.empty(1, 2, 32, 64, dtype=torch.float16, device="cuda")
 attnhub.attention(q, k, k, kv_cache=cache, backend="cuda")
 cache.cache_seqlens.fill_(32)
 attnhub.attention(q, k, k, kv_cache=cache, backend="cuda")

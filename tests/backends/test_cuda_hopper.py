@@ -4,6 +4,7 @@ not finite, strides, streams and graphs. What needs no GPU is in test_cuda_hoppe
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -181,7 +182,7 @@ MASKS: dict[str, Mask] = {
 def test_values_that_are_not_finite_reach_only_who_may_see_them(name: str, bad: float, dim: int, launches: list[int]) -> None:
     """NaN and infinities, in keys, values and rows. What they do not reach is as if they were zeros."""
     mask = MASKS[name]
-    mask = Mask(**{**vars(mask), **{n: t.cuda() for n in ("seqused_k", "leftpad") if (t := getattr(mask, n)) is not None}})
+    mask = dataclasses.replace(mask, **{n: t.cuda() for n in ("seqused_k", "leftpad") if (t := getattr(mask, n)) is not None})
     q, k, v = _inputs(2, 300, dim)
     v[0, 0, 250, 3], v[1, 1, 10], v[1, 1, 299] = bad, -bad, bad
     k[0, 1, 280, 0], q[1, 0, 77] = float("nan"), bad
@@ -317,7 +318,7 @@ def test_the_order_of_tiles_changes_nothing(name: str, dim: int, monkeypatch: py
     q, k, v = _inputs(1 if name in ("packed", "long") else 2, length, dim)
     mask = MASKS["causal" if name in ("packed", "long") else name]
     if mask.leftpad is not None:
-        mask = Mask(**{**vars(mask), "leftpad": mask.leftpad.cuda()})
+        mask = dataclasses.replace(mask, leftpad=mask.leftpad.cuda())
     if name == "packed":
         starts = torch.tensor([0, 70, 70, 290], dtype=torch.int32, device="cuda")
         varlen = Varlen(starts, starts, 220, 220)
