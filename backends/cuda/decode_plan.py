@@ -140,10 +140,13 @@ class Launch:
         row_tiles = -(-group * longest // decode.ROWS)
         # Packed: one sequence more for the tokens behind the last one.
         self.tiles = (sequences + (varlen is not None)) * kv_heads * row_tiles
-        splits = decode.split_count(self.tiles, seqlen_k, variant.warps, slots(index, variant.shared_bytes))
+        tile_rows = min(decode.ROWS, group * longest)
+        splits = decode.split_count(self.tiles, seqlen_k, variant.warps, slots(index, variant.shared_bytes), tile_rows)
         self.grid = (self.tiles * splits, 1, 1)
+        #: Rows of tiles, if they are split.
+        self.rows = 0 if splits == 1 else self.tiles * tile_rows
         #: fp32 values that splits leave: rows of out, and two for each row.
-        self.partial = 0 if splits == 1 else self.tiles * splits * decode.ROWS * (-(-v.shape[3] // 16) * 16 + 2)
+        self.partial = self.rows * splits * (-(-v.shape[3] // 16) * 16 + 2)
         self.index = index
         #: Of what a launch makes: shape, strides, dtype.
         self.out = tuple(out.shape), out.stride(), out.dtype
@@ -155,9 +158,10 @@ class Launch:
         self.argument = Argument(decode_params.SIZE)
         decode_params.REST.pack_into(
             self.argument.buffer, decode_params.POINTERS.size, *_strides(q), *_strides(k), *_strides(v), *_strides(out), *decode_append.strides(call.append, _strides),
-            sequences, q_heads, kv_heads, group, seqlen_q, seqlen_k, page_size, pages, row_tiles, splits, mask.causal, mask.align == "top_left",
+            sequences, q_heads, group, seqlen_q, seqlen_k, pages, tile_rows, mask.causal, mask.align == "top_left",
             min(mask.window[0], _FAR), min(mask.window[1], _FAR), min(mask.chunk, _FAR),
             q_heads if mask.alibi is not None and mask.alibi.ndim == 2 else 0, scale < 0, whole, *decode_append.numbers(call),
+            *(part for number in (kv_heads, max(1, page_size), row_tiles, splits) for part in decode_params.divisor(number)),
             size * _LOG2E, 2 * _LOG2E * size / softcap if softcap else 0.0, softcap * _LOG2E,
         )  # fmt: skip
         self._start, self._parameters = kernel.sized(self.grid, (variant.threads, 1, 1), variant.shared_bytes), self.argument.parameters
@@ -257,7 +261,7 @@ class DecodePlan(CubinPlan):
         stream = raw_stream(launch.index)
         out = empty_strided(*launch.out)
         lse = empty_strided(*launch.lse) if need_lse else None
-        scratch = _scratch.take(launch.partial, launch.tiles, launch.index, stream) if launch.partial else None
+        scratch = _scratch.take(launch.partial, launch.rows, launch.index, stream) if launch.partial else None
         launch.start(
             stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), *data,
             0 if scratch is None else scratch.partial_at, 0 if scratch is None else scratch.tickets_at, *decode_append.pointers(append),

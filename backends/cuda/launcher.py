@@ -14,7 +14,7 @@ from attnhub.backend import Call, PrepareError
 from attnhub.backends.cuda import compile, decode, hopper, nvrtc
 from attnhub.backends.cuda.loading import Argument, CubinPlan, pointer, raw_stream
 from attnhub.backends.cuda.params import LAYOUT
-from attnhub.backends.cuda.variant import THREADS, Variant, choose
+from attnhub.backends.cuda.variant import Variant, choose
 from attnhub.layouts import empty_out
 from attnhub.problem import Problem
 from attnhub.reasons import Code, Reason
@@ -26,7 +26,6 @@ _SECTION_BYTES = 24 << 20
 MAX_LENGTH = 1 << 30
 #: Instead of a softmax_scale of 0, which would turn the -inf of a masked score into NaN.
 _TINY_SCALE = 2.0**-100
-_BLOCK = (THREADS, 1, 1)
 
 
 class _Here(threading.local):
@@ -44,6 +43,7 @@ class CudaPlan(CubinPlan):
         self.variant = variant
         self._here = _Here()
         self._rows = variant.rows  # a computed property, too slow for each launch
+        self._block = (variant.warps * 32, 1, 1)
         self._head_bytes = (variant.head_dim + variant.v_head_dim) * 2
 
     def _launch(self, call: Call, index: int) -> tuple[Tensor, Optional[Tensor]]:
@@ -94,7 +94,7 @@ class CudaPlan(CubinPlan):
             size * _LOG2E, 2 * _LOG2E * size / softcap if softcap else 0.0, softcap * _LOG2E,
             0,
         )  # fmt: skip
-        kernel.sized((q_tiles * blocks_of_heads, 1, 1), _BLOCK, self._shared_bytes)(raw_stream(index), argument.parameters, 0)
+        kernel.sized((q_tiles * blocks_of_heads, 1, 1), self._block, self._shared_bytes)(raw_stream(index), argument.parameters, 0)
         return out, lse
 
     def describe(self) -> dict[str, Any]:

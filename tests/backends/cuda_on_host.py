@@ -15,6 +15,8 @@ from attnhub.backends.cuda import compile, loading
 #: Beginning of an instruction -> function.
 _FUNCTIONS = {
     "cp.async.cg.": "cp_async",
+    "atom.acq_rel.gpu.global.add.s32": "draw",
+    "cp.async.ca.": "copy_word",
     "cp.async.commit_group": "cp_async_commit",
     "cp.async.wait_group": "cp_async_wait",
     "cp.async.wait_all": "cp_async_wait_all",
@@ -33,6 +35,7 @@ _FUNCTIONS = {
     "fma.rn.bf16x2": "taint<host::BFloat16>",
     "fma.rn.f16x2": "taint<host::Half>",
     "ex2.approx": "exp2",
+    "bar.sync": "meet_pair",
     "rcp.approx": "reciprocal",
     "cvt.f32.f16": "widen",
 }

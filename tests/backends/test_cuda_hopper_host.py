@@ -361,7 +361,8 @@ def test_which_problems_it_is_for(changes: dict[str, Any], served: bool) -> None
     [
         ({}, "cuda"), ({"features": frozenset({Feature.LSE}), "need_backward": True}, "cuda"), ({"features": frozenset({Feature.CAUSAL_BOTTOM_RIGHT})}, "cuda"),
         ({"kv_heads": 4, "features": frozenset({Feature.GQA})}, "cuda"), ({"q_dtype": "float16", "kv_dtype": "float16"}, "cuda"),
-        ({"seqlen_k": 8192}, "sdpa"), ({"batch": 1, "seqlen_q": 128}, "triton"), ({"batch": 1, "seqlen_q": 128, "features": frozenset({Feature.WINDOW})}, "triton"), ({"head_dim": 80, "v_head_dim": 80}, "sdpa"), ({"seqlen_q": 1}, "sdpa"),
+        ({"seqlen_k": 8192}, "sdpa"), ({"batch": 1, "seqlen_q": 128}, "triton"), ({"batch": 1, "seqlen_q": 128, "features": frozenset({Feature.WINDOW})}, "triton"), ({"head_dim": 80, "v_head_dim": 80}, "sdpa"),
+        ({"seqlen_q": 1}, "cuda"), ({"seqlen_q": 8, "kv_heads": 4, "features": frozenset({Feature.GQA})}, "sdpa"),
         ({"features": frozenset({Feature.SOFTCAP})}, "cuda"), ({"features": frozenset({Feature.VARLEN})}, "cuda"),
         ({"seqlen_q": 1, "page_size": 16, "features": frozenset({Feature.PAGED, Feature.SEQLENS})}, "cuda"),
         ({"device": DeviceInfo("cuda", "nvidia", (8, 0), "A100")}, "sdpa"),
