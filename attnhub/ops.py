@@ -342,10 +342,14 @@ class EagerAttention(_SingleLevelFunction):
         again = None if repeat is None else repeat(q, k, v)
         out, lse = chosen.forward(call) if again is None else again
         mask = call.mask
-        spec, sizes, data = flat.encode(mask, call.softcap, call.dropout_p, call.rng, call.varlen, call.block_table, None, call.deterministic)
-        ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *data)
         # A mask that holds tensors must not be kept: they have to be saved as tensors are.
-        ctx.static = (spec, sizes, call.softmax_scale, call.softcap, None if data or bias is not None or call.deterministic else mask, chosen)
+        if mask.held or call.dropout_p or call.varlen is not None or call.block_table is not None or call.deterministic:
+            spec, sizes, data = flat.encode(mask, call.softcap, call.dropout_p, call.rng, call.varlen, call.block_table, None, call.deterministic)
+            ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *data)
+            ctx.static = (spec, sizes, call.softmax_scale, call.softcap, None, chosen)
+        else:
+            ctx.save_for_backward(q, k, v, bias, sinks, out, lse)
+            ctx.static = (None, None, call.softmax_scale, call.softcap, mask, chosen)
         ctx.set_materialize_grads(False)
         return (out, lse) if want_lse else out
 
@@ -360,6 +364,8 @@ class EagerAttention(_SingleLevelFunction):
         needs = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
             # create_graph=True: the operator's backward tells whoever differentiates again that it has no derivative.
+            if mask is not None:
+                spec, sizes, data = flat.encode(mask, softcap, 0.0, None, None, None, None, False)
             grads = backward_op(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, data, spec, sizes, softmax_scale, list(needs), chosen.backend)
             return (*(grad if need else None for need, grad in zip(needs, grads)), None, None, None, None)
         if mask is None:

@@ -40,8 +40,8 @@ _TINY_SCALE = 2.0**-100
 _LIMIT = 256
 #: Tickets for launches in graphs, and the fewest of a stream, see `_Scratch`.
 _CAPTURED, _FEWEST_TICKETS = 1 << 20, 1024
-#: Streams whose scratch is kept.
-_STREAMS = 64
+#: Streams whose scratch is kept, and of how many partial sums (16 MiB): longer launches do not wait for the host.
+_STREAMS, _MOST_KEPT = 64, 4 << 20
 #: Shared memory of a multiprocessor where torch does not say it, and what each block takes beside its own.
 _SHARED_BYTES, _RESERVED_BYTES = 100 * 1024, 1024
 
@@ -77,6 +77,8 @@ class _Scratch:
         """At least so many partial sums and tickets, for a launch on the current stream ``stream`` of the current device ``index``."""
         if stream and is_capturing():  # the default stream cannot be
             return _Pair(_floats(partial, index), self._captured(tickets, index))
+        if partial > _MOST_KEPT:
+            return _Pair(_floats(partial, index), self.take(0, tickets, index, stream).tensors[1])
         found = self._by_stream.get((index, stream))
         if found is None or found.partial_size < partial or found.tickets_size < tickets:
             if found is not None:

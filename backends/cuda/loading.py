@@ -70,7 +70,7 @@ def _public_empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch
 #: (shape, strides, dtype) -> a tensor on the current device. The private function is what compiled graphs allocate by: it passes by the
 #: dispatcher, and takes half of torch.empty_like's time. It takes plain tuples only.
 empty_strided: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = getattr(
-    getattr(torch._C, "_dynamo", None) and torch._C._dynamo.guards, "_empty_strided_cuda", _public_empty
+    getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", _public_empty
 )
 _thread = threading.local()
 

@@ -318,6 +318,9 @@ def test_scratch_of_captured_launches_is_their_own(monkeypatch: pytest.MonkeyPat
         found = scratch.take(partial, tickets, 0, 7)
         assert found.partial_size >= max(partial, 70) and found.tickets_size >= max(tickets, 1024) and not found.tensors[1].any()
     assert found is scratch.take(70, 5000, 0, 7) is not first
+    large = [scratch.take(5 << 20, 6000, 0, 7) for _ in range(2)]
+    assert large[0].partial_at != large[1].partial_at and large[0].tickets_at == large[1].tickets_at and large[0].tickets_size >= 6000
+    assert scratch.take(10, 10, 0, 7).partial_size < 1 << 20
     for stream in range(100, 1000):
         scratch.take(1, 1, 0, stream)
     assert len(scratch._by_stream) <= 64
