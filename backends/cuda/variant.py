@@ -158,7 +158,7 @@ def make(
         return v.shared_bytes <= per_block and (v.held_registers <= room(v.keys, v.row_tiles, v.pairs) or v.keys == 16)
 
     def fills(v: Variant) -> bool:
-        return turing or v.keys >= 32 and v.warps * (per_multiprocessor // (v.shared_bytes + _RESERVED)) >= _WARPS
+        return turing or (v.keys >= 32 and v.warps * (per_multiprocessor // (v.shared_bytes + _RESERVED)) >= _WARPS)
 
     widest = max(head_dim, v_head_dim)
     small = [sized(4, 1, keys, 1) for keys in (64, 48, 32, 16)]
