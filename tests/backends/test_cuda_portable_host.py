@@ -20,7 +20,7 @@ from attnhub.backends.cuda import launcher, variant
 from attnhub.backends.cuda.variant import Variant
 from attnhub.dense import allowed_pairs
 from attnhub.layouts import Varlen
-from attnhub.mask import FULL, Causal, Chunk, LeftPad, Mask, SeqLens, Window
+from attnhub.mask import FULL, ALiBi, Causal, Chunk, LeftPad, Mask, SeqLens, Window
 
 _spec = importlib.util.spec_from_file_location("cuda_on_host", Path(__file__).with_name("cuda_on_host.py"))
 assert _spec is not None and _spec.loader is not None
@@ -31,8 +31,8 @@ _spec.loader.exec_module(cuda_on_host)
 Run = Callable[..., tuple[Tensor, Tensor]]
 
 
-def _made(arch: str, dim: int, v_dim: int, seqlen_q: int = 1 << 20) -> Variant:
-    return variant.make(arch=arch, turing=False, dtype="float16", head_dim=dim, v_head_dim=v_dim, seqlen_q=seqlen_q)
+def _made(arch: str, dim: int, v_dim: int, **more: Any) -> Variant:
+    return variant.make(arch=arch, turing=False, dtype="float16", head_dim=dim, v_head_dim=v_dim, **more)
 
 
 #: Two stages with all of Q kept; one stage; 8 warps of one row tile; pairs of warps; few queries.
@@ -51,13 +51,10 @@ def test_the_variants_are_what_they_are_here_for() -> None:
     assert VARIANTS["two-stages"].kept == 4 and VARIANTS["few"].rows == 64
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """``run(q, k, v, mask, **call)``: (out, lse) by one variant."""
+def _on_host(chosen: Variant, folder: Path) -> Run:
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
-    chosen = VARIANTS[request.param]
-    library = cuda_on_host.build(tmp_path_factory.mktemp("portable"), chosen)
+    library = cuda_on_host.build(folder, chosen)
     plan = launcher.CudaPlan(chosen, "")
 
     def function(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[np.void], shared_bytes: int, stream: Any) -> None:
@@ -75,6 +72,12 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
     launch.variant = chosen  # type: ignore[attr-defined]
     return launch
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """``run(q, k, v, mask, **call)``: (out, lse) by one variant."""
+    return _on_host(VARIANTS[request.param], tmp_path_factory.mktemp("portable"))
 
 
 def _tensors(run: Run, rows: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,3 +151,18 @@ def test_sinks_packed_sequences_and_a_negative_scale(run: Run) -> None:
         total = torch.logaddexp(exact_lse, sinks.double()[:, None])
         torch.testing.assert_close(lse[:, :, a:b].double(), total, rtol=0, atol=2e-3)
         assert (out[:, :, a:b].double() - exact * (exact_lse - total).exp()[..., None]).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (136, 64)], ids=["two-stages", "pairs"])
+def test_softcap_and_alibi(dims: tuple[int, int], tmp_path: Path) -> None:
+    """With the first tiles of keys so far away that ALiBi alone is extreme there."""
+    chosen = _made("sm_90", *dims, softcap=True, alibi=True)
+    assert chosen.pairs == (dims[0] > 128)
+    run = _on_host(chosen, tmp_path)
+    q, k, v = _tensors(run, 70, 300)
+    slopes = torch.tensor([0.25, 2000.0])
+    out, lse = run(q, k, v, ALiBi(slopes), softcap=3.0)
+    distance = (torch.arange(70)[:, None] + 230 - torch.arange(300)).abs()
+    scores = 3 * torch.tanh(q.double() @ k.double().mT * dims[0] ** -0.5 / 3) - slopes.double()[:, None, None] * distance
+    assert (out.double() - torch.softmax(scores, -1) @ v.double()).abs().max() < 2e-3
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=2e-3)
