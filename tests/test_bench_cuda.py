@@ -19,7 +19,7 @@ from attnhub.reasons import Code, Reason
 from attnhub.registry import registry
 
 CPU = torch.device("cpu")
-NAMES = ("cuda-grid", "cuda-sustained", "cuda-features", "cuda-decode", "cuda-portable")
+NAMES = ("cuda-grid", "cuda-sustained", "cuda-features", "cuda-decode", "cuda-few", "cuda-portable")
 ERROR = "max error, of the others' largest"
 
 

@@ -35,7 +35,7 @@ struct Index { unsigned x; };
 
 namespace host {
 
-struct Copy { unsigned target; const void* source; int bytes; };
+struct Copy { unsigned target; const void* source; int bytes; unsigned size = 16; };
 
 struct Meeting { int count = 0; unsigned long generation = 0; };
 
@@ -116,6 +116,8 @@ struct Half {
 // Instructions, with the operands in the order of the asm statement.
 
 inline void cp_async(unsigned target, const void* source, int bytes) { lanes[current]->open.push_back({target, source, bytes}); }
+inline void copy_word(unsigned target, const void* source) { lanes[current]->open.push_back({target, source, 4, 4}); }
+inline void draw(int& before, int* ticket) { before = (*ticket)++; }
 inline void cp_async_commit() {
     auto& lane = *lanes[current];
     lane.groups.push_back(std::move(lane.open));
@@ -125,9 +127,9 @@ inline void cp_async_wait(int pending) {
     auto& groups = lanes[current]->groups;
     while (static_cast<int>(groups.size()) > pending) {
         for (const Copy& copy : groups.front()) {
-            if (copy.bytes && reinterpret_cast<uintptr_t>(copy.source) % 16) std::abort();
-            unsigned char* target = at(copy.target, 16);
-            std::memset(target, 0, 16);
+            if (copy.bytes && reinterpret_cast<uintptr_t>(copy.source) % copy.size) std::abort();
+            unsigned char* target = at(copy.target, copy.size);
+            std::memset(target, 0, copy.size);
             std::memcpy(target, copy.source, static_cast<size_t>(copy.bytes));
         }
         groups.erase(groups.begin());

@@ -4,12 +4,13 @@ not finite, strides, streams and graphs. What needs no GPU is in test_cuda_hoppe
 
 from __future__ import annotations
 
-import threading
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from cuda_device import beside_graphs
 from torch import Tensor
 
 pytest.importorskip("cupy", reason="the extra attnhub[cuda13] is not installed")
@@ -181,7 +182,7 @@ MASKS: dict[str, Mask] = {
 def test_values_that_are_not_finite_reach_only_who_may_see_them(name: str, bad: float, dim: int, launches: list[int]) -> None:
     """NaN and infinities, in keys, values and rows. What they do not reach is as if they were zeros."""
     mask = MASKS[name]
-    mask = Mask(**{**vars(mask), **{n: t.cuda() for n in ("seqused_k", "leftpad") if (t := getattr(mask, n)) is not None}})
+    mask = dataclasses.replace(mask, **{n: t.cuda() for n in ("seqused_k", "leftpad") if (t := getattr(mask, n)) is not None})
     q, k, v = _inputs(2, 300, dim)
     v[0, 0, 250, 3], v[1, 1, 10], v[1, 1, 299] = bad, -bad, bad
     k[0, 1, 280, 0], q[1, 0, 77] = float("nan"), bad
@@ -278,40 +279,14 @@ def test_streams_threads_and_graphs(mask: Mask) -> None:
     """Launches side by side, and graphs replayed beside them, do not take each other's tiles."""
     q, k, v = _inputs(2, 1500, 128)
     plan, call = _plan(q, k, v, mask), Call(q, k, v, mask, 128**-0.5)
-    expected, _ = plan.forward(call)
-    graphs, captured = [], []
-    for _ in range(2):
-        graphs.append(torch.cuda.CUDAGraph())
-        with torch.cuda.graph(graphs[-1]):
-            captured.append(plan.forward(call)[0])
-    results: list[Tensor] = []
-
-    def work() -> None:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            results.extend(plan.forward(call)[0] for _ in range(20))
-        stream.synchronize()
-
-    torch.cuda.synchronize()
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    streams = [torch.cuda.Stream() for _ in graphs]
-    for _ in range(20):
-        for graph, stream in zip(graphs, streams):
-            with torch.cuda.stream(stream):
-                graph.replay()
-    for thread in threads:
-        thread.join()
-    torch.cuda.synchronize()
-    assert len(results) == 60 and all(torch.equal(x, expected) for x in (*results, *captured))
+    graph, captured = beside_graphs(lambda: plan.forward(call)[0], times=20)
     other = _inputs(2, 1500, 128, seed=1)
     right, _ = plan.forward(Call(*other, mask, 128**-0.5))
     for x, y in zip((q, k, v), other):
         x.copy_(y)
-    graphs[0].replay()
+    graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(captured[0], right)
+    assert torch.equal(captured, right)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -343,7 +318,7 @@ def test_the_order_of_tiles_changes_nothing(name: str, dim: int, monkeypatch: py
     q, k, v = _inputs(1 if name in ("packed", "long") else 2, length, dim)
     mask = MASKS["causal" if name in ("packed", "long") else name]
     if mask.leftpad is not None:
-        mask = Mask(**{**vars(mask), "leftpad": mask.leftpad.cuda()})
+        mask = dataclasses.replace(mask, leftpad=mask.leftpad.cuda())
     if name == "packed":
         starts = torch.tensor([0, 70, 70, 290], dtype=torch.int32, device="cuda")
         varlen = Varlen(starts, starts, 220, 220)

@@ -5,6 +5,7 @@ The conformance suite's problems are mostly shorter than the forward kernel's ti
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -139,7 +140,7 @@ def _reached(mask: Mask, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> dict[
 def test_values_that_are_not_finite_reach_only_who_may_see_them(name: str, bad: float, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN and infinities, in keys, values, rows and their gradients. What they do not reach is as if they were zeros."""
     mask = MASKS[name]
-    mask = attnhub.mask.Mask(**{**vars(mask), **{n: t.cuda() for n in ("seqused_k", "leftpad") if (t := getattr(mask, n)) is not None}})
+    mask = dataclasses.replace(mask, **{n: t.cuda() for n in ("seqused_k", "leftpad") if (t := getattr(mask, n)) is not None})
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v, grad = (torch.randn(2, heads, 300, dim, device="cuda", generator=generator).bfloat16() for heads in (4, 2, 2, 4))
     v[0, 0, 250, 3] = bad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, Literal, Optional
 
@@ -354,7 +355,7 @@ def test_packed_queries_over_a_cache(kind: str, mask: Optional[attnhub.Mask], ba
             if first == last:
                 continue
             keys, values = (torch.stack([_read(cache, b, t)[i] for t in range(lengths[b])], 1)[None] for i in range(2))
-            own = None if mask is None else attnhub.Mask(**{**vars(mask), "leftpad": mask.leftpad[b : b + 1]}) if mask.leftpad is not None else mask
+            own = None if mask is None else dataclasses.replace(mask, leftpad=mask.leftpad[b : b + 1]) if mask.leftpad is not None else mask
             want, want_lse = attnhub.attention(q[None, first:last].transpose(1, 2), keys, values, own, return_lse=True, backend="reference")
             torch.testing.assert_close(out[first:last], want[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(lse[:, first:last], want_lse[0], rtol=1e-5, atol=1e-5)
