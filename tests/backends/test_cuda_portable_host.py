@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -56,12 +55,7 @@ def _on_host(chosen: Variant, folder: Path) -> Run:
         pytest.skip("no C++ compiler")
     library = cuda_on_host.build(folder, chosen)
     plan = launcher.CudaPlan(chosen, "")
-
-    def function(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[np.void], shared_bytes: int, stream: Any) -> None:
-        packed = np.frombuffer(arguments[0].tobytes(), np.uint8)
-        library.run(packed.ctypes.data_as(cuda_on_host.ctypes.c_void_p), grid[0], block[0], shared_bytes)
-
-    plan._function = lambda index: function  # type: ignore[method-assign]
+    plan._kernel = lambda index: cuda_on_host.kernel(library.run)  # type: ignore[method-assign]
 
     def launch(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **more: Any) -> tuple[Tensor, Tensor]:
         with pytest.MonkeyPatch.context() as patch:
