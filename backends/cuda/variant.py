@@ -146,7 +146,9 @@ def make(
     registers = (_REGISTERS_TURING if turing else _REGISTERS_AMPERE)[softcap or alibi]
 
     def room(keys: int, row_tiles: int, pairs: bool) -> int:
-        return registers - 32 if keys > 64 and row_tiles == 2 and not pairs else registers  # the unrolled loops over keys want some as well
+        if keys <= 64 or row_tiles == 1:
+            return registers
+        return registers - (16 if pairs else 32)  # the unrolled loops over keys want some as well
 
     def sized(warps: int, row_tiles: int, keys: int, stages: int, pairs: bool = False) -> Variant:
         v = Variant(arch, turing, dtype, head_dim, v_head_dim, warps, row_tiles, keys, stages, 0, pairs, softcap, alibi)

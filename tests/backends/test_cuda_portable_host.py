@@ -19,7 +19,7 @@ from attnhub.backends.cuda import launcher, variant
 from attnhub.backends.cuda.variant import Variant
 from attnhub.dense import allowed_pairs
 from attnhub.layouts import Varlen
-from attnhub.mask import FULL, Causal, Chunk, LeftPad, Mask, SeqLens, Window
+from attnhub.mask import FULL, ALiBi, Causal, Chunk, LeftPad, Mask, SeqLens, Window
 
 _spec = importlib.util.spec_from_file_location("cuda_on_host", Path(__file__).with_name("cuda_on_host.py"))
 assert _spec is not None and _spec.loader is not None
@@ -30,11 +30,11 @@ _spec.loader.exec_module(cuda_on_host)
 Run = Callable[..., tuple[Tensor, Tensor]]
 
 
-def _made(arch: str, dim: int, v_dim: int, seqlen_q: int = 1 << 20) -> Variant:
-    return variant.make(arch=arch, turing=False, dtype="float16", head_dim=dim, v_head_dim=v_dim, seqlen_q=seqlen_q)
+def _made(arch: str, dim: int, v_dim: int, **more: Any) -> Variant:
+    return variant.make(arch=arch, turing=False, dtype="float16", head_dim=dim, v_head_dim=v_dim, **more)
 
 
-#: Two stages with all of Q kept; one stage; 8 warps; pairs of warps; few queries.
+#: Two stages with all of Q kept; one stage; 8 warps of one row tile; pairs of warps; few queries.
 VARIANTS = {
     "two-stages": _made("sm_90", 64, 64),
     "one-stage": _made("sm_86", 64, 40),
@@ -46,17 +46,14 @@ VARIANTS = {
 
 def test_the_variants_are_what_they_are_here_for() -> None:
     found = {name: (v.warps, v.stages, v.pairs) for name, v in VARIANTS.items()}
-    assert found == {"two-stages": (4, 2, False), "one-stage": (4, 1, False), "eight-warps": (8, 1, False), "pairs": (8, 1, True), "few": (4, 1, False)}
+    assert found == {"two-stages": (4, 2, False), "one-stage": (4, 1, False), "eight-warps": (8, 2, False), "pairs": (8, 1, True), "few": (4, 1, False)}
     assert VARIANTS["two-stages"].kept == 4 and VARIANTS["few"].rows == 64
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """``run(q, k, v, mask, **call)``: (out, lse) by one variant."""
+def _on_host(chosen: Variant, folder: Path) -> Run:
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
-    chosen = VARIANTS[request.param]
-    library = cuda_on_host.build(tmp_path_factory.mktemp("portable"), chosen)
+    library = cuda_on_host.build(folder, chosen)
     plan = launcher.CudaPlan(chosen, "")
     plan._kernel = lambda index: cuda_on_host.kernel(library.run)  # type: ignore[method-assign]
 
@@ -69,6 +66,12 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
     launch.variant = chosen  # type: ignore[attr-defined]
     return launch
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """``run(q, k, v, mask, **call)``: (out, lse) by one variant."""
+    return _on_host(VARIANTS[request.param], tmp_path_factory.mktemp("portable"))
 
 
 def _tensors(run: Run, rows: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,8 +92,8 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None = No
 
 
 MASKS = {
-    "full": (FULL, 70, 150), "causal": (Causal(), 150, 180), "rows-without-keys": (Causal(), 140, 60), "window": (Window(30, 10), 130, 130),
-    "chunk": (Causal() & Chunk(50), 140, 140), "padded": (SeqLens(torch.tensor([90])) & LeftPad(torch.tensor([7])), 30, 130),
+    "full": (FULL, 20, 150), "causal": (Causal(), 140, 150), "rows-without-keys": (Causal(), 90, 60), "window-chunk": (Window(30, 10) & Chunk(50), 135, 135),
+    "padded": (SeqLens(torch.tensor([90])) & LeftPad(torch.tensor([7])), 30, 130),
 }  # fmt: skip
 
 
@@ -108,40 +111,52 @@ def test_masks(name: str, run: Run) -> None:
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_what_is_not_finite_reaches_the_rows_that_see_it(poison: float, run: Run) -> None:
-    q, k, v = _tensors(run, 150, 150)
+    q, k, v = _tensors(run, 135, 135)
     exact, _, pairs = _exact(q, k, v, Causal())
-    v[0, 0, [20, 70, 149], 5], k[0, 1, 90] = poison, float("nan")
+    v[0, 0, [20, 70, 134], 5], k[0, 1, 90] = poison, float("nan")
     out, _ = run(q, k, v, Causal())
-    assert torch.equal(out[0, 0, :, 5].isfinite(), ~pairs[:, [20, 70, 149]].any(1))
+    assert torch.equal(out[0, 0, :, 5].isfinite(), ~pairs[:, [20, 70, 134]].any(1))
     assert torch.equal(out[0, 1].isnan().any(1), pairs[:, 90]) and torch.equal(out[0, 1].isnan().all(1), pairs[:, 90])
     seen = out.isfinite()
     assert (out.double() - exact)[seen].abs().max() < 2e-3
 
 
-@pytest.mark.parametrize("mask", [FULL, Causal()], ids=["full", "causal"])
-def test_extreme_scores(mask: Mask, run: Run) -> None:
+def test_extreme_scores(run: Run) -> None:
     """High, low, and of some keys only; a row's maximum may be extreme in the tiles that come first and ordinary in the end."""
-    q, k, v = _tensors(run, 140, 200)
-    q[:, :, ::3], k[:, :, :50:4], k[:, :, -40:] = q[:, :, ::3] * 2.0**12, k[:, :, :50:4] * 2.0**10, k[:, :, -40:] * 2.0**5
-    out, lse = run(q, k, v, mask)
-    exact, exact_lse, _ = _exact(q, k, v, mask)
-    assert (out.double() - exact).abs().max() < 5e-3
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=2e-3)
-    down = torch.full_like(q, -64.0)  # all scores of all rows below -2^14
-    low, low_lse = run(down, k.abs() * 8, v, mask)
-    exact, exact_lse, _ = _exact(down, k.abs() * 8, v, mask)
-    assert (low.double() - exact).abs().max() < 5e-3
-    torch.testing.assert_close(low_lse.double(), exact_lse, rtol=1e-5, atol=2e-3)
+    q, k, v = _tensors(run, 40, 140)
+    q[:, :, ::3], k[:, :, :50:4] = q[:, :, ::3].clamp(-1.9, 1.9) * 2.0**15, k[:, :, :50:4].clamp(-1.9, 1.9) * 2.0**15
+    k[:, :, -40:] = k[:, :, -40:] * 2.0**5
+    down = torch.full_like(q, -64.0)[:, :, :9]  # all scores of all rows below -2^14
+    for rows, keys, mask in ((q, k, FULL), (q, k, Causal()), (down, k.abs() * 8, FULL)):
+        out, lse = run(rows, keys, v, mask)
+        exact, exact_lse, _ = _exact(rows, keys, v, mask)
+        assert (out.double() - exact).abs().max() < 5e-3
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=2e-3)
 
 
 def test_sinks_packed_sequences_and_a_negative_scale(run: Run) -> None:
-    q, k, v = _tensors(run, 170, 170)
-    ends = torch.tensor([0, 90, 90, 160], dtype=torch.int32)
+    q, k, v = _tensors(run, 130, 130)
+    ends = torch.tensor([0, 75, 75, 120], dtype=torch.int32)
     sinks = torch.tensor([0.5, -3.0])
-    out, lse = run(q, k, v, Causal(), scale=-0.1, sinks=sinks, varlen=Varlen(ends, ends, 90, 90))
-    assert not out[:, :, 160:].any() and lse[:, :, 160:].isneginf().all()
-    for a, b in ((0, 90), (90, 160)):
+    out, lse = run(q, k, v, Causal(), scale=-0.1, sinks=sinks, varlen=Varlen(ends, ends, 75, 75))
+    assert not out[:, :, 120:].any() and lse[:, :, 120:].isneginf().all()
+    for a, b in ((0, 75), (75, 120)):
         exact, exact_lse, _ = _exact(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], Causal(), -0.1)
         total = torch.logaddexp(exact_lse, sinks.double()[:, None])
         torch.testing.assert_close(lse[:, :, a:b].double(), total, rtol=0, atol=2e-3)
         assert (out[:, :, a:b].double() - exact * (exact_lse - total).exp()[..., None]).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (136, 64)], ids=["two-stages", "pairs"])
+def test_softcap_and_alibi(dims: tuple[int, int], tmp_path: Path) -> None:
+    """With the first tiles of keys so far away that ALiBi alone is extreme there."""
+    chosen = _made("sm_90", *dims, softcap=True, alibi=True)
+    assert chosen.pairs == (dims[0] > 128)
+    run = _on_host(chosen, tmp_path)
+    q, k, v = _tensors(run, 70, 300)
+    slopes = torch.tensor([0.25, 2000.0])
+    out, lse = run(q, k, v, ALiBi(slopes), softcap=3.0)
+    distance = (torch.arange(70)[:, None] + 230 - torch.arange(300)).abs()
+    scores = 3 * torch.tanh(q.double() @ k.double().mT * dims[0] ** -0.5 / 3) - slopes.double()[:, None, None] * distance
+    assert (out.double() - torch.softmax(scores, -1) @ v.double()).abs().max() < 2e-3
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=2e-3)

@@ -93,38 +93,45 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
             const float to_log2 = ATTNHUB_SOFTCAP ? 1.f : params.scale_log2;
             add_alibi<kRowTiles, kWarpKeys>(scores, to_log2, slope, first_row + mask.offset, key + my_keys, lane);
         }
-        if (masked(key)) hide_scores<kRowTiles, kWarpKeys>(scores, Sequence::of(params, work.sequence).mask, first_row, key + my_keys, lane);
+        if (masked(key)) {
+            const Mask again = Sequence::of(params, work.sequence).mask;
+            hide_scores<kRowTiles, kWarpKeys>(scores, again, first_row, key + my_keys, lane);
+        }
     };
-    Weights<kRowTiles, kKeys> weights;
     const auto negate_q = [&] {
         if (params.negate_q) transform<QTile>(q_tile, [](uint32 x) { return x ^ 0x80008000u; });
-    };
-    // The weights of 16 keys, just before their products.
-    const auto weigh_step = [&](const Scores<kRowTiles, kWarpKeys>& scores, int step) {
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-            if constexpr (kPairs) {
-                exchange.get(weights[m][step], m, step);
-            } else {
-                weigh<Type, Careful>(weights[m][step], scores, rows, scale, m, step);
-            }
-        }
-    };
-    const auto exchange_weights = [&](const Scores<kRowTiles, kWarpKeys>& scores) {
-#pragma unroll
-        for (int step = 0; step < kWarpKeys / 16; ++step) {
-#pragma unroll
-            for (int m = 0; m < kRowTiles; ++m) {
-                uint32 mine[4];
-                weigh<Type, Careful>(mine, scores, rows, scale, m, step);
-                exchange.put(mine, m, step * 16 + my_keys);
-            }
-        }
-        exchange.meet();
     };
     // A warp begins with the last tile that its own rows see: those behind are of other warps, it only copies its part of them.
     const int my_last = warp_row < row_count ? uniform(mask.keys(min(first_row + kWarpRows, block_row + row_count) - 1).last) : some.first;
     int key = last_key;
+    Weights<kRowTiles, kKeys> weights;
+    // out += P V. Weights of 16 keys are made just before their products; a pair makes all of them before. With one stage K is free by now.
+    const auto add_values = [&](const Scores<kRowTiles, kWarpKeys>& scores, uint32 tile) {
+        if constexpr (kPairs) {
+#pragma unroll
+            for (int step = 0; step < kWarpKeys / 16; ++step) {
+#pragma unroll
+                for (int m = 0; m < kRowTiles; ++m) {
+                    uint32 mine[4];
+                    weigh<Type, Careful>(mine, scores, rows, scale, m, step);
+                    exchange.put(mine, m, step * 16 + my_keys);
+                }
+            }
+            exchange.meet();
+        }
+        const uint32 my_part = tile + VTile::offset(0, my_columns);
+        multiply_values<Type, VTile, kRowTiles, kKeys, kWarpColumns>(out, weights, my_part, lane, [&](int step) {
+#pragma unroll
+            for (int m = 0; m < kRowTiles; ++m) {
+                if constexpr (kPairs) {
+                    exchange.get(weights[m][step], m, step);
+                } else {
+                    weigh<Type, Careful>(weights[m][step], scores, rows, scale, m, step);
+                }
+            }
+            if ((Careful || kStages == 1) && step == 0) load_keys(key - kKeys, k_tile);
+        });
+    };
     const auto more = [&] { return has_keys && key + kKeys > some.first; };
     const auto not_mine = [&] { return !Careful && key >= my_last; };
     const auto keep_query = [&] {  // Q arrived with the first K
@@ -167,7 +174,6 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
             }
             complete(scores, key);
             raise_maxima<Careful, kPairs>(scores, rows, out, scale, exchange);
-            if constexpr (kPairs) exchange_weights(scores);
             if constexpr (Careful) {
                 if (hazard) {
                     const Mask again = Sequence::of(params, work.sequence).mask;
@@ -177,10 +183,7 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
                     __syncthreads();
                 }
             }
-            multiply_values<Type, VTile, kRowTiles, kKeys, kWarpColumns>(out, weights, v_tile + VTile::offset(0, my_columns), lane, [&](int step) {
-                weigh_step(scores, step);
-                if (step == 0) load_keys(key - kKeys, k_tile);
-            });
+            add_values(scores, v_tile);
         }
     } else {
         if (has_keys) {
@@ -211,8 +214,7 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
             });
             complete(scores, key);
             raise_maxima<Careful, kPairs>(scores, rows, out, scale, exchange);
-            if constexpr (kPairs) exchange_weights(scores);
-            multiply_values<Type, VTile, kRowTiles, kKeys, kWarpColumns>(out, weights, this_v + VTile::offset(0, my_columns), lane, [&](int step) { weigh_step(scores, step); });
+            add_values(scores, this_v);
         }
     }
 
