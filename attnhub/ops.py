@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from attnhub import runtime
@@ -102,11 +103,20 @@ def _fake_backward(
     )  # fmt: skip
 
 
+def has_tangent(t: Optional[Tensor]) -> bool:
+    """Whether t is a dual number at the level of autograd that is at work."""
+    return t is not None and t.is_floating_point() and forward_ad.unpack_dual(t, level=0).tangent is not None
+
+
+def no_forward_mode() -> RuntimeError:
+    return RuntimeError("attnhub.attention has no forward-mode derivative: use reverse mode, or torch's math SDPA for dual numbers")
+
+
 def _below_autograd(op: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
-    """Run the op below autograd. Under a functorch transform the next level down may differentiate too, so gradients stay enabled for it."""
+    """Run the op below autograd. Under a functorch transform the next level down may differentiate too, in either mode, so that stays enabled for it."""
     with torch._C._AutoDispatchBelowAutograd():
         if _in_functorch():
-            with torch.enable_grad():
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
@@ -207,6 +217,9 @@ def _autograd_forward(keyset: Any, *args: Any) -> Any:
 
         args = distributed.prepare(args)
     q, k, v, bias, sinks, data = args[:6]
+    if forward_ad._current_level >= 0 and any(map(has_tangent, (q, k, v, bias, sinks, *data))):
+        # Asked at every level of transforms: under forward-over-reverse (torch.func.hessian) the tangents are not those of the innermost.
+        raise no_forward_mode()
     if torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, bias, sinks):
         return _apply(_Attention, keyset, args[6:], q, k, v, bias, sinks, *data)
     return _below_autograd(forward_op, keyset, args)
@@ -214,6 +227,8 @@ def _autograd_forward(keyset: Any, *args: Any) -> Any:
 
 def _autograd_backward(keyset: Any, *args: Any) -> Any:
     tensors, data, static = args[:9], args[9], args[10:]
+    if forward_ad._current_level >= 0 and any(map(has_tangent, tensors)):
+        raise no_forward_mode()
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
         return _apply(_AttentionBackward, keyset, static, data, *tensors)
     return _below_autograd(backward_op, keyset, args)
@@ -358,8 +373,8 @@ class EagerAttention(_SingleLevelFunction):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         needs = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled():
-            # create_graph=True: the operator's backward tells whoever differentiates again that it has no derivative.
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            # create_graph=True, or tangents: the operator's backward tells whoever differentiates again that it has no derivative.
             grads = backward_op(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, data, spec, sizes, softmax_scale, list(needs), chosen.backend)
             return (*(grad if need else None for need, grad in zip(needs, grads)), None, None, None, None)
         if mask is None:

@@ -189,6 +189,37 @@ def test_jvp_is_an_error(qkv: Make) -> None:
         torch.func.jvp(lambda q: causal(q, k, v), (q,), (q,))
 
 
+def _dual_gradient(f: Callable[[Tensor], Tensor], q: Tensor) -> Any:
+    """The gradient whose own seed is a dual number."""
+    with forward_ad.dual_level():
+        leaf = q.clone().requires_grad_()
+        out = f(leaf)
+        return torch.autograd.grad(out, leaf, forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out)))
+
+
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda f, x: torch.func.hessian(lambda t: f(t).square().sum())(x),
+        lambda f, x: torch.func.jvp(torch.func.grad(lambda t: f(t).square().sum()), (x,), (x,)),
+        lambda f, x: torch.func.jacfwd(torch.func.jacrev(lambda t: f(t).sum()))(x),
+        _dual_gradient,
+    ],
+    ids=("hessian", "jvp of grad", "jacfwd of jacrev", "dual seed"),
+)
+@pytest.mark.parametrize("which", ("q", "bias"))
+def test_forward_over_reverse_is_an_error(qkv: Make, derive: Any, which: str, backend: str) -> None:
+    """Not a Hessian of zeros: the tangents are those of another level than the innermost one's."""
+    q, k, v = qkv(1, 2, length=3, dim=4)
+
+    def f(x: Tensor) -> Any:
+        return attnhub.attention(x if which == "q" else q, k, v, attnhub.Bias(x) if which == "bias" else None, backend=backend)
+
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        derive(f, q if which == "q" else torch.randn(3, 3))
+
+
 @pytest.mark.parametrize("softcap", (0.0, 5.0))
 @pytest.mark.parametrize("through_the_operator", (False, True))
 def test_second_derivatives_are_an_error(qkv: Make, through_the_operator: bool, softcap: float) -> None:
