@@ -241,6 +241,8 @@ def _append_kv(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor, block_table: Optional[Tensor],
     cos: Optional[Tensor], sin: Optional[Tensor], interleaved: bool,
 ) -> None:  # fmt: skip
+    if (cos is None) != (sin is None):
+        raise ValueError("append_kv(rotary=): cos and sin are both needed; without rotation leave rotary out")
     batch, _, new, _ = k.shape
     if new == 0 or batch == 0:
         return

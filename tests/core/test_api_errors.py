@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import attnhub
+import attnhub.integrations.flash_attn as flash
+import attnhub.integrations.flash_attn.bert_padding
 from attnhub import BoolMask, Causal, KVCache, SeqLens, Varlen, attention
 
 Q, K, V = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8), torch.zeros(2, 2, 7, 6)
@@ -21,6 +23,7 @@ META = torch.device("meta")
 FP8 = torch.float8_e4m3fn
 Q8, K8, V8 = Q.to(FP8), K.to(FP8), V.to(FP8)
 FACTORS = torch.ones(2, 2)
+COS, POSITIONS = torch.ones(16, 4), torch.zeros(2, 5, dtype=torch.int64)
 CACHE8 = KVCache.empty(2, 2, 16, 8, dtype=FP8)
 
 
@@ -31,6 +34,10 @@ def ends(values: Any) -> torch.Tensor:
 
 def packed(cu: list[int], longest: int) -> Any:
     return attention(PACKED, PACKED, PACKED, varlen=Varlen(ends(cu), ends(cu), longest, longest), backend="reference")
+
+
+def layer(**options: Any) -> attnhub.nn.CachedAttention:
+    return attnhub.nn.CachedAttention(**{"num_heads": 4, "head_dim": 8, "max_seqlen": 16, **options})
 
 
 #: id -> (call, words that the message must hold)
@@ -189,6 +196,39 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "cu_seqlens of keys": (lambda: attention(PACKED, PACKED, PACKED, varlen=Varlen(ends([0, 5]), ends([0, 6]), 5, 6)), ("cu_seqlens_k ends with 6", "k has 5")),
     "table rows": (lambda: attention(Q, kv_cache=KVCache(K, K, ends([1, 1]), ends([[0]]))), ("block_table has 1 rows", "2 entries")),
     "row numbers": (lambda: attention(Q, kv_cache=KVCache(K, K, ends([1, 1]), None, ends([0]))), ("cache_batch_idx has 1 rows", "2 entries")),
+    # -- layers, rotary tables, parts of keys
+    "layer heads": (lambda: layer(num_heads=0), ("num_heads=0", "at least 1")),
+    "layer heads string": (lambda: layer(num_heads="4"), ("num_heads='4'", "whole number")),
+    "layer pages": (lambda: layer(page_size=-3), ("page_size=-3", "at least 0")),
+    "layer batch": (lambda: layer(batch=1.5), ("batch=1.5", "whole number")),
+    "layer head_dim": (lambda: attnhub.nn.CachedAttention(4), ("head_dim is needed", "embed_dim")),
+    "layer mask": (lambda: layer(mask="causal"), ("mask is a str", "attnhub.Causal()")),
+    "layer rotary base": (lambda: layer(rotary=math.nan), ("rotary=nan", "above 0")),
+    "layer rotary string": (lambda: layer(rotary="llama"), ("rotary is a str", "(cos, sin)")),
+    "layer x": (lambda: layer(embed_dim=32)(torch.zeros(1, 2, 30)), ("x has shape (1, 2, 30)", "[1, S, 32]")),
+    "layer q": (lambda: layer()([1], Q, Q), ("q is a list", "Tensor")),
+    "layer position": (lambda: layer().set_position(1.5), ("position is 1.5", "whole number")),
+    "layer cache": (lambda: layer().use_cache(None), ("cache is a NoneType", "KVCache")),
+    "layer explain": (lambda: layer().explain(-1), ("new_tokens=-1", "at least 0")),
+    "rotary x": (lambda: attnhub.apply_rotary(Q.int(), COS, COS, POSITIONS), ("apply_rotary(x)", "int32", "floating")),
+    "rotary table": (lambda: attnhub.apply_rotary(Q, COS, None, POSITIONS), ("apply_rotary(sin)", "NoneType")),  # type: ignore[arg-type]
+    "rotary positions": (lambda: attnhub.apply_rotary(Q, COS, COS, POSITIONS.float()), ("positions are torch.float32 (2, 5)", "int64")),
+    "rotary lengths": (lambda: attnhub.apply_rotary(Q, COS, COS, POSITIONS[:, :3]), ("(2, 3)", "[2, 5]")),
+    "rotary negative": (lambda: attnhub.apply_rotary(Q, COS, COS, POSITIONS - 1), ("outside of the table of 16 positions",)),
+    "rotary half": (lambda: attnhub.append_kv(CACHE, K, K, rotary=(COS, None)), ("rotary", "cos and sin are both needed")),  # type: ignore[arg-type]
+    "merge list": (lambda: attnhub.merge_states([(Q, Q[..., 0])]), ("part 0", "(out, lse)", "unpack", "*")),  # type: ignore[arg-type]
+    "merge integers": (lambda: attnhub.merge_states((Q, Q[..., 0].long())), ("part 0", "floating")),
+    "merge devices": (lambda: attnhub.merge_states((Q, Q[..., 0]), (Q.to(META), Q[..., 0].to(META))), ("part 1 is on meta", "one device")),
+    # -- integrations
+    "patch option": (lambda: attnhub.patch(torch.nn.MultiheadAttention(8, 2), backend="cpu"), ("backend='cpu'", "only, strict", "attnhub.use")),
+    "patch only": (lambda: attnhub.patch(torch.nn.MultiheadAttention(8, 2), only="self_attn"), ("only='self_attn'", "function")),  # type: ignore[arg-type]
+    "patch class": (lambda: attnhub.patch(torch.nn.MultiheadAttention), ("MultiheadAttention is a class", "model")),
+    "flash none": (lambda: flash.flash_attn_func(None, K, K), ("q is a NoneType", "Tensor")),
+    "flash packed list": (lambda: flash.flash_attn_qkvpacked_func([Q, K, V]), ("qkv is a list", "Tensor")),
+    "flash window": (lambda: flash.flash_attn_func(Q, K, K, window_size=(2.0, 0.0)), ("window_size=(2.0, 0.0)", "whole")),
+    "flash lengths": (lambda: flash.flash_attn_with_kvcache(Q, Q, Q, cache_seqlens=[1, 2]), ("cache_seqlens is a list", "[2]")),
+    "flash pages": (lambda: flash.flash_attn_with_kvcache(Q, K, K, cache_seqlens=1, block_table=ends([[0]])), ("block_table has 1 rows", "2 entries")),
+    "flash padding": (lambda: flash.bert_padding.unpad_input(Q, None), ("attention_mask is a NoneType", "Tensor")),
     "merge shapes": (lambda: attnhub.merge_states((Q, Q[..., 0]), (K, K[..., 0])), ("part 1", "(2, 4, 5, 8)")),
 }  # fmt: skip
 
