@@ -315,6 +315,25 @@ def _loop(op: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tup
     return tuple(torch.stack(parts) for parts in zip(*slices)), (0,) * len(slices[0])
 
 
+def _batched_backward(*args: Any) -> tuple[Tensor, ...]:
+    """The same for autograd's own vmap (``is_grads_batched``, gradcheck's batched gradients), one call a slice."""
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    flat = [*args[:9], *args[9]]
+    one = next(t for t in flat if t is not None and batched(t))
+    # A batch of another level stays one.
+    level = next((n for n in range(1, 65) if not batched(torch._remove_batch_dim(one, n, 1, 0))), None)
+    if level is None:
+        raise RuntimeError("attnhub.attention: batched gradients (is_grads_batched) inside one another are not served; use torch.func.vmap")
+    size = torch._remove_batch_dim(one, level, 1, 0).shape[0]
+    physical = [torch._remove_batch_dim(t, level, size, 0) if t is not None and batched(t) else t for t in flat]
+    wide = [new is not old for new, old in zip(physical, flat)]
+    slices = []
+    for i in range(size):
+        each = [t.select(0, i) if is_wide else t for t, is_wide in zip(physical, wide)]
+        slices.append(backward_op(*each[:9], each[9:], *args[10:]))
+    return tuple(torch._add_batch_dim(torch.stack(parts), 0, level) for parts in zip(*slices))
+
+
 def _register_autocast(device_type: str) -> None:
     key = "Autocast" + torch._C._dispatch_key_for_device(device_type)
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
@@ -334,12 +353,20 @@ for _name, _real, _fake in (("forward", _forward, _fake_forward), ("backward", _
     torch.library.register_fake(f"attnhub::{_name}", _fake, lib=lib)
 lib.impl("forward", _autograd_forward, "Autograd", with_keyset=True)
 lib.impl("backward", _autograd_backward, "Autograd", with_keyset=True)
+lib.impl("backward", _batched_backward, "Batched")
 torch.library.register_vmap("attnhub::forward", _vmap_forward, lib=lib)
 torch.library.register_vmap("attnhub::backward", _vmap_backward, lib=lib)
 _count_flops()
 for _device_type in ("cpu", "cuda", "xpu", "mps"):
     if torch._C._is_autocast_available(_device_type):
         _register_autocast(_device_type)
+
+
+def _has_memory(t: Tensor) -> bool:
+    """Whether a kernel may read what a plain tensor's pointer leads to: no negative bit, no batch (is_grads_batched, vmap), no mode at work."""
+    return not (
+        t.is_neg() or torch._C._functorch.is_legacy_batchedtensor(t) or _in_functorch() or torch._C._len_torch_dispatch_stack() or type(t) is not Tensor
+    )  # fmt: skip
 
 
 # -- eager, without the operator -----------------------------------------------------------------------------------------
@@ -375,7 +402,7 @@ class EagerAttention(_SingleLevelFunction):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         needs = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or not (_has_memory(grad_out) and (grad_lse is None or _has_memory(grad_lse))):
             # create_graph=True, or tangents: the operator's backward tells whoever differentiates again that it has no derivative.
             grads = backward_op(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, data, spec, sizes, softmax_scale, list(needs), chosen.backend)
             return (*(grad if need else None for need, grad in zip(needs, grads)), None, None, None, None)

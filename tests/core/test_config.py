@@ -130,7 +130,7 @@ def test_disable_takes_effect_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_disabling_a_name_that_nobody_has_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(runtime, "_said", set())
+    monkeypatch.setattr(runtime, "_unknown", set())
     monkeypatch.setenv("ATTNHUB_DISABLE", "cudaa,cuda")
     with caplog.at_level("WARNING", "attnhub"):
         for length in (3, 5, 1):

@@ -162,6 +162,26 @@ def test_ordinary_gradients_flow_through_func_vjp(qkv: Make, same: Any) -> None:
     same(torch.autograd.grad(out.square().sum(), (q, k)), torch.autograd.grad(causal(q, k, v).square().sum(), (q, k)))
 
 
+@pytest.mark.parametrize("backend", ("sdpa", "cpu", "reference"))
+@pytest.mark.parametrize("which", ("out", "lse"))
+def test_gradients_that_are_not_plain_memory(qkv: Make, same: Any, which: str, backend: str) -> None:
+    """A negative bit, a batch of gradients by autograd's own vmap and by torch.func's: the backward's kernels read pointers."""
+    if not attnhub.backends()[backend]["available"]:
+        pytest.skip(f"the {backend} backend is not available here")
+    inputs = qkv(grad=True)
+    out = attnhub.attention(*inputs, attnhub.Causal(), return_lse=True, backend=backend)[which == "lse"]
+
+    def of(seed: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, inputs[:2], seed, retain_graph=True, **options)
+
+    seeds = torch.randn(3, *out.shape)
+    each = [of(seed) for seed in seeds]
+    same(of(torch._neg_view(seeds[0])), tuple(-g for g in each[0]))
+    wanted = tuple(torch.stack(g) for g in zip(*each))
+    same(of(seeds, is_grads_batched=True), wanted)
+    same(torch.vmap(of)(seeds), wanted)
+
+
 # -- what has no derivative says so -----------------------------------------------------------------------------------------
 
 
