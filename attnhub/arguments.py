@@ -60,8 +60,8 @@ def normalise(
         q, k, v = _unpack(q, k, v, varlen, block_table is not None)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.is_nested or t.layout != torch.strided:
-            kind = "nested" if t.is_nested else str(t.layout)
-            raise TypeError(f"{name} is a {kind} tensor: a dense one is needed; packed sequences go with varlen=, padded ones with a mask (SeqLens)")
+            found = "nested" if t.is_nested else str(t.layout)
+            raise TypeError(f"{name} is a {found} tensor: a dense one is needed; packed sequences go with varlen=, padded ones with a mask (SeqLens)")
     _check_shapes(q, k, v, block_table)
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
         # Kernels read rows of head_dim; a strided last dimension is copied once, here.

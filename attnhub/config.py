@@ -85,8 +85,9 @@ def unread_variables() -> dict[str, str]:
     """Variables of our name that nothing reads, misspelt ones perhaps -> the one that is like it, or ""."""
     import difflib
 
-    names = [v.name for v in VARIABLES]
-    unread = [name for name in os.environ if name.startswith("ATTNHUB_") and name not in names and not name.startswith("ATTNHUB_TEST_")]
+    names, prefix = [v.name for v in VARIABLES], "ATTNHUB_"
+    # The tests' own are no mistake.
+    unread = [name for name in os.environ if name.startswith(prefix) and name not in names and not name.startswith(f"{prefix}TEST_")]
     return {name: next(iter(difflib.get_close_matches(name, names, 1)), "") for name in sorted(unread)}
 
 

@@ -91,7 +91,7 @@ def test_gradcheck(samples: Any, backend: str) -> None:
 
         def f(*values: Tensor, sample: Any = sample, leaves: list[Tensor] = leaves) -> Tensor:
             swapped = dict(zip(map(id, leaves), values))
-            return _call(attnhub.scaled_dot_product_attention, sample.transform(lambda t: swapped.get(id(t), t)))
+            return _call(attnhub.scaled_dot_product_attention, sample.transform(lambda value: swapped.get(id(value), value)))
 
         with attnhub.use(backend):
             assert torch.autograd.gradcheck(f, leaves, fast_mode=True, check_batched_grad=True)
