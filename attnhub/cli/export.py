@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             fp16=args.fp16,
             report=not args.no_verify,
         )
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CommandError(str(error)) from error
     if args.json:
         console.emit_json(dataclasses.asdict(report))

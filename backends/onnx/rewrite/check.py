@@ -117,7 +117,10 @@ def _runs(
     """Inputs that the source takes, and what it makes of them."""
     if inputs is not None:
         feed = {name: np.asarray(value) for name, value in inputs.items()}
-        return [feed], [session.run(None, feed)]
+        try:
+            return [feed], [session.run(None, feed)]
+        except Exception as error:
+            raise ValueError(f"inputs: {source} does not run on them: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
     limits = _index_limits(source)
     feeds: list[dict[str, Any]] = []
     wants: list[list[Any]] = []

@@ -18,6 +18,7 @@ from onnx_ir.passes import common
 from onnxscript import version_converter
 
 from attnhub.backends.onnx.bodies import form_of, nodes_of, remove_bodies
+from attnhub.backends.onnx.model import output_file
 from attnhub.backends.onnx.node import DOMAIN, INPUTS, Form
 from attnhub.backends.onnx.rewrite import contrib
 from attnhub.backends.onnx.rewrite.convert import (
@@ -51,6 +52,7 @@ def lower(
     """See `attnhub.onnx.lower`."""
     if to not in TARGETS:
         raise ValueError(f"to={to!r}: allowed are {', '.join(map(repr, TARGETS))}")
+    output_file("target", target)
     model = load(source)
     before = operators(model)
     ours = list(nodes_of(model))
