@@ -142,7 +142,7 @@ def _check_pages(call: Call) -> None:
     if not table.is_cpu or used is None:
         return
     pages, _, page_size, _ = call.k.shape
-    bad = ((table < 0) | (table >= pages)) & (torch.arange(table.shape[1]) * page_size < used[:, None])
+    bad = ((table < 0) | (table >= pages)) & (torch.arange(table.shape[1], device=table.device) * page_size < used[:, None])
     if bad.any():
         row, column = bad.nonzero()[0].tolist()
         raise ValueError(f"block_table[{row}, {column}] is {int(table[row, column])} (or cache_batch_idx): the cache has pages 0 to {pages - 1}")
