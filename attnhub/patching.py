@@ -132,8 +132,8 @@ def patch(model: Any, *, strict: bool = False, only: Optional[Callable[[str, Any
         raise TypeError(f"patch(model): {model.__name__} is a class: a model is needed; patch what it makes")
     if not report.modules:
         raise PatchError(
-            f"patch(model): no attention that attnhub knows was found in {type(model).__name__}. It routes HuggingFace models with an attention "
-            "interface, nn.MultiheadAttention, nn.TransformerEncoderLayer and nn.TransformerDecoderLayer; call attnhub.attention in own code.",
+            f"patch(model): no attention that attnhub knows was found in {type(model).__name__}. It routes HuggingFace models (whole ones: "
+            "only= chooses among their modules), nn.MultiheadAttention, nn.TransformerEncoderLayer and nn.TransformerDecoderLayer; call attnhub.attention in own code.",
             report,
         )
     if strict and report.skipped:

@@ -14,7 +14,7 @@ import pytest
 
 import attnhub
 from attnhub import cli
-from attnhub.cli import files, main
+from attnhub.cli import files
 from attnhub.cli.devices import CLASSES
 from attnhub.cli.new_backend import skeleton
 from attnhub.decision import Policy, explain_command
@@ -209,7 +209,7 @@ def test_matrix_says_what_is_declared(capsys: pytest.CaptureFixture[str]) -> Non
 def test_export_of_a_folder_that_does_not_load(config: str, words: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text(config)
-    assert main(["export", str(tmp_path), str(tmp_path / "x.onnx")]) == 2
+    assert cli.main(["export", str(tmp_path), str(tmp_path / "x.onnx")]) == 2
     error = capsys.readouterr().err
     assert "transformers does not load it" in error and words in error
 
@@ -217,7 +217,7 @@ def test_export_of_a_folder_that_does_not_load(config: str, words: str, tmp_path
 @pytest.mark.parametrize("args", [["explain", "--heads", "abc"], ["warmup", "--seqlen-q", "1,abc"], ["tune", "--head-dims", "64,abc"]], ids=" ".join)
 def test_numbers_that_are_none_are_told(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(args)
+        cli.main(args)
     assert caught.value.code == 2 and f"argument {args[1]}: 'abc' is no whole number" in capsys.readouterr().err
 
 

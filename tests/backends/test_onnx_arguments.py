@@ -15,10 +15,10 @@ import attnhub
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-import onnx  # noqa: E402
+import onnx
 
-from attnhub.backends.onnx.model import one_node  # noqa: E402
-from attnhub.backends.onnx.node import Form  # noqa: E402
+from attnhub.backends.onnx.model import one_node
+from attnhub.backends.onnx.node import Form
 
 X = torch.zeros(1, 2, 3, 4)
 
