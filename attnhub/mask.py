@@ -227,8 +227,8 @@ def _check_ints(name: str, value: Tensor, ndim: int) -> Tensor:
     if value.dtype == torch.int32:
         return value
     narrow = value.to(torch.int32)
-    if value.itemsize >= 4 and readable(value) and not torch.equal(narrow.to(value.dtype), value):
-        raise ValueError(f"{name}: {value.dtype} values from {int(value.min())} to {int(value.max())} do not fit into int32, which kernels read; renumber them")
+    if value.itemsize >= 4 and readable(value) and not torch.equal(narrow.long(), value.long()):
+        raise ValueError(f"{name}: {value.dtype} values from {int(value.long().min())} to {int(value.long().max())} do not fit into int32, which kernels read; renumber them")
     return narrow
 
 

@@ -168,6 +168,7 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "nested": (lambda: attnhub.explain(Q, torch.nested.nested_tensor([K[0], K[1]]), V), ("k is a nested tensor", "varlen", "SeqLens")),
     "lengths complex": (lambda: SeqLens(torch.ones(2, dtype=torch.complex64)), ("seqused_k", "integer", "complex64")),
     "lengths beyond int32": (lambda: SeqLens(torch.tensor([3, 2**33 + 1])), ("seqused_k", "from 3 to 8589934593", "int32")),
+    "lengths unsigned": (lambda: SeqLens(torch.tensor([3, 2**32 - 1], dtype=torch.uint32)), ("seqused_k", "4294967295", "int32")),
     "ids beyond int32": (lambda: attnhub.Segments(torch.full((2, 5), 2**33)), ("Segments(ids_q)", "8589934592", "renumber")),
     "slopes complex": (lambda: attnhub.ALiBi(torch.ones(4, dtype=torch.complex64)), ("ALiBi(slopes)", "real numbers", "complex64")),
     "slopes bool": (lambda: attnhub.ALiBi(torch.ones(4, dtype=torch.bool)), ("ALiBi(slopes)", "real numbers", "bool")),
