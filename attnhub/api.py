@@ -7,16 +7,17 @@ from typing import Any, Literal, Optional, Union
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from attnhub import arguments, runtime
 from attnhub.decision import Decision
-from attnhub.eager import append_in_launch, grad_bits, is_usual_mask, is_usual_tensor, no_modes, run, wants_grad
+from attnhub.eager import append_in_launch, grad_bits, is_usual_mask, no_modes, run, wants_grad
 from attnhub.kv_cache import KVCache, append_first
 from attnhub.layouts import Varlen
 from attnhub.mask import FULL, BoolMask, Causal, Mask
 from attnhub.mask import Bias as BiasMask
 from attnhub.registry import registry
-from attnhub.repeats import read_again, repeated
+from attnhub.repeats import has_usual_shapes, read_again, repeated
 from attnhub.rotary import Rotary
 
 Layout = Literal["bhsd", "bshd"]
@@ -71,13 +72,14 @@ def attention(
     """
     plain = (
         varlen is None and sinks is None and not dropout_p and layout == "bhsd" and q_descale is None and k_descale is None
-        and v_descale is None and not deterministic and (rotary is None or kv_cache is not None) and not torch.compiler.is_compiling()
+        and v_descale is None and not deterministic and (rotary is None or kv_cache is not None) and not is_compiling()
     )  # fmt: skip
-    if plain and (mask is None or is_usual_mask(mask)) and no_modes() and is_usual_tensor(q):
+    if plain and (mask is None or is_usual_mask(mask)) and no_modes():
         usual = FULL if mask is None else mask
         if kv_cache is None:
-            if is_usual_tensor(k) and is_usual_tensor(v):
-                return repeated(q, k, v, usual, softmax_scale, softcap, return_lse, backend or "")  # type: ignore[arg-type]
+            again = repeated(q, k, v, usual, softmax_scale, softcap, return_lse, backend or "")
+            if again is not None:
+                return again
         elif (k is None) == (v is None) and (rotary is None or k is not None) and type(kv_cache) is KVCache and usual.structural:
             read = read_again(q, kv_cache, usual, softmax_scale, softcap, return_lse, backend or "", k, v, rotary)
             if read is not None:
@@ -119,10 +121,11 @@ def scaled_dot_product_attention(
     if query.ndim < 2 or key.ndim < 2 or value.ndim < 2:
         raise ValueError(f"scaled_dot_product_attention: q, k, v need at least 2 dimensions, got {query.ndim}, {key.ndim}, {value.ndim}")
     mask = _TOP_LEFT if is_causal else FULL
-    plain = attn_mask is None and not dropout_p and not torch.compiler.is_compiling() and no_modes()
-    if plain and is_usual_tensor(query) and is_usual_tensor(key) and is_usual_tensor(value) and _is_usual(query, key, value, enable_gqa):
-        return repeated(query, key, value, mask, scale, 0.0, False, "")  # type: ignore[return-value]
-    if _is_usual(query, key, value, enable_gqa):
+    if attn_mask is None and not dropout_p and not is_compiling() and no_modes():
+        again = repeated(query, key, value, mask, scale, 0.0, False, "", bool(enable_gqa))
+        if again is not None:
+            return again  # type: ignore[return-value]
+    if has_usual_shapes(query, key, value, enable_gqa):
         if attn_mask is not None:
             mask = BoolMask(attn_mask) if attn_mask.dtype == torch.bool else BiasMask(attn_mask)
         return attention(query, key, value, mask, softmax_scale=scale, dropout_p=dropout_p)  # type: ignore[return-value]
@@ -143,14 +146,6 @@ def scaled_dot_product_attention(
     out = attention(q4, k4, v4, mask, softmax_scale=scale, dropout_p=dropout_p)
     assert isinstance(out, Tensor)
     return out.reshape(*lead, *out.shape[-2:])
-
-
-def _is_usual(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
-    """Whether the shapes are what `attention` takes: 4 dimensions, one batch, heads that agree or divide."""
-    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4 or not query.shape[0] == key.shape[0] == value.shape[0]:
-        return False
-    heads, kv_heads = query.shape[1], key.shape[1]
-    return kv_heads == value.shape[1] and (heads == kv_heads or (enable_gqa and kv_heads > 0 and heads % kv_heads == 0))
 
 
 def explain(

@@ -75,18 +75,21 @@ def is_usual_mask(mask: Any) -> bool:
     """Whether all tensors of a mask are usual ones that need no gradient."""
     if type(mask) is not Mask:
         return False
-    if mask.structural:
+    if not mask.held:
         return True
     learnt = (mask.bias is not None and mask.bias.requires_grad) or (mask.alibi is not None and mask.alibi.requires_grad)
     return not learnt and all(type(t) in _PLAIN and not t.is_neg() for t in mask.held)
 
 
+# Looked up once: each attribute of a module takes as long as what is called.
+_function_modes, _dispatch_modes, _any_autocast = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack, torch._C._is_any_autocast_enabled
+_transform, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+
+
 def no_modes() -> bool:
     """Whether no mode, transform, trace, autocast or forward-mode level is active."""
     return not (
-        torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
+        _function_modes() or _dispatch_modes() or _any_autocast() or _transform() is not None or _tracing() is not None or forward_ad._current_level >= 0
     )  # fmt: skip
 
 

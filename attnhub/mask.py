@@ -243,7 +243,11 @@ def readable(value: Tensor) -> bool:
 def Causal(align: Align = "bottom_right") -> Mask:  # noqa: N802 - parts read as types
     """Query i attends to keys up to its own position. ``bottom_right`` is flash-attn's, ``top_left`` torch's is_causal."""
     _check_align(align)
-    return Mask(causal=True, align=align)
+    # Made at each call it would cost as much as a third of a small attention. A traced graph would have to guard the fields of a shared one.
+    return Mask(causal=True, align=align) if torch.compiler.is_compiling() else _CAUSAL[align]
+
+
+_CAUSAL = {align: Mask(causal=True, align=align) for align in _ALIGNMENTS}  # type: ignore[arg-type]
 
 
 def Window(left: int = -1, right: int = -1, align: Align = "bottom_right") -> Mask:  # noqa: N802

@@ -107,6 +107,17 @@ class Problem:
         return cls(**{**data, "device": DeviceInfo.from_json(data["device"]), "features": frozenset(map(Feature, data["features"]))})
 
 
+#: Tiles of queries: their rows, and half as many as an H100 or H200 has multiprocessors.
+_TILE_ROWS, _FEW_TILES = 128, 66
+
+
+def few_tiles(problem: Problem) -> bool:
+    """Whether tiles of queries are far fewer than multiprocessors while there are many keys, as in a chunk of a prompt behind a long cache: a backend that
+    divides the keys among them is ahead there, and one that does not stands back."""
+    tiles = problem.batch * problem.q_heads * -(-problem.seqlen_q // _TILE_ROWS)
+    return tiles <= _FEW_TILES and problem.seqlen_k >= 8 * problem.seqlen_q
+
+
 def seqlen_class(seqlen_q: int) -> int:
     """Class of a query length: 0, 1, 16 (2 to 16), else the power of two at or above it."""
     if seqlen_q <= 1:

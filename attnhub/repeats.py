@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
 
 from attnhub import arguments, config, ops, runtime
-from attnhub.backend import Append, Call, PrepareError
+from attnhub.backend import Append, Call, PrepareError, Repeat
 from attnhub.eager import append_in_launch, is_eager, is_usual_tensor, no_modes, run
 from attnhub.kv_cache import KVCache
 from attnhub.mask import FULL, Mask
@@ -18,51 +19,90 @@ from attnhub.rotary import Rotary
 #: Forgotten when full: a decode loop brings lengths that never return; those calls are served by the runtime's cache of classes.
 _seen = runtime.seen
 _SEEN_LIMIT = 1024
+#: Those of them that came last, by all but their tensors; so many for one key, each of which is compared with a call's tensors.
+_recent = runtime.recent
+_RECENT_LIMIT = 4
+_is_deterministic: Callable[[], bool] = getattr(torch._C, "_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled)
+# Attributes of modules take as long as what is called here.
+_is_grad_enabled, _get_context, _snapshot, _served = torch.is_grad_enabled, runtime._context.get, config.snapshot, runtime._served
+
+
+def _tensor_guards() -> Any:
+    try:
+        found: Any = torch._C._dynamo.guards.TensorGuards
+        tensor, other = (torch.empty(n, device="cpu") for n in (2, 3))
+        works = found(tensor, dynamic_dims_sizes=[[2]], dynamic_dims_strides=[[1]]).check
+        return found if works(tensor) and not works(other) else None
+    except Exception:
+        return None
+
+
+#: torch.compile's own check whether tensors are as others were: type, dispatch keys, dtype, device, shape, strides, requires_grad, and that none is
+#: there twice, in a fraction of the time that a key of `_seen` takes. It is private: without it (None) each call is looked up there.
+_Guards: Any = _tensor_guards()
+
+
+def _state() -> tuple[Any, ...]:
+    """What a choice depends on beside the call."""
+    return _is_grad_enabled(), _get_context(), _snapshot(), registry.generation, _is_deterministic()
 
 
 def repeated(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, softmax_scale: Optional[float], softcap: float, return_lse: bool, backend: str
-) -> Union[Tensor, tuple[Tensor, Tensor]]:
-    """An eager call of plain tensors alone: the shortest way to the plan, since host time counts here."""
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    strides = None if q.is_contiguous() and k.is_contiguous() and v.is_contiguous() else (q.stride(), k.stride(), v.stride())
-    devices = None if q.is_cpu and k.is_cpu and v.is_cpu else (q.device, k.device, v.device)
-    key = (
-        q.shape, k.shape, v.shape, strides, devices, (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, q.dtype, k.dtype, v.dtype,
-        None if mask is FULL else mask.structure if mask.structural else (mask.structure, *[(t.shape, t.dtype, t.device) for t in mask.held]),
-        softmax_scale, softcap, return_lse, grad, backend, runtime._context.get(), config.snapshot(), registry.generation,
-        torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
+    q: Any, k: Any, v: Any, mask: Mask, softmax_scale: Optional[float], softcap: float, return_lse: bool, backend: str, enable_gqa: Optional[bool] = None
+) -> Union[Tensor, tuple[Tensor, Tensor], None]:  # fmt: skip
+    """An eager call of plain tensors alone: the shortest way to the plan, since host time counts here. None: it is no such call.
+
+    mask: one of `eager.is_usual_mask`. enable_gqa: None, or what F.scaled_dot_product_attention says, and its rules for shapes.
+    """
+    rest = (enable_gqa, None if mask is FULL else mask.structure, softmax_scale, softcap, return_lse, backend, _state())
     try:
-        seen = _seen.get(key)
+        recent = _recent.get(rest, ())
     except TypeError:
         # A list for a number, say: `arguments.normalise` has words for it.
         if not isinstance(backend, str):
             raise TypeError(f"backend={backend!r}: a backend's name or a comma-separated list of names is needed") from None
         if not isinstance(return_lse, bool):
             raise TypeError(f"return_lse is a {type(return_lse).__name__}: True or False is needed") from None
-        seen = None
-    if seen is None:
-        call = arguments.normalise(q, k, v, mask, softmax_scale, softcap, None, 0.0, None, None, return_lse, "bhsd")
-        out, lse = run(call, backend, return_lse)
-        if call.q is q and call.k is k and call.v is v and is_eager(call) and not runtime.is_empty(call):
-            bits = runtime._LSE_GRAD if grad and return_lse else 0
-            call.need_lse = return_lse
-            chosen = runtime.prepared(call, backend, grad, bits)
-            call.need_lse = return_lse or grad
-            _remember(key, call, chosen, mask.structural and not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15)
-        return (out, lse) if lse is not None else out
-    chosen, scale, repeat = seen
-    runtime._served.chosen = chosen
-    if repeat is not None and not grad:
-        again = repeat(q, k, v)
+        recent = None
+    for entry in recent or ():
+        if entry[0](q, k, v) and not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+            _, seen, grad = entry
+            break
+    else:
+        if not (is_usual_tensor(q) and is_usual_tensor(k) and is_usual_tensor(v)) or (enable_gqa is not None and not has_usual_shapes(q, k, v, enable_gqa)):
+            return None
+        grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        strides = None if q.is_contiguous() and k.is_contiguous() and v.is_contiguous() else (q.stride(), k.stride(), v.stride())
+        unaligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
+        key = (
+            q.shape, k.shape, v.shape, strides, q.get_device(), k.get_device(), v.get_device(), unaligned, q.dtype, k.dtype, v.dtype,
+            None if mask.structural else tuple([(t.shape, t.dtype, t.device) for t in mask.held]), grad, rest,
+        )  # fmt: skip
+        known = None if recent is None else _seen.get(key)
+        if known is None:
+            call = arguments.normalise(q, k, v, mask, softmax_scale, softcap, None, 0.0, None, None, return_lse, "bhsd")
+            out, lse = run(call, backend, return_lse)
+            if call.q is q and call.k is k and call.v is v and is_eager(call) and not runtime.is_empty(call):
+                bits = runtime._LSE_GRAD if grad and return_lse else 0
+                call.need_lse = return_lse
+                chosen = runtime.prepared(call, backend, grad, bits)
+                call.need_lse = return_lse or grad
+                _remember(key, call, chosen, mask.structural and not unaligned)
+            return (out, lse) if lse is not None else out
+        seen = known
+        if mask.structural and not unaligned:
+            _note(rest, seen, grad, (q, k, v))
+    chosen, scale, shorter = seen.chosen, seen.scale, seen.repeat
+    _served.chosen = chosen
+    if shorter is not None and not grad:
+        again = shorter(q, k, v)
         if again is not None:
             return again if return_lse else again[0]  # type: ignore[return-value]
     call = Call(q, k, v, mask, scale, softcap, need_lse=return_lse)
     try:
         if grad and (return_lse or not chosen.differentiable):
             call.need_lse = True
-            result: Union[Tensor, tuple[Tensor, Tensor]] = ops.EagerAttention.apply(q, k, v, mask.bias, None, call, chosen, return_lse, repeat)
+            result: Union[Tensor, tuple[Tensor, Tensor]] = ops.EagerAttention.apply(q, k, v, mask.bias, None, call, chosen, return_lse, shorter)
             return result
         out, lse = chosen.forward(call)
     except PrepareError as error:
@@ -84,35 +124,44 @@ def read_again(
     if rotary is not None and type(rotary) is not Rotary:
         return None
     append = None if k is None or v is None else Append(k, v, rotary)
-    added: tuple[Any, ...] = () if append is None else (k, v) if rotary is None else (k, v, rotary.cos, rotary.sin)
-    keys, values = cache.heads_first()
-    table = cache.table()
-    tensors = (q, keys, values, cache.cache_seqlens) if table is None else (q, keys, values, cache.cache_seqlens, table)
-    addresses = 0
-    for t in (*tensors, *added):
-        if not is_usual_tensor(t):
-            return None
-        addresses |= t.data_ptr()
-    if addresses & 15 or (torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad or values.requires_grad or any(t.requires_grad for t in added))):
-        return None
-    key = (
-        KVCache, table is None, None if rotary is None else rotary[2:],
-        *[(t.shape, t.is_contiguous() or t.stride(), t.get_device(), t.dtype) for t in (*tensors, *added)], None if mask is FULL else mask.structure,
-        softmax_scale, softcap, return_lse, backend, runtime._context.get(), config.snapshot(), registry.generation,
-        torch.are_deterministic_algorithms_enabled(),
+    table, bhsd = cache.table(), cache.layout == "bhsd"
+    lengths = cache.cache_seqlens
+    tensors = (q, cache.k_cache, cache.v_cache, lengths) if table is None else (q, cache.k_cache, cache.v_cache, lengths, table)
+    if append is not None:
+        tensors = (*tensors, k, v) if rotary is None else (*tensors, k, v, rotary.cos, rotary.sin)  # type: ignore[assignment]
+    rest = (
+        KVCache, table is None, bhsd, append is None, None if rotary is None else rotary[2:], None if mask is FULL else mask.structure, softmax_scale, softcap,
+        return_lse, backend, _state(),
     )  # fmt: skip
     try:
-        seen = _seen.get(key)
+        recent = _recent.get(rest, ())
     except TypeError:
         # A list for a number, say: the long way has words for it.
         return None
-    if seen is not None:
-        chosen, _, repeat = seen
-        again = None if repeat is None else repeat(*tensors) if append is None else repeat(*tensors, append=append)
-        if again is not None:
-            runtime._served.chosen = chosen
+    for alike, seen, _ in recent:
+        if alike(*tensors):
+            if seen.repeat is None or _unaligned(tensors):
+                return None
+            again = _with_cache(seen.repeat, q, *cache.kept_heads_first(alike), lengths, table, append)
+            if again is None:
+                return None
+            _served.chosen = seen.chosen
             return again if return_lse else again[0]  # type: ignore[return-value]
+    for t in tensors:
+        if not is_usual_tensor(t) or (t.requires_grad and torch.is_grad_enabled()):
+            return None
+    if _unaligned(tensors):
         return None
+    key = (*[(t.shape, t.is_contiguous() or t.stride(), t.get_device(), t.dtype) for t in tensors], rest)
+    known = _seen.get(key)
+    keys, values = cache.heads_first()
+    if known is not None:
+        _note(rest, known, False, tensors)
+        again = None if known.repeat is None else _with_cache(known.repeat, q, keys, values, lengths, table, append)
+        if again is None:
+            return None
+        _served.chosen = known.chosen
+        return again if return_lse else again[0]  # type: ignore[return-value]
     call = arguments.normalise(q, k, v, mask, softmax_scale, softcap, None, 0.0, None, cache, return_lse, "bhsd", rotary=rotary)
     found = run(call, backend, return_lse) if append is None else append_in_launch(call, cache, backend)
     if found is None:
@@ -122,12 +171,12 @@ def read_again(
         return None
     out, lse = found
     # A tensor that was copied on the way is no input of the plan's.
-    given = (
-        call.q is q and call.mask.seqused_k is cache.cache_seqlens and call.k.data_ptr() == keys.data_ptr() and call.v.data_ptr() == values.data_ptr()
-        and all(t.is_contiguous() for t in tensors[3:])
+    repeatable = (
+        call.q is q and call.mask.seqused_k is lengths and call.k.data_ptr() == keys.data_ptr() and call.v.data_ptr() == values.data_ptr()
+        and lengths.is_contiguous() and (table is None or table.is_contiguous())
     )  # fmt: skip
     if is_eager(call) and not runtime.is_empty(call):
-        _remember(key, call, runtime.prepared(call, backend, False), given)
+        _remember(key, call, runtime.prepared(call, backend, False), repeatable)
     return (out, lse) if lse is not None else out
 
 
@@ -139,8 +188,43 @@ def append_again(
     return read_again(q, cache, mask, softmax_scale, softcap, False, backend, k, v, rotary) if usual else None
 
 
+def _with_cache(
+    repeat: Repeat, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, table: Optional[Tensor], append: Optional[Append]
+) -> Optional[tuple[Tensor, Optional[Tensor]]]:  # fmt: skip
+    if append is not None:
+        return repeat(q, keys, values, lengths, append=append) if table is None else repeat(q, keys, values, lengths, table, append=append)
+    return repeat(q, keys, values, lengths) if table is None else repeat(q, keys, values, lengths, table)
+
+
+def _unaligned(tensors: tuple[Tensor, ...]) -> int:
+    addresses = 0
+    for t in tensors:
+        addresses |= t.data_ptr()
+    return addresses & 15
+
+
+def has_usual_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether shapes for F.scaled_dot_product_attention are what `attention` takes: 4 dimensions, one batch, heads that agree or divide."""
+    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4 or not query.shape[0] == key.shape[0] == value.shape[0]:
+        return False
+    heads, kv_heads = query.shape[1], key.shape[1]
+    return kv_heads == value.shape[1] and (heads == kv_heads or (enable_gqa and kv_heads > 0 and heads % kv_heads == 0))
+
+
 def _remember(key: tuple[Any, ...], call: Call, chosen: runtime.Prepared, repeatable: bool) -> None:
     """What serves calls of a key from now on. repeatable: whether the call is one that `Plan.repeat` speaks of."""
     if len(_seen) >= _SEEN_LIMIT:
         _seen.clear()
-    _seen[key] = chosen, call.softmax_scale, chosen.plan.repeat(call) if repeatable else None
+        _recent.clear()
+    _seen[key] = runtime.Seen(chosen, call.softmax_scale, chosen.plan.repeat(call) if repeatable else None)
+
+
+def _note(rest: tuple[Any, ...], seen: runtime.Seen, grad: bool, tensors: tuple[Tensor, ...]) -> None:
+    """Has calls like this one found by their tensors."""
+    if _Guards is None or len(set(map(id, tensors))) < len(tensors):
+        return
+    # Dispatch keys (of inference mode, say) and subclasses are not in the key of `_seen`.
+    if seen.alike is None or not seen.alike(*tensors):
+        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+        seen.alike = _Guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    _recent[rest] = ((seen.alike, seen, grad), *_recent.get(rest, ())[: _RECENT_LIMIT - 1])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+from collections.abc import Callable
 from contextlib import ContextDecorator
 from contextvars import ContextVar, Token
 from typing import Any, Optional
@@ -83,8 +84,10 @@ def policy(backend: str = "") -> Policy:
     return found
 
 
-#: Calls by exact metadata, with their plan, its shorter way (`Plan.repeat`) and scale; see `attnhub.repeats`.
-seen: dict[tuple[Any, ...], tuple[Prepared, float, Optional[Repeat]]] = {}
+#: Calls by exact metadata; see `attnhub.repeats`.
+seen: dict[tuple[Any, ...], Seen] = {}
+#: The last of these, by all but their tensors, each behind its check of tensors and with whether they want a gradient.
+recent: dict[tuple[Any, ...], tuple[tuple[Callable[..., bool], Seen, bool], ...]] = {}
 
 
 class Prepared:
@@ -123,6 +126,18 @@ class Prepared:
         self.decision = dataclasses.replace(self.decision, backward=following, backward_verdicts=verdicts)
         self._backward = None
         _say_once(name, following or "none", error)
+
+
+class Seen:
+    """A key's plan, its shorter way (`Plan.repeat`), and a check whether tensors are like those that it was remembered with."""
+
+    __slots__ = ("alike", "chosen", "repeat", "scale")
+
+    def __init__(self, chosen: Prepared, scale: float, repeat: Optional[Repeat]) -> None:
+        self.chosen = chosen
+        self.scale = scale
+        self.repeat = repeat
+        self.alike: Optional[Callable[..., bool]] = None
 
 
 _cache: dict[tuple[Any, ...], Prepared] = {}
@@ -394,5 +409,6 @@ def clear() -> None:
         _cache.clear()
         _plans.clear()
         seen.clear()
+        recent.clear()
         _failed.clear()
         _said.clear()

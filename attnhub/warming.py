@@ -15,6 +15,7 @@ from attnhub.decision import Decision
 from attnhub.kv_cache import KVCache
 from attnhub.layouts import Varlen
 from attnhub.mask import Mask
+from attnhub.rotary import Rotary
 
 
 def warmup(
@@ -36,6 +37,7 @@ def warmup(
     descale: str = "",
     packed: bool = False,
     page_size: int = 0,
+    append: str = "",
     return_lse: bool = False,
     layout: str = "bhsd",
     need_backward: bool = False,
@@ -50,7 +52,8 @@ def warmup(
     q_heads, head_dim, seqlen_q, ...: the shapes, seqlen_k, kv_heads and v_head_dim by default as those of q. mask: as for `attention`;
     its tensors have to fit the shapes. sinks: whether there are any. descale: which of q, k and v come with factors (float8_e4m3fn), as
     in "qkv" or "kv". packed: ``batch`` sequences of these lengths in a `Varlen`. page_size: above 0, K/V in a paged `KVCache` with
-    seqlen_k tokens. device: default cuda where there is one, else cpu.
+    seqlen_k tokens. append: "tokens" for calls whose seqlen_q tokens are appended to such a cache (contiguous without page_size), as those of
+    `CachedAttention` are, and fill it; "rotary" for calls that rotate them too. device: default cuda where there is one, else cpu.
 
     Returns the decision that served the calls. Its ``plan`` holds, besides what the backend tells of its kernels, ``first_call_seconds`` (with
     everything that is done once) and ``next_call_seconds``. Raises what `attention` raises: ValueError for shapes that do not fit,
@@ -68,6 +71,11 @@ def warmup(
     if set(descale) - set("qkv"):
         raise ValueError(f"descale={descale!r}: letters of 'qkv' are needed, one for each tensor that comes with factors")
     length, heads, v_dim = seqlen_k or seqlen_q, kv_heads or q_heads, v_head_dim or head_dim
+    if append not in ("", "tokens", "rotary"):
+        raise ValueError(f"append={append!r}: allowed are 'tokens' and 'rotary', and '' for calls that append nothing")
+    if append and (packed or need_backward or length < seqlen_q):
+        why = "packed queries append nothing" if packed else "a cache has no backward pass" if need_backward else f"seqlen_k={length} must hold seqlen_q={seqlen_q}"
+        raise ValueError(f"append={append!r}: {why}")
     settings: dict[str, Any] = {"softmax_scale": softmax_scale, "softcap": softcap, "dropout_p": dropout_p, "return_lse": return_lse, "backend": backend}
     settings["sinks"] = torch.zeros(q_heads, device=where) if sinks else None
     settings.update((f"{name}_descale", torch.ones(batch, heads, device=where)) for name in descale)
@@ -78,10 +86,15 @@ def warmup(
 
     q = zeros(q_heads, seqlen_q, head_dim)
     inputs: tuple[Tensor, ...] = (q,)
-    if page_size:
+    if page_size or append:
         cache = KVCache.empty(batch, heads, length, head_dim, v_head_dim=v_dim, page_size=page_size, dtype=dtype, device=where)
-        cache.cache_seqlens.fill_(length)
+        cache.cache_seqlens.fill_(length - seqlen_q if append else length)
         settings["kv_cache"] = cache
+        if append:
+            inputs = (q, zeros(heads, seqlen_q, head_dim), zeros(heads, seqlen_q, v_dim))
+        if append == "rotary":
+            angles = torch.zeros(length, head_dim // 2, device=where)
+            settings["rotary"] = Rotary(angles.cos(), angles)
     else:
         inputs = (q, zeros(heads, length, head_dim), zeros(heads, length, v_dim))
     if packed:

@@ -32,6 +32,17 @@ def test_a_training_step_runs_both_passes_and_checks_gradients() -> None:
     assert other["max_error"] < 1e-5 and other["max_grad_error"] > 0.1
 
 
+def test_speedups_are_over_the_baseline() -> None:
+    def runner(name: str, seconds: float) -> measure.Runner:
+        return measure.Runner({"seconds": seconds}, peers.Peer(name, peers.naive), lambda: None, 1, 1, lambda: None)  # type: ignore[arg-type]
+
+    runners = [runner("mine", 0.5), runner("theirs", 2.0), runner("other", 4.0)]
+    measure.compare(runners, "theirs")
+    assert [r.row["speedup"] for r in runners] == [4.0, 1.0, 0.5]
+    measure.compare(runners, "absent")
+    assert [r.row["speedup"] for r in runners] == [None] * 3
+
+
 def test_the_ring_is_larger_than_the_cache() -> None:
     case = Case(1, 4096, heads=8, kv_heads=2)
     ring = measure._ring(case, peers.inputs(case, CPU))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnhub.bench.cases import SPARSE_BLOCK, Case
 from attnhub.bench.parts import Parts, parts
-from attnhub.bench.peers import Absent, Inputs, Peer
+from attnhub.bench.peers import Absent, Inputs, Peer, first_line
 
 LABEL = "FlexAttention"
 
@@ -30,7 +30,7 @@ def peer(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
             attend(*tensors)
     except Exception as error:
         # No compiler, no Triton, a shape that its templates lack: each has its own exception.
-        return Absent(LABEL, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        return Absent(LABEL, first_line(error))
     return Peer(LABEL, attend)
 
 

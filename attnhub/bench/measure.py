@@ -20,11 +20,11 @@ from torch import Tensor
 import attnhub
 from attnhub.backend import Needs
 from attnhub.backends.reference import maths
-from attnhub.bench import processor
+from attnhub.bench import processor, resident
 from attnhub.bench.cases import Case
 from attnhub.bench.ceilings import CaseCeilings, Ceilings
 from attnhub.bench.parts import parts, slice_of
-from attnhub.bench.peers import BASELINE, Absent, Inputs, Peer
+from attnhub.bench.peers import BASELINE, Absent, Inputs, Peer, first_line
 
 #: The largest score matrix for which results are compared with the definition in fp64 as a whole. Of larger ones a GPU checks the first
 #: K/V head of the first batch, in blocks of rows with so many scores.
@@ -124,7 +124,7 @@ def run_case(
                     row["plan"] = dict(told.plan)  # which of a backend's kernels served
         except Exception as error:
             # A peer that fails (out of memory, a shape it lacks) is a row like any other; the others go on.
-            row["skipped"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            row["skipped"] = first_line(error)
             continue
         runners.append(Runner(row, peer, step, rounds, calls, single, _GRAPH_CALLS if case.graph else 1))
     limits = CaseCeilings(ceilings, case)
@@ -136,10 +136,15 @@ def run_case(
         if not runner.times:
             runner.record(seconds, cpu_use)
         _fill(runner, case, limits, len(ring))
-    base = next((runner.row["seconds"] for runner in runners if runner.peer.name == BASELINE), None)
+    compare(runners, BASELINE)
+    return rows
+
+
+def compare(runners: list[Runner], baseline: str) -> None:
+    """Every row's speedup over the peer of that name; None where it is absent."""
+    base = next((runner.row["seconds"] for runner in runners if runner.peer.name == baseline), None)
     for runner in runners:
         runner.row["speedup"] = base / runner.row["seconds"] if base else None
-    return rows
 
 
 def interleave(
@@ -327,19 +332,9 @@ def extra_memory(step: Callable[[], Any], device: torch.device) -> tuple[Optiona
     def call() -> None:
         # A new thread begins with as many threads as the environment says.
         torch.set_num_threads(threads)
-        mib: Optional[float] = None
-        try:
-            # Linux forgets the peak of the resident set when 5 is written there (man 5 proc_pid_clear_refs).
-            _trim()
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-            before = _status("VmRSS")
-        except OSError:
-            before = None
+        before = resident.begin()
         turn = time_turn(step, 1, device)
-        if before is not None:
-            mib = max(0, _status("VmHWM") - before) / 2**10
-        found.append((mib, *turn))
+        found.append((None if before is None else max(0, resident.peak() - before) / 2**10, *turn))
 
     others = _thread_count()
     thread = threading.Thread(target=call)
@@ -379,21 +374,8 @@ def own_mappings() -> Iterator[None]:
         set_option(-1, 64 << 20)  # M_TRIM_THRESHOLD
 
 
-def _trim() -> None:
-    """Freed memory goes back to the system: glibc keeps blocks, and a call that reuses them would seem to need nothing."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return  # another C library: the figure may then be too small by what it keeps
-
-
 def _thread_count() -> int:
     try:
-        return _status("Threads")
+        return resident.status("Threads")
     except OSError:
         return 0
-
-
-def _status(name: str) -> int:
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))

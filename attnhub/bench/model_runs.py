@@ -14,6 +14,7 @@ from torch import Tensor
 import attnhub
 from attnhub.bench import measure, zoo
 from attnhub.bench.models import BASELINE, UNITS, ModelCase, left_out
+from attnhub.bench.peers import first_line
 from attnhub.bench.tasks import TASKS, Step, Task
 
 
@@ -56,7 +57,7 @@ def run_case(
             rounds, calls = measure.plan(step, device, settings)
         except Exception as error:
             # Without room, or without a package: a row like any other.
-            row["skipped"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            row["skipped"] = first_line(error)
             failed = True
         else:
             failed = False
@@ -76,9 +77,7 @@ def run_case(
         row["rate"], row["unit"] = case.units() / row["seconds"], UNITS[case.task]
         if BASELINE in outputs:
             row["difference"] = difference(outputs[row["peer"]], outputs[BASELINE], case.task != "embed")
-    base = next((runner.row["seconds"] for runner in runners if runner.peer.name == BASELINE), None)
-    for runner in runners:
-        runner.row["speedup"] = base / runner.row["seconds"] if base else None
+    measure.compare(runners, BASELINE)
     return rows
 
 

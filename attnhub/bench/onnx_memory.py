@@ -7,8 +7,6 @@ ones, outputs included. Everything that the runtime, its arena and attnhub's ker
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
 import subprocess
@@ -16,6 +14,7 @@ import sys
 from typing import Any, Optional
 
 from attnhub import config
+from attnhub.bench import resident
 
 #: The runtime plans its memory anew once it has seen a shape.
 _RUNS = 3
@@ -60,24 +59,13 @@ def _run(asked: dict[str, Any]) -> dict[str, Optional[float]]:
     small, full = (dict(numpy.load(asked[name])) for name in ("small", "full"))
     opened = session(asked["model"], asked["native"], asked["threads"])
     opened.run(None, small)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        # Linux forgets the peak of the resident set when 5 is written there (man 5 proc_pid_clear_refs).
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-        before = _status("VmRSS")
-    except OSError:
+    before = resident.begin()
+    if before is None:
         return {"extra_mib": None, "peak_mib": None}
     for _ in range(_RUNS):
         opened.run(None, full)
-    peak = _status("VmHWM")
+    peak = resident.peak()
     return {"extra_mib": (peak - before) / 2**10, "peak_mib": peak / 2**10}
-
-
-def _status(name: str) -> int:
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from attnhub.bench import measure, onnx_memory, zoo
 from attnhub.bench.model_runs import Peer, difference
 from attnhub.bench.models import BASELINE, UNITS, ModelCase, left_out
 from attnhub.bench.onnx_files import SUBJECTS, Feeds, quiet, write
+from attnhub.bench.peers import first_line
 
 _CPU = torch.device("cpu")
 
@@ -51,7 +52,7 @@ def run_case(
                 rounds, calls = measure.plan(step, _CPU, settings)
             except Exception as error:
                 # A package that is not there, or no room: a row like any other.
-                row["skipped"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                row["skipped"] = first_line(error)
                 continue
             runners.append(measure.Runner(row, Peer(name), step, rounds, calls, step))
         measure.interleave(runners, settings, _CPU, tick)
@@ -62,9 +63,7 @@ def run_case(
                 runner.turn(_CPU)
             row["seconds"], row["seconds_rounds"] = statistics.median(runner.times), runner.times
             row["rate"], row["unit"] = case.units() / row["seconds"], UNITS[case.task]
-    base = next((runner.row["seconds"] for runner in runners if runner.peer.name == BASELINE), None)
-    for runner in runners:
-        runner.row["speedup"] = base / runner.row["seconds"] if base else None
+    measure.compare(runners, BASELINE)
     return rows
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnhub.bench import onnx_node
 from attnhub.bench.cases import Case
-from attnhub.bench.peers import Absent, Inputs, Peer
+from attnhub.bench.peers import Absent, Inputs, Peer, first_line
 
 Kind = Literal["grouped", "multi-head", "graph"]
 LABEL = "ONNX Runtime"
@@ -49,7 +49,7 @@ def peer(case: Case, tensors: Inputs, which: str = "") -> Union[Peer, Absent]:
         session = onnxruntime.InferenceSession(_model(case, kind), options, providers=["CPUExecutionProvider"])
         call = _Bound(session, case, tensors, kind)
     except Exception as error:
-        return Absent(label, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        return Absent(label, first_line(error))
     node = {"grouped": "GroupQueryAttention", "multi-head": "MultiHeadAttention", "graph": "MatMul, Softmax, MatMul"}[kind]
     return Peer(label, call, facts={"node": node, "onnxruntime": onnxruntime.__version__}, differentiable=False)
 

@@ -48,8 +48,9 @@ class Absent:
     why: str
 
 
-#: Names for ``--peers``.
-NAMES = ("naive", "sdpa", "flash", "cudnn", "efficient", "flex", "v1", "portable", "onnxruntime", "onnxruntime-mha", "onnxruntime-graph")
+def first_line(error: Exception) -> str:
+    """What an error says, as a reason to be absent."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def default_names(device: torch.device) -> tuple[str, ...]:

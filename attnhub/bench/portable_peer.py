@@ -10,7 +10,7 @@ from attnhub import config
 from attnhub.backend import Call, Plan
 from attnhub.bench.cases import Case
 from attnhub.bench.parts import parts
-from attnhub.bench.peers import Absent, Attend, Inputs, Peer
+from attnhub.bench.peers import Absent, Attend, Inputs, Peer, first_line
 from attnhub.bench.presets import PORTABLE
 from attnhub.registry import registry
 
@@ -31,7 +31,7 @@ def peer(case: Case, tensors: Inputs) -> Union[Peer, Absent]:
         found = plan(case, device)
     except Exception as error:
         # NVRTC, the driver and CuPy: each has its own exception.
-        return Absent(PORTABLE, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        return Absent(PORTABLE, first_line(error))
     return Peer(PORTABLE, caller(case, found, device), facts={"kernel": found.describe()}, differentiable=False)
 
 

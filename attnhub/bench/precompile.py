@@ -54,6 +54,8 @@ def _compile(asked: dict[str, Any]) -> dict[str, str]:
     """Call everybody once. Returns what failed: {peer: why}."""
     import torch
 
+    from attnhub.bench.peers import first_line
+
     for _ in range(_PATIENT_TRIES):
         try:
             return _call_everybody(Case.of(asked["case"]), tuple(asked["peers"]), tuple(asked["backends"]))
@@ -61,7 +63,7 @@ def _compile(asked: dict[str, Any]) -> dict[str, str]:
             # The other processes hold the rest of it, for seconds.
             time.sleep(3.0)
         except Exception as error:
-            return {"": _first_line(error)}
+            return {"": first_line(error)}
         finally:
             if torch.cuda.is_available():
                 gc.collect()
@@ -94,12 +96,8 @@ def _call_everybody(case: Case, names: tuple[str, ...], backends: tuple[str, ...
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            failed[peer.name] = _first_line(error)
+            failed[peer.name] = peers.first_line(error)
     return failed
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 if __name__ == "__main__":

@@ -136,16 +136,26 @@ def _v1v2(device: str) -> list[Case]:
     ]  # fmt: skip
 
 
+def _causal(device: str, dim: int) -> Case:
+    """At the grid's 4096 tokens, 16384 in a batch and 2048 columns; less of each on a CPU."""
+    if device == "cpu":
+        return Case(512, batch=1, heads=256 // dim, head_dim=dim, dtype="float32", causal=True)
+    return Case(4096, batch=4, heads=2048 // dim, head_dim=dim, dtype="bfloat16", causal=True)
+
+
+def _documents(base: Case) -> dict[str, Any]:
+    """All of a batch's tokens as 16 documents, one behind the other."""
+    tokens = base.batch * base.seqlen_q
+    return {"documents": 16, "batch": 1, "seqlen_q": tokens, "seqlen_k": tokens}
+
+
 def _features(device: str) -> list[Case]:
     """Each feature alone with a causal mask where it goes with one, at the grid's 4096 tokens."""
-    gpu = device != "cpu"
-    length, tokens, width = (4096, 16384, 2048) if gpu else (512, 512, 256)
     cases: list[Case] = []
     for dim in (64, 128):
-        base = Case(length, batch=tokens // length, heads=width // dim, head_dim=dim, dtype="bfloat16" if gpu else "float32", causal=True)
-        kinds: list[dict[str, Any]] = [
-            {"softcap": 30.0}, {"window": length // 4}, {"alibi": True}, {"documents": 16, "batch": 1, "seqlen_q": tokens, "seqlen_k": tokens},
-        ]  # fmt: skip
+        base = _causal(device, dim)
+        length = base.seqlen_q
+        kinds: list[dict[str, Any]] = [{"softcap": 30.0}, {"window": length // 4}, {"alibi": True}, _documents(base)]
         if dim == 128:
             kinds += [
                 {"kv_heads": base.heads // 4 or 1}, {"prefix": length // 4}, {"density": 0.25, "causal": False}, {"sinks": True},
@@ -180,16 +190,14 @@ def _forward(*lengths: int) -> Callable[[str], list[Case]]:
 
 def _cuda_features(device: str) -> list[Case]:
     """Each feature alone, forward, at the grid's 4096 tokens: with a causal mask, and without one where it goes without."""
-    gpu = device != "cpu"
-    length, tokens, width = (4096, 16384, 2048) if gpu else (512, 512, 256)
     cases: list[Case] = []
     for dim in (64, 128):
-        base = Case(length, batch=tokens // length, heads=width // dim, head_dim=dim, dtype="bfloat16" if gpu else "float32", causal=True)
-        both: list[dict[str, Any]] = [{"softcap": 30.0}, {"documents": 16, "batch": 1, "seqlen_q": tokens, "seqlen_k": tokens}]
-        both += [{"dtype": "float16"}] if gpu else []
+        base = _causal(device, dim)
+        both: list[dict[str, Any]] = [{"softcap": 30.0}, _documents(base)]
+        both += [{"dtype": "float16"}] if device != "cpu" else []
         # The heads of Llama 3 8B.
         both += [{"heads": 32, "kv_heads": 8}] if dim == 128 else []
-        cases.append(dataclasses.replace(base, window=length // 4))
+        cases.append(dataclasses.replace(base, window=base.seqlen_q // 4))
         cases.extend(dataclasses.replace(base, causal=causal, **kind) for kind in both for causal in (False, True))
     # Packed sequences last: torch's operators are called past its checks there, and what breaks inside one ends the run.
     return sorted(cases, key=lambda c: c.documents)

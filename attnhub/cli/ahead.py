@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         problems = of_shapes(args, info)
     served, refused = sort(problems)
-    told["kernels"] = _compile(served, jobs(args), args.json)
+    told["kernels"] = _compile(asked(served, args.append), jobs(args), args.json)
     told["refused"], told["seconds"] = refused, round(time.monotonic() - started, 1)
     if args.json:
         console.emit_json(told)
@@ -69,7 +69,19 @@ def compile_chosen(args: argparse.Namespace, device: Any) -> None:
     if info.type == "cuda" and info.vendor == "nvidia":
         by = runtime.policy(args.backend)
         problems = [p for p in of_shapes(args, info) if runtime.decide(p, by).chosen == "cuda"]
-        _compile(problems, jobs(args), args.json)
+        _compile(asked(problems, args.append), jobs(args), args.json)
+
+
+def asked(problems: Iterable[Problem], append: str) -> list[tuple[Problem, str]]:
+    """With every problem of a few queries what its calls need that append to a cache, as those of `attnhub.CachedAttention`, flash_attn_with_kvcache and
+    transformers' generate_batch do: as named, or over pages either, since nobody reads pages who does not append to them."""
+    from attnhub.backends.cuda import ahead
+
+    found = []
+    for p in problems:
+        more = () if not ahead.appends(p) else (append,) if append else ahead.APPEND[1:] if p.page_size else ()
+        found += [(p, kind) for kind in ("", *more)]
+    return found
 
 
 def target(args: argparse.Namespace) -> DeviceInfo:
@@ -103,12 +115,14 @@ def of_shapes(args: argparse.Namespace, info: DeviceInfo) -> list[Problem]:
     kv_heads, v_head_dim, dtype = args.kv_heads or args.heads, args.v_head_dim or args.head_dim, args.dtype or "bfloat16"
     if args.heads % kv_heads:
         raise CommandError(f"--heads {args.heads} is not a multiple of --kv-heads {kv_heads}")
-    asked = {
+    if args.append and args.packed:
+        raise CommandError(f"--append {args.append}: packed queries append nothing; leave out --packed")
+    given = {
         Feature.GQA: kv_heads != args.heads, Feature.DV_DIFFERS: v_head_dim != args.head_dim, Feature.CAUSAL_BOTTOM_RIGHT: args.causal,
         Feature.WINDOW: args.window, Feature.SOFTCAP: args.softcap, Feature.SINKS: args.sinks, Feature.ALIBI: args.alibi, Feature.VARLEN: args.packed,
-        Feature.PAGED: args.page_size, Feature.SEQLENS: args.page_size, Feature.LSE: args.lse or args.backward,
+        Feature.PAGED: args.page_size, Feature.SEQLENS: args.page_size or args.append, Feature.LSE: args.lse or args.backward,
     }  # fmt: skip
-    features = frozenset(feature for feature, there in asked.items() if there)
+    features = frozenset(feature for feature, there in given.items() if there)
     return [
         Problem(
             info, dtype, dtype, args.head_dim, v_head_dim, args.heads, kv_heads, size_bucket(batch), seqlen_class(seqlen_q), size_bucket(seqlen_k or seqlen_q),
@@ -179,16 +193,16 @@ def _directory() -> pathlib.Path:
         raise CommandError(str(error.strerror)) from error
 
 
-def _compile(problems: list[Problem], count: int, quiet: bool) -> list[dict[str, Any]]:
+def _compile(wanted: list[tuple[Problem, str]], count: int, quiet: bool) -> list[dict[str, Any]]:
     from attnhub.backends.cuda import ahead
     from attnhub.backends.cuda.launcher import toolkit_major
 
-    total = len(ahead.distinct(problems))
+    total = len(ahead.distinct(wanted))
     if not total:
         return []
     count = min(count, total)
     with progress.bar(f"compiling {total} kernels in {count} processes", total, quiet) as tick:
-        return ahead.compile_all(problems, _directory(), toolkit_major(), count, tick)
+        return ahead.compile_all(wanted, _directory(), toolkit_major(), count, tick)
 
 
 def _show(told: dict[str, Any]) -> None:
@@ -198,7 +212,8 @@ def _show(told: dict[str, Any]) -> None:
         features = ", ".join(sorted(f.value for f in p.features)) or "none"
         state = "failed" if "error" in row else "was there" if row["cached"] else f"{row['seconds']:.2f} s"
         dims = f"{p.head_dim}" if p.head_dim == p.v_head_dim else f"{p.head_dim}, {p.v_head_dim}"
-        rows.append((row["kernel"], v["arch"], p.q_dtype, dims, "x".join(map(str, v["tile"])), str(p.seqlen_q), features, state))
+        kernel = f"{row['kernel']}, {row['append']}" if row["append"] else row["kernel"]
+        rows.append((kernel, v["arch"], p.q_dtype, dims, "x".join(map(str, v["tile"])), str(p.seqlen_q), features, state))
     if rows:
         console.table("", ("kernel", "arch", "dtype", "head_dim", "tile", "seqlen_q", "for instance with", "compiled in"), rows, right=("seqlen_q", "compiled in"))
     for row in told["kernels"]:

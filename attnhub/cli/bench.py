@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-import time
 from typing import Any, Optional
 
 from attnhub.bench import models as bench_models
 from attnhub.bench import presets as bench_presets
 from attnhub.bench.cases import Case
 from attnhub.cli import CommandError, console, files, progress
+from attnhub.cli.devices import asked
 from attnhub.cli.values import names as _names
 from attnhub.cli.values import numbers as _numbers
 
@@ -66,19 +66,17 @@ def run(args: argparse.Namespace) -> int:
 
     from attnhub.bench import results
     from attnhub.bench.measure import Settings
+    from attnhub.cli import growing
 
     if args.threads or args.suite == "overhead":
         # Host time is that of one thread: waking a pool for a tiny call would be timed instead.
         torch.set_num_threads(args.threads or 1)
     device = _device(args)
     suggested = bench_presets.PRESETS[args.preset].turns if device.type != "cpu" and args.suite != "overhead" else (3, 0.1)
-    args.peer_seconds = 12.0 if args.peer_seconds is None else args.peer_seconds
-    args.rounds, args.seconds = (suggested[0] if args.rounds is None else args.rounds), (suggested[1] if args.seconds is None else args.seconds)
-    if args.rounds < 1 or args.seconds <= 0 or args.peer_seconds <= 0 or args.threads < 0:
-        raise CommandError("--rounds must be at least 1, --seconds and --peer-seconds above 0, --threads not below 0")
+    settings = growing.settings(args, *suggested, 12.0)
     if args.suite == "overhead":
         # Many short turns: see attnhub/bench/overhead.py.
-        settings = Settings(max(args.rounds, 15), min(args.seconds, 0.02))
+        settings = Settings(max(settings.rounds, 15), min(settings.round_seconds, 0.02))
         told = {"rounds": settings.rounds, "round_seconds": settings.round_seconds}
         result = results.document(args.suite, device.type, device, told, _overhead(args, device, settings))
         if args.output:
@@ -86,7 +84,6 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             console.emit_json(result)
         return 0
-    settings = Settings(args.rounds, args.seconds, args.peer_seconds)
     result = _cases(args, device, settings)
     if not args.list:
         lines = bench_presets.PRESETS[args.preset].lines
@@ -115,18 +112,16 @@ def _device(args: argparse.Namespace) -> Any:
     if args.list and wanted == "cuda":
         # The cases of a GPU can be read anywhere.
         return torch.device("cuda", 0)
-    if wanted.split(":")[0] == "cuda" and not torch.cuda.is_available():
-        raise CommandError("torch finds no CUDA device here; `attnhub bench cpu` needs none")
-    return torch.device("cuda", torch.cuda.current_device()) if wanted == "cuda" else torch.device(wanted)
+    return asked(wanted, "`attnhub bench cpu` needs none")
 
 
 def _cases(args: argparse.Namespace, device: Any, settings: Any) -> dict[str, Any]:
     """Measure the cases of a preset. The result file is written after each of them, so that a stop loses nothing."""
     import torch
 
-    from attnhub.bench import ceilings, pages, peers, precompile, results, workers
+    from attnhub.bench import ceilings, pages, peers, precompile, workers
+    from attnhub.cli.growing import Growing
 
-    started = time.monotonic()
     try:
         todo = bench_presets.select(args.preset, device.type, args.lengths, args.dtypes, args.modes, args.only)
     except ValueError as error:
@@ -142,45 +137,26 @@ def _cases(args: argparse.Namespace, device: Any, settings: Any) -> dict[str, An
     if args.list:
         return _list(args, todo, names, backends, settings)
     limits = ceilings.available(torch.get_num_threads()) if device.type == "cpu" else None
-    told = {
-        "rounds": settings.rounds, "round_seconds": settings.round_seconds, "peer_seconds": settings.peer_seconds,
-        **({"threads": args.threads} if args.threads else {}),
-    }  # fmt: skip
-    result = results.document(args.suite, args.preset, device, told, [])
-    path = results.target(args.output, result) if args.output else None
-    if args.resume and path is not None and path.exists():
-        try:
-            result["rows"] = results.continued(path, result)
-        except ValueError as error:
-            raise CommandError(str(error)) from error
-        known = {Case.of(row) for row in result["rows"]}
-        todo = [case for case in todo if case not in known]
+    file = Growing(args, args.suite, args.preset, device, settings)
+    todo = file.left(todo, Case.of)
     jobs = workers.jobs() if args.jobs < 0 else args.jobs
     if device.type != "cpu" and jobs and len(todo) > 1:
         with progress.bar(f"compiling for {len(todo)} cases in {jobs} processes", len(todo), args.json) as tick:
             failed = precompile.run(todo, names, backends, jobs, tick, args.limit / 2 if args.limit else 0.0)
         for who, why in failed.items():
             print(f"not compiled ahead: {who}: {why}", file=sys.stderr)
-    for n, case in enumerate(todo):
-        if args.limit and time.monotonic() - started > args.limit:
-            result["unmeasured"] = [str(left) for left in todo[n:]]
-            print(f"--limit {args.limit:g}: {len(todo) - n} cases are not measured; --resume measures them", file=sys.stderr)
-            break
-        found = _measured(f"[{n + 1}/{len(todo)}] {case}", case, device, names, backends, settings, limits, args.json)
-        result["rows"].extend(found)
+    for text, case in file.cases(todo):
+        found = _measured(text, case, device, names, backends, settings, limits, args.json)
         if limits:
-            result["environment"]["ceilings"] = limits.to_json()
-        if path is not None:
-            files.write_json(path, result)
+            file.result["environment"]["ceilings"] = limits.to_json()
+        file.add(found)
         if not args.json:
             console.table(str(case), *pages.table(found), right=pages.NUMERIC)
-    # A run that measured nothing replaces no file that holds something.
-    if path is not None and (result["rows"] or not path.exists()):
-        files.write_json(path, result)
+    file.finish()
     if preset.shown != bench_presets.CASES and not args.json:
-        columns, lines = pages.summary(result)
+        columns, lines = pages.summary(file.result)
         console.table("together", columns, lines, right=pages.right(columns))
-    return result
+    return file.result
 
 
 def _measured(text: str, case: Any, device: Any, names: tuple[str, ...], backends: Optional[tuple[str, ...]], settings: Any, limits: Any, quiet: bool) -> Any:

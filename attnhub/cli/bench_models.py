@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any, Optional
 
 from attnhub.bench import models
-from attnhub.cli import CommandError, console, files, progress
+from attnhub.cli import CommandError, console, progress
+from attnhub.cli.devices import asked
 from attnhub.cli.offline import forbid_hub
 
 
 def run(args: argparse.Namespace) -> int:
     """Time the cases of a preset. The result file is written after each of them, so that a stop loses nothing."""
-    started = time.monotonic()
     names, todo = _chosen(args)
     if args.list:
         return _list(args, names, todo)
@@ -24,59 +24,35 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("models are those of transformers: pip install 'attnhub[hf]'")
     import torch
 
-    from attnhub.bench import pages, results
-    from attnhub.bench.measure import Settings
+    from attnhub.bench import pages
     from attnhub.bench.zoo import Zoo
+    from attnhub.cli import growing
 
     forbid_hub()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = _device(args)
     preset = models.PRESETS[args.preset]
-    turns = (1, 0.001) if args.scale == models.TINY else preset.turns
-    settings = Settings(
-        turns[0] if args.rounds is None else args.rounds, turns[1] if args.seconds is None else args.seconds,
-        60.0 if args.peer_seconds is None else args.peer_seconds,
-    )  # fmt: skip
-    if settings.rounds < 1 or settings.round_seconds <= 0 or settings.peer_seconds <= 0:
-        raise CommandError("--rounds must be at least 1, --seconds and --peer-seconds above 0")
-    told = {
-        "rounds": settings.rounds, "round_seconds": settings.round_seconds, "peer_seconds": settings.peer_seconds, "scale": args.scale,
-        **({"threads": args.threads} if args.threads else {}),
-    }  # fmt: skip
+    # A tiny gpu preset runs anywhere.
+    device = asked(args.device or preset.device, "`attnhub bench models --preset cpu` needs none")
+    settings = growing.settings(args, *((1, 0.001) if args.scale == models.TINY else preset.turns), 60.0)
     # Figures of tiny models must not lie where those of real ones do.
     name = args.preset if args.scale == "full" else f"{args.preset}-{args.scale}"
-    result = results.document(models.SUITE, name, device, told, [])
-    result["environment"]["transformers"] = importlib.import_module("transformers").__version__
-    path = results.target(args.output, result) if args.output else None
-    if args.resume and path is not None and path.exists():
-        try:
-            result["rows"] = results.continued(path, result)
-        except ValueError as error:
-            raise CommandError(str(error)) from error
-        known = {models.ModelCase.of(row) for row in result["rows"]}
-        todo = [case for case in todo if case not in known]
-    run_case = _runner(args.preset, result)
+    file = growing.Growing(args, models.SUITE, name, device, settings, scale=args.scale)
+    file.result["environment"]["transformers"] = importlib.import_module("transformers").__version__
+    todo = file.left(todo, models.ModelCase.of)
+    run_case = _runner(args.preset, file.result)
     zoo = Zoo(device, args.scale)
-    for n, case in enumerate(todo):
-        if args.limit and time.monotonic() - started > args.limit:
-            result["unmeasured"] = [str(left) for left in todo[n:]]
-            print(f"--limit {args.limit:g}: {len(todo) - n} cases are not measured; --resume measures them", file=sys.stderr)
-            break
+    for text, case in file.cases(todo):
         began = time.monotonic()
-        with progress.bar(f"[{n + 1}/{len(todo)}] {case}", len(names) * (settings.rounds + 1), args.json) as tick:
+        with progress.bar(text, len(names) * (settings.rounds + 1), args.json) as tick:
             rows = run_case(case, zoo, names, settings, tick)
-        result["rows"].extend(rows)
-        if path is not None:
-            files.write_json(path, result)
+        file.add(rows)
         if not args.json:
             console.table(f"{case} ({time.monotonic() - began:.0f} s)", *pages.model_table(rows), right=pages.NUMERIC)
-    # A run that measured nothing replaces no file that holds something.
-    if path is not None and (result["rows"] or not path.exists()):
-        files.write_json(path, result)
-        print(f"written: {path}", file=sys.stderr)
+    if file.finish():
+        print(f"written: {file.path}", file=sys.stderr)
     if args.json:
-        console.emit_json(result)
+        console.emit_json(file.result)
     return 0
 
 
@@ -115,18 +91,6 @@ def _chosen(args: argparse.Namespace) -> tuple[tuple[str, ...], list[models.Mode
     if not todo:
         raise CommandError("--only leaves no case of this preset")
     return names, todo
-
-
-def _device(args: argparse.Namespace) -> Any:
-    """The preset's, unless another is asked for: a tiny gpu preset runs anywhere."""
-    import torch
-
-    wanted = args.device or models.PRESETS[args.preset].device
-    if wanted.split(":")[0] != "cuda":
-        return torch.device(wanted)
-    if not torch.cuda.is_available():
-        raise CommandError("torch finds no CUDA device here; `attnhub bench models --preset cpu` needs none")
-    return torch.device("cuda", torch.cuda.current_device()) if wanted == "cuda" else torch.device(wanted)
 
 
 def _list(args: argparse.Namespace, names: tuple[str, ...], todo: list[models.ModelCase]) -> int:

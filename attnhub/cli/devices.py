@@ -1,8 +1,9 @@
-"""Device classes that `attnhub explain` can be asked about without having them."""
+"""Devices by name: classes that `attnhub explain` can be asked about without having them, and those of this machine."""
 
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 from attnhub.cli import CommandError
 from attnhub.problem import DeviceInfo
@@ -58,3 +59,14 @@ def resolve(name: str) -> tuple[DeviceInfo, bool]:
             f"--device {name}: this machine has none ({type(error).__name__}: {error}); name a class instead: "
             + ", ".join(c for c, info in CLASSES.items() if info.type == kind)
         ) from error
+
+
+def asked(name: str, instead: str) -> Any:
+    """torch's device of a name; of ``cuda`` the current one. instead: what can be done where torch finds none."""
+    import torch
+
+    if name.split(":", maxsplit=1)[0] != "cuda":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise CommandError(f"torch finds no CUDA device here; {instead}")
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--descale", default="", help="which of q, k and v come with factors, as in qkv; with float8_e4m3fn")
     parser.add_argument("--packed", action="store_true", help="sequences one behind the other, with cu_seqlens")
     parser.add_argument("--page-size", type=size, default=0, help="tokens in a page of a paged K/V cache; default: not paged")
+    parser.add_argument("--append", choices=("tokens", "rotary"), default="", help="the queries' keys are appended to a K/V cache by the call; rotary: rotated")
     parser.add_argument("--layout", choices=("bhsd", "bshd"), default="bhsd")
     parser.add_argument("--lse", action="store_true", help="lse is returned")
     parser.add_argument("--backward", action="store_true", help="a backward pass follows")
@@ -55,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype or "bfloat16")
     shapes = list(itertools.product(args.batch, args.seqlen_q, args.seqlen_k or (0,)))
     decisions = []
-    if len(shapes) > 1 and torch.cuda.is_available() and args.device.partition(":")[0] in ("", "cuda"):
+    several = len(shapes) > 1 or args.append or args.page_size
+    if several and torch.cuda.is_available() and args.device.partition(":")[0] in ("", "cuda"):
         ahead.compile_chosen(args, torch.device(args.device or "cuda"))
     with progress.bar("warming up", len(shapes), args.json) as tick:
         for batch, seqlen_q, seqlen_k in shapes:
@@ -65,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
                 decision = attnhub.warmup(
                     q_heads=args.heads, head_dim=args.head_dim, seqlen_q=seqlen_q, seqlen_k=seqlen_k or None, batch=batch, kv_heads=args.kv_heads or None,
                     v_head_dim=args.v_head_dim or None, dtype=dtype, device=args.device or None, mask=_mask(args), softcap=args.softcap, sinks=args.sinks,
-                    descale=args.descale, packed=args.packed, page_size=args.page_size, return_lse=args.lse, layout=args.layout, need_backward=args.backward,
-                    backend=args.backend or None,
+                    descale=args.descale, packed=args.packed, page_size=args.page_size, append=args.append, return_lse=args.lse, layout=args.layout,
+                    need_backward=args.backward, backend=args.backend or None,
                 )  # fmt: skip
             except attnhub.NoBackendError as error:
                 console.say(str(error))

@@ -8,7 +8,8 @@ In a backend's test file::
     def test_conformance(check):
         check.run()
 
-`checks` gives one check per case and kind: ``forward`` (with and without lse, NaN around the buffers), ``backward``,
+`checks` gives one check per case and kind: ``forward`` (with and without lse, NaN around the buffers; where a call
+appends to a K/V cache, every bit of that too), ``backward``,
 ``repeat`` (bitwise equal runs, where declared) and ``reject`` (features that are not declared are refused with their code).
 ``python -m attnhub.testing --backend cuda --device cuda --level full --output result.json`` runs the same as a program.
 
@@ -18,7 +19,8 @@ the definition takes the numbers that they stand for, the plain maths are those 
 weights rounded to e4m3 on a scale of 256 before they meet v, out in bf16), and the unit is bf16's.
 """
 
-from attnhub.testing.cases import Case, cases
+from attnhub.testing.case import Case
+from attnhub.testing.cases import cases
 from attnhub.testing.checks import Check, Outcome, checks
 
 __all__ = ["Case", "Check", "Outcome", "cases", "checks"]

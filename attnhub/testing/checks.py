@@ -13,12 +13,15 @@ from attnhub import api, arguments, runtime
 from attnhub import device as devices
 from attnhub.backend import Call, Descale, Needs
 from attnhub.decision import NoBackendError, Policy
+from attnhub.kv_cache import KVCache
 from attnhub.layouts import lse_dtype, out_dtype
 from attnhub.problem import FORWARD_ONLY, DeviceInfo, Feature, Problem
 from attnhub.reasons import Code, Rejected
 from attnhub.registry import registry
+from attnhub.rotary import apply_rotary
 from attnhub.selector import select
-from attnhub.testing.cases import Case, Inputs, cases
+from attnhub.testing.case import Case, Inputs
+from attnhub.testing.cases import cases
 
 #: lse of 8- and 16-bit inputs is fp32 work, up to the exponential that a kernel chooses for probabilities it rounds to 8 or 11 bits.
 _LSE_UNIT = {torch.float8_e4m3fn: 2.0**-12, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-12}
@@ -53,7 +56,7 @@ class Check:
         if self.kind == "reject":
             return self._reject()
         assert self.case is not None
-        run = {"forward": _forward, "backward": _backward, "repeat": _repeat}[self.kind]
+        run = {"forward": _append if self.case.new_tokens else _forward, "backward": _backward, "repeat": _repeat}[self.kind]
         try:
             errors = run(self.backend, self.case, self.device)
         except NoBackendError as error:
@@ -135,9 +138,8 @@ def _call_of(inputs: Inputs, dtype: torch.dtype, rng: Optional[Tensor]) -> Call:
     return call
 
 
-def _attention(backend: str, inputs: Inputs, return_lse: bool) -> Any:
-    cache = inputs.kwargs.get("kv_cache")
-    k, v = (None, None) if cache is not None else (inputs.k, inputs.v)
+def _attention(backend: str, inputs: Inputs, return_lse: bool, append: bool = False) -> Any:
+    k, v = (inputs.k, inputs.v) if append or "kv_cache" not in inputs.kwargs else (None, None)
     return api.attention(inputs.q, k, v, inputs.mask, backend=backend, return_lse=return_lse, **inputs.kwargs)
 
 
@@ -214,9 +216,8 @@ def _forward(backend: str, case: Case, device: str) -> dict[str, float]:
     with torch.no_grad():
         torch.manual_seed(case.seed)
         got = _attention(backend, inputs, return_lse=False)
-    decision = runtime.last_decision()
-    if case.seqlen_q * case.seqlen_k and (decision is None or decision.chosen != backend):
-        raise ConformanceError(f"asked for {backend}, served by {decision.chosen if decision else None}")
+    if case.seqlen_q * case.seqlen_k:
+        _served_by(backend)
     if got.dtype != out_dtype(dtype):
         raise ConformanceError(f"out is {got.dtype}, and {out_dtype(dtype)} is needed for {dtype} inputs")
     errors = {"out": fraction(got, _packed(out, inputs), _packed(plain_out, inputs), unit)}
@@ -225,14 +226,81 @@ def _forward(backend: str, case: Case, device: str) -> dict[str, float]:
             torch.manual_seed(case.seed)
             again, got_lse = _attention(backend, inputs, return_lse=True)
         errors["out beside lse"] = fraction(again, _packed(out, inputs), _packed(plain_out, inputs), unit)
-        if dtype in _LSE_UNIT:
-            errors["lse"] = fraction(got_lse, _packed(lse, inputs), _packed(lse, inputs), _LSE_UNIT[dtype])
-        else:
-            errors["lse"] = fraction(got_lse, _packed(lse, inputs), _packed(plain_lse, inputs), unit)
+        errors["lse"] = _lse_fraction(got_lse, _packed(lse, inputs), _packed(plain_lse, inputs), dtype)
     for before, after in zip(zones, inputs.red_zones):
         if not torch.equal(before.view(torch.uint8), after.view(torch.uint8)):
             raise ConformanceError("memory around the inputs was written")
     return errors
+
+
+def _served_by(backend: str) -> None:
+    decision = runtime.last_decision()
+    if decision is None or decision.chosen != backend:
+        raise ConformanceError(f"asked for {backend}, served by {decision.chosen if decision else None}")
+
+
+def _lse_fraction(got: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
+    """`fraction` of lse, for inputs of ``dtype``."""
+    unit = _LSE_UNIT.get(dtype)
+    return fraction(got, exact, plain, _unit(dtype)) if unit is None else fraction(got, exact, exact, unit)
+
+
+def _append(backend: str, case: Case, device: str) -> dict[str, float]:
+    """New tokens in the call: attention over a cache that holds them, and that cache bit for bit, whoever writes there."""
+    inputs = case.build(device)
+    before, dtype = inputs.kwargs["kv_cache"], inputs.q.dtype
+    after = _copied(before)
+    q = _settle(after, inputs)
+    kwargs = {name: value for name, value in inputs.kwargs.items() if name != "rotary"}
+    kwargs["kv_cache"] = dataclasses.replace(after, cache_seqlens=after.cache_seqlens + case.new_tokens)
+    _, out, lse, _, plain_out, plain_lse = _expected(dataclasses.replace(inputs, q=q, kwargs=kwargs), None)
+    given = [_bits(t).clone() for t in (inputs.q, inputs.k, inputs.v)]
+    errors = {}
+    # Calls after the first of their shapes may go a shorter way.
+    for label, with_lse in (("out", False), ("out again", False), ("out beside lse", True)):
+        if with_lse and Feature.LSE not in registry.get(backend).capability.features:
+            continue
+        mine = _copied(before)
+        with torch.no_grad():
+            found = _attention(backend, dataclasses.replace(inputs, kwargs={**inputs.kwargs, "kv_cache": mine}), with_lse, append=True)
+        _served_by(backend)
+        for name in ("k_cache", "v_cache", "cache_seqlens"):
+            wrong = int((_bits(getattr(mine, name)) != _bits(getattr(after, name))).sum())
+            if wrong:
+                raise ConformanceError(f"{name} differs in {wrong} bytes from one to which the new tokens were appended one by one")
+        if not all(torch.equal(_bits(t), bits) for t, bits in zip((inputs.q, inputs.k, inputs.v), given)):
+            raise ConformanceError("the call's own q, k or v was written")
+        errors[label] = fraction(found[0] if with_lse else found, out, plain_out, _unit(out_dtype(dtype)))
+        if with_lse:
+            errors["lse"] = _lse_fraction(found[1], lse, plain_lse, dtype)
+    return errors
+
+
+def _settle(cache: KVCache, inputs: Inputs) -> Tensor:
+    """Writes a case's new tokens into a cache, one by one, and gives the queries that attend to it afterwards."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    starts, rotary = cache.cache_seqlens.long()[:, None], inputs.kwargs.get("rotary")
+    positions = starts + torch.arange(k.shape[2], device=k.device)
+    if rotary is not None:
+        of_queries = starts.expand(-1, q.shape[2]) if rotary.one_position else starts + torch.arange(q.shape[2], device=q.device)
+        q, k = (apply_rotary(t, rotary.cos, rotary.sin, at, rotary.interleaved) for t, at in ((q, of_queries), (k, positions)))
+    table, (keys, values) = cache.block_table, cache.heads_first()
+    for b, row in enumerate(positions.tolist()):
+        for i, position in enumerate(row):
+            page, slot = (b, position) if table is None else (int(table[b, position // keys.shape[2]]), position % keys.shape[2])
+            keys[page, :, slot], values[page, :, slot] = k[b, :, i], v[b, :, i]
+    return q
+
+
+def _copied(cache: KVCache) -> KVCache:
+    """With all that lies between and around its rows."""
+    keys, values = (t.new_empty(0).set_(t.untyped_storage().clone(), t.storage_offset(), t.shape, t.stride()) for t in (cache.k_cache, cache.v_cache))
+    return dataclasses.replace(cache, k_cache=keys, v_cache=values, cache_seqlens=cache.cache_seqlens.clone())
+
+
+def _bits(t: Tensor) -> Tensor:
+    """Every byte of a tensor's memory."""
+    return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())
 
 
 def _backward(backend: str, case: Case, device: str) -> dict[str, float]:

@@ -68,7 +68,7 @@ class CudaBackend(Backend):
         from attnhub.backends.cuda import decode, hopper
 
         if hopper.runs_on(problem.device):
-            return decode.COST if decode.serves(problem) else hopper.cost(problem)
+            return decode.cost(problem) if decode.serves(problem) else hopper.cost(problem)
         # The portable kernel, measured there too; other devices were not measured. For few queries nothing was, but on 9.0.
         if problem.seqlen_q <= 16 or problem.page_size:
             return 5.0

@@ -13,15 +13,22 @@ ROWS = KEYS = 16
 MOST_QUERIES = 16
 #: As many as the weights of all splits that a warp keeps while it merges them.
 MOST_SPLITS = 128
-#: For stages: with what else a block needs it stays below 99 KiB, what one may have on 8.6 and 8.9, and two blocks fit a multiprocessor of 9.0.
-_STAGES_BYTES = 96 * 1024
-_MOST_STAGES = 8
-#: Time relative to cuDNN's on contiguous keys: 0.94 to 1.0 of its speed there, and before the triton backend in most of the cases with pages.
-COST = 1.05
-#: Blocks of keys a warp should have at least, where keys are split.
-_FEWEST_BLOCKS = 2
-#: The fewest splits that come this close to the best use of the last wave.
-_EFFICIENCY = 0.95
+#: What a warp keeps in registers grows with the dimensions: up to 128 columns, and beyond.
+_WARPS = ((8, 4), (4, 2))
+#: Room for slots where one block has a multiprocessor for itself, and where two share it or one may have 99 KiB in all.
+_SLOTS_BYTES, _SLOTS_BYTES_SMALL = 128 * 1024, 80 * 1024
+#: Compute capabilities whose blocks may have more than 99 KiB.
+_LARGE = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
+#: Tiles of rows from which on two blocks share a multiprocessor, of which there are 132, where keys are in pages or slots are no larger than this.
+_MANY_TILES, _NARROW = 4 * 132, 2048
+#: Time relative to cuDNN's on contiguous keys: as fast where the memory is the bound, faster for small batches and wide heads, and in host time.
+_COST = 0.95
+#: Where a K/V head has rows for several tiles, each of which reads its keys: behind torch's kernels, and before the triton backend.
+_COST_MORE_ROWS = 1.05
+#: Parts of a row that the kernel's merge asks for at once.
+_BATCH = 16
+#: What waiting for them takes, and what a block takes before and after its keys, in times of a warp's step over 16 keys; from runs on an H200.
+_BATCH_STEPS, _BLOCK_STEPS = 0.5, 3
 #: From this many waves on nothing is split.
 _WAVES = 3.5
 
@@ -29,7 +36,7 @@ _WAVES = 3.5
 @dataclass(frozen=True)
 class DecodeVariant:
     """One compiled kernel. paging: 0 no pages, 1 pages of a multiple of 16 keys, 2 of any size. append: 1 new tokens are appended to the cache, 2 with
-    rotary embedding.
+    rotary embedding. warps: per block. slots: of 16 keys or values, per warp: those that are used, and those that are on their way.
     """
 
     arch: str
@@ -40,31 +47,22 @@ class DecodeVariant:
     softcap: bool = False
     alibi: bool = False
     append: int = 0
+    warps: int = 8
+    slots: int = 4
 
     main = "decode/forward.cu"
-
-    @property
-    def warps(self) -> int:
-        """Per block. What each of them keeps in registers and shared memory grows with the dimensions."""
-        return 4 if max(self.head_dim, self.v_head_dim) <= 128 else 2
 
     @property
     def threads(self) -> int:
         return 32 * self.warps
 
     @property
-    def stages(self) -> int:
-        return min(_MOST_STAGES, _STAGES_BYTES // (self.warps * self._stage_bytes))
-
-    @property
-    def _stage_bytes(self) -> int:
-        return KEYS * (_pitch(self.head_dim) + _pitch(self.v_head_dim))
-
-    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory per block: stages of K and V, and what the merge of warps and splits keeps."""
-        merge = self.warps * (ROWS * 8 + MOST_SPLITS * 4) + 16
-        return self.warps * self.stages * self._stage_bytes + merge
+        """Dynamic shared memory per block: slots of keys and values, what the merge of warps and splits keeps, entries of the block table."""
+        merge = ROWS * 8 + MOST_SPLITS * 4
+        ahead = self.slots // 2
+        table = (4 if ahead < 3 else 8 if ahead < 7 else 16) * 4 * (0, 1, KEYS)[self.paging]
+        return self.warps * (self.slots * slot_bytes(self.head_dim, self.v_head_dim) + merge + table)
 
     def generated(self) -> dict[str, str]:
         return {}
@@ -77,7 +75,7 @@ class DecodeVariant:
             "HEAD_DIM": self.head_dim,
             "V_HEAD_DIM": self.v_head_dim,
             "WARPS": self.warps,
-            "STAGES": self.stages,
+            "SLOTS": self.slots,
             "PAGING": self.paging,
             "MOST_SPLITS": MOST_SPLITS,
             "SOFTCAP": int(self.softcap),
@@ -88,12 +86,12 @@ class DecodeVariant:
         return (f"-arch={self.arch}", "-std=c++17", "-default-device", "-ftz=true", *(f"-DATTNHUB_{name}={value}" for name, value in defines.items()))
 
     def describe(self) -> dict[str, Any]:
-        return {"arch": self.arch, "product": "m16n8k16", "tile": [ROWS, KEYS * self.warps], "stages": self.stages, "shared_bytes": self.shared_bytes}
+        return {"arch": self.arch, "product": "m16n8k16", "tile": [ROWS, KEYS * self.warps], "slots": self.slots, "shared_bytes": self.shared_bytes}
 
 
-def _pitch(dim: int) -> int:
-    """Bytes of a row of a block: `Block` in kernels/decode/block.cuh."""
-    return -(-dim // 64) * 128
+def slot_bytes(head_dim: int, v_head_dim: int) -> int:
+    """16 rows: `Block` in kernels/decode/block.cuh."""
+    return KEYS * -(-max(head_dim, v_head_dim) // 64) * 128
 
 
 def serves(problem: Problem) -> bool:
@@ -103,25 +101,41 @@ def serves(problem: Problem) -> bool:
     return bool(problem.page_size) or (problem.seqlen_q <= MOST_QUERIES and Feature.VARLEN not in problem.features)
 
 
+def cost(problem: Problem) -> float:
+    """`Backend.cost` of a problem that it serves, on compute capability 9.0."""
+    return _COST if problem.q_heads // problem.kv_heads * problem.seqlen_q <= ROWS else _COST_MORE_ROWS
+
+
 def choose(problem: Problem) -> DecodeVariant:
     """The variant for a problem that it serves."""
-    arch, features, page = problem.device.arch, problem.features, problem.page_size
-    return DecodeVariant(
-        f"sm_{arch[0]}{arch[1]}", problem.q_dtype, problem.head_dim, problem.v_head_dim, paging=0 if not page else 2 if page % KEYS else 1,
-        softcap=Feature.SOFTCAP in features, alibi=Feature.ALIBI in features,
+    arch, features, page = tuple(problem.device.arch), problem.features, problem.page_size
+    tiles = problem.batch * problem.kv_heads * -(-problem.q_heads // problem.kv_heads * problem.seqlen_q // ROWS)
+    return make(
+        f"sm_{arch[0]}{arch[1]}", problem.q_dtype, problem.head_dim, problem.v_head_dim, 0 if not page else 2 if page % KEYS else 1,
+        softcap=Feature.SOFTCAP in features, alibi=Feature.ALIBI in features, alone=arch in _LARGE and not (tiles >= _MANY_TILES and (page or slot_bytes(problem.head_dim, problem.v_head_dim) <= _NARROW)),
     )  # fmt: skip
 
 
-def split_count(tiles: int, seqlen_k: int, warps: int, slots: int) -> int:
-    """Into how many parts the keys of a tile of rows are divided. slots: blocks that the device runs at a time; seqlen_k: what a cache can hold,
-    since what it does hold is known to the device only.
+def make(
+    arch: str, dtype: str, head_dim: int, v_head_dim: int, paging: int = 0, softcap: bool = False, alibi: bool = False, append: int = 0, alone: bool = True
+) -> DecodeVariant:
+    """A variant with the warps and slots for it. alone: a block has a multiprocessor for itself."""
+    warps = _WARPS[max(head_dim, v_head_dim) > 128][not alone]
+    slots = (_SLOTS_BYTES if alone else _SLOTS_BYTES_SMALL) // (warps * slot_bytes(head_dim, v_head_dim))
+    return DecodeVariant(arch, dtype, head_dim, v_head_dim, paging, softcap, alibi, append, warps, slots)
+
+
+def split_count(tiles: int, seqlen_k: int, warps: int, slots: int, tile_rows: int = ROWS) -> int:
+    """Into how many parts the keys of a tile of rows are divided: the fewest of those that take the least time. slots: blocks that the device runs at a
+    time; seqlen_k: what a cache can hold, since what it does hold is known to the device only.
     """
     if tiles >= _WAVES * slots:
         return 1
-    most = max(1, min(MOST_SPLITS, -(-seqlen_k // KEYS) // (warps * _FEWEST_BLOCKS)))
-    used = []
-    for splits in range(1, most + 1):
-        waves = tiles * splits / slots
-        # Within one wave more blocks are always faster.
-        used.append(waves if waves <= 1 else waves / -(-tiles * splits // slots))
-    return next(splits for splits, efficiency in enumerate(used, 1) if efficiency >= _EFFICIENCY * max(used))
+    blocks = -(-seqlen_k // KEYS)
+
+    def steps(splits: int) -> float:
+        """From the first key to the last row's merge. A warp merges rows one after the other."""
+        merge = -(-tile_rows // warps) * -(-splits // _BATCH) * _BATCH_STEPS if splits > 1 else 0
+        return -(-tiles * splits // slots) * (-(-blocks // (splits * warps)) + _BLOCK_STEPS) + merge
+
+    return min(range(1, max(1, min(MOST_SPLITS, -(-blocks // warps))) + 1), key=steps)

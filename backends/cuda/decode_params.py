@@ -6,7 +6,7 @@ import struct
 
 from attnhub.backends.cuda.params import offsets_of
 
-#: (name, format) in order. Q: pointer, q: 64-bit integer, i: 32-bit integer, f: fp32.
+#: (name, format) in order. Q: pointer, q: 64-bit integer, i and I: 32-bit integer, f: fp32.
 FIELDS: tuple[tuple[str, str], ...] = (
     *((name, "Q") for name in (
         "q", "k", "v", "out", "lse", "cu_seqlens_q", "seqused_k", "leftpad", "prefix", "block_table", "sinks", "alibi", "partial", "tickets",
@@ -15,10 +15,11 @@ FIELDS: tuple[tuple[str, str], ...] = (
     *((f"{tensor}_strides.{axis}", "q") for tensor in ("q", "k", "v", "out", "new_k", "new_v") for axis in ("batch", "head", "token")),
     ("angle_stride", "q"),
     *((name, "i") for name in (
-        "sequences", "q_heads", "kv_heads", "heads_per_kv_head", "seqlen_q", "seqlen_k", "page_size", "pages", "row_tiles", "splits", "causal", "top_left",
+        "sequences", "q_heads", "heads_per_kv_head", "seqlen_q", "seqlen_k", "pages", "tile_rows", "causal", "top_left",
         "window_left", "window_right", "chunk", "alibi_batch_stride", "negate_q", "out_aligned",
         "new_tokens", "cache_rows", "rotary_half", "rotary_positions", "interleaved", "one_position", "narrow_angles",
     )),
+    *((f"{name}.{part}", "I") for name in ("kv_heads", "page_size", "row_tiles", "splits") for part in ("number", "multiplier", "shift")),
     *((name, "f") for name in ("scale_log2", "cap_inner", "cap_outer")),
 )  # fmt: skip
 
@@ -33,3 +34,9 @@ SIZE = POINTERS.size + REST.size
 def offsets() -> dict[str, int]:
     """Field -> its offset in bytes."""
     return offsets_of(FIELDS)
+
+
+def divisor(number: int) -> tuple[int, int, int]:
+    """``Divisor`` of params.cuh, for 1 <= number < 2^31."""
+    shift = 31 + (number - 1).bit_length()
+    return number, -(-(1 << shift) // number), shift

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnhub.backends.cuda import wgmma
-from attnhub.problem import DeviceInfo, Feature, Problem
+from attnhub.problem import DeviceInfo, Feature, Problem, few_tiles
 
 #: Shared memory that a block may have.
 MOST_SHARED = 227 * 1024
@@ -161,16 +161,8 @@ _LONG = 2048
 _PLAIN = frozenset({Feature.LSE, Feature.DETERMINISTIC, Feature.GQA, *_POSITIONS})
 #: Where torch's kernels were not beside it: behind them, as long as they serve, and before the triton backend.
 _COST_UNKNOWN = 1.1
-
-
-#: Behind the triton backend, which splits keys.
+#: Of `few_tiles`: behind the triton backend, which splits keys.
 _COST_FEW_TILES = 1.3
-
-
-def few_tiles(problem: Problem) -> bool:
-    """Whether tiles of queries are far fewer than multiprocessors while there are many keys, as in a chunk of a prompt behind a long cache."""
-    tiles = problem.batch * problem.q_heads * -(-problem.seqlen_q // 128)
-    return tiles <= _PROCESSORS // 2 and problem.seqlen_k >= 8 * problem.seqlen_q
 
 
 def cost(problem: Problem) -> float:

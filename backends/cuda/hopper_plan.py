@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Optional
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,17 @@ from attnhub.backend import Call, Plan, Repeat
 from attnhub.backends.cuda import tensor_map
 from attnhub.backends.cuda.hopper import HopperVariant
 from attnhub.backends.cuda.hopper_params import LAYOUT, MAPS_AT, POINTERS, POINTERS_AT
-from attnhub.backends.cuda.loading import CubinPlan, Stream, current_device, is_capturing, pointer, raw_stream
+from attnhub.backends.cuda.loading import (
+    Argument,
+    CubinPlan,
+    Kernel,
+    current_device,
+    empty_strided,
+    is_capturing,
+    lasting,
+    pointer,
+    raw_stream,
+)
 from attnhub.layouts import empty_out
 
 _LOG2E = math.log2(math.e)
@@ -31,8 +40,8 @@ _LARGEST_SOFTCAP = 1000.0
 #: Smaller ones are 0 in fp32, and would turn the -inf of a masked score into NaN.
 _SMALLEST_SCALE = 2.0**-120
 _ROWS = 64  # of a warpgroup: boxes of Q and of out
-#: Launches by shape that are remembered, in each thread.
-_LIMIT = 256
+#: Launches by shape that are remembered, in each thread, and maps of one of their tensors.
+_LIMIT, _MAPS = 256, 64
 
 
 def serves(variant: HopperVariant, call: Call) -> bool:
@@ -56,14 +65,15 @@ def processors(index: int) -> int:
 class Launch:
     """All that calls of the same shapes, strides and numbers have in common. Used by one thread."""
 
-    def __init__(self, variant: HopperVariant, call: Call, index: int, blocks: int) -> None:
+    def __init__(self, variant: HopperVariant, call: Call, index: int, blocks: int, kernel: Kernel) -> None:
         q, k, v, mask, varlen = call.q, call.k, call.v, call.mask, call.varlen
         batch, q_heads, seqlen_q, head_dim = q.shape
         kv_heads, seqlen_k, v_head_dim = k.shape[1], k.shape[2], v.shape[3]
         out = empty_out(q, v_head_dim)
-        self.v_head_dim, self.lse_shape, self.index = v_head_dim, (batch, q_heads, seqlen_q), index
-        #: torch's own function makes the same out in half the time.
-        self.out_like_q = out.shape == q.shape and out.stride() == torch.empty_like(q).stride()
+        self.index = index
+        #: Of what a launch makes: shape, strides, dtype.
+        self.out = tuple(out.shape), out.stride(), out.dtype
+        self.lse = (batch, q_heads, seqlen_q), (q_heads * seqlen_q, seqlen_q, 1), torch.float32
 
         rows, sequences = variant.rows, batch if varlen is None else varlen.cu_seqlens_q.shape[0] - 1
         q_tiles = -(-seqlen_q // rows)
@@ -78,13 +88,9 @@ class Launch:
         short = seqlen_q < _LONG
         section_bytes = _SHORT_SECTION_BYTES if short else _SECTION_BYTES
         scale, softcap = max(call.softmax_scale, _SMALLEST_SCALE), call.softcap
-        # The driver wants tensor maps at addresses that are multiples of 64.
-        memory = np.zeros(LAYOUT.size + 64, np.uint8)
-        start = -memory.ctypes.data % 64
-        address = memory.ctypes.data + start
-        self._buffer = memory[start : start + LAYOUT.size].data
+        self.argument = Argument(LAYOUT.size)
         LAYOUT.pack_into(
-            self._buffer, 0, b"", b"", b"", b"", *(0 for _ in range(POINTERS.size // 8)),
+            self.argument.buffer, 0, b"", b"", b"", b"", *(0 for _ in range(POINTERS.size // 8)),
             *_strides(q), *_strides(k), *_strides(v), *out.stride()[:3],
             sequences, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k, head_dim, v_head_dim, q_tiles, tiles,
             max(1, section_bytes // head_bytes), by_position * (1 if short else _PHASES), mask.align == "top_left", mask.causal,
@@ -93,25 +99,38 @@ class Launch:
             tensor_map.steps(q), tensor_map.steps(k), tensor_map.steps(v),
             scale * _LOG2E, 2 * _LOG2E * scale / softcap if softcap else 0.0, softcap * _LOG2E,
         )  # fmt: skip
-        self._maps = [address + at for at in MAPS_AT]
-        for target, x, box_rows in zip(self._maps, (q, k, v), (_ROWS, variant.tiles.keys, variant.tiles.keys)):
-            tensor_map.encode(target, x, box_rows)
+        tensors, rows_of_boxes = [q, k, v], (_ROWS, variant.tiles.keys, variant.tiles.keys, _ROWS)
         if tensor_map.addressable(out):
-            tensor_map.encode(self._maps[3], out, _ROWS)
-        else:
-            self._maps.pop()
-        self._moved = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()]
+            tensors.append(out)
+        for at, x, box_rows in zip(MAPS_AT, tensors, rows_of_boxes):
+            tensor_map.encode(self.argument.address + at, x, box_rows)
+        #: Where the tensors of the maps lie, and by that the maps that were used before: asking the driver takes three times as long.
+        self._moved = [x.data_ptr() for x in tensors]
+        self._maps: list[dict[int, bytes]] = [{} for _ in tensors]
+        self._start, self._parameters = kernel.sized(self.grid, (variant.threads, 1, 1), variant.shared_bytes), self.argument.parameters
 
-    def argument(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, others: tuple[int, ...]) -> np.void:
-        """The kernel's argument. others: pointers from ``lse`` on."""
-        addresses = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()]
+    def start(self, stream: int, addresses: list[int], others: tuple[int, ...]) -> None:
+        """Launches the kernel. addresses: of q, k, v and out; others: pointers from ``lse`` on."""
         if addresses != self._moved:
-            for target, address, before in zip(self._maps, addresses, self._moved):
-                if address != before:
-                    tensor_map.move(target, address)
-            self._moved = addresses
-        POINTERS.pack_into(self._buffer, POINTERS_AT, *addresses, *others)
-        return np.void(self._buffer.tobytes())
+            self._move(addresses)
+        POINTERS.pack_into(self.argument.buffer, POINTERS_AT, *addresses, *others)
+        self._start(stream, self._parameters, 0)
+
+    def _move(self, addresses: list[int]) -> None:
+        buffer, moved = self.argument.buffer, self._moved
+        for n, maps in enumerate(self._maps):
+            address = addresses[n]
+            if address != moved[n]:
+                at = MAPS_AT[n]
+                made = maps.get(address)
+                if made is None:
+                    tensor_map.move(self.argument.address + at, address)
+                    if len(maps) >= _MAPS:
+                        maps.clear()
+                    maps[address] = bytes(buffer[at : at + tensor_map.SIZE])
+                else:
+                    buffer[at : at + tensor_map.SIZE] = made
+                moved[n] = address
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -130,13 +149,18 @@ class _Memory(threading.local):
 _memory = _Memory()
 
 
+class _Here(threading.local):
+    """Of one thread: the launch of a `Plan.repeat`."""
+
+    launch: Optional[Launch] = None
+
+
 class HopperPlan(CubinPlan):
     """One compiled variant. Calls that it cannot serve go to the portable kernel, made when first needed."""
 
     def __init__(self, variant: HopperVariant, cubin: str, portable: Callable[[], Plan]) -> None:
         super().__init__(cubin, variant.shared_bytes)
         self.variant = variant
-        self._block = (variant.threads, 1, 1)
         self._make_portable = portable
         self._portable: Optional[Plan] = None
 
@@ -149,10 +173,10 @@ class HopperPlan(CubinPlan):
         key = self._key(call, index)
         launch = _memory.launches.get(key)
         if launch is None:
-            self._function(index)  # makes the context current in a new thread, without which the driver makes no tensor map
+            kernel = self._kernel(index)  # makes the context current in a new thread, without which the driver makes no tensor map
             while len(_memory.launches) >= _LIMIT:
                 del _memory.launches[next(iter(_memory.launches))]
-            launch = _memory.launches[key] = Launch(self.variant, call, index, processors(index))
+            launch = _memory.launches[key] = Launch(self.variant, call, index, processors(index), kernel)
         kept: list[Tensor] = []
         data = (
             0 if varlen is None else pointer(varlen.cu_seqlens_q, kept), 0 if varlen is None else pointer(varlen.cu_seqlens_k, kept),
@@ -171,27 +195,28 @@ class HopperPlan(CubinPlan):
     def _run(
         self, launch: Launch, q: Tensor, k: Tensor, v: Tensor, need_lse: bool, data: tuple[int, ...]
     ) -> tuple[Tensor, Optional[Tensor]]:
-        index = launch.index
-        function, stream = self._function(index), raw_stream(index)
-        out = torch.empty_like(q) if launch.out_like_q else empty_out(q, launch.v_head_dim)
-        lse = torch.empty(launch.lse_shape, dtype=torch.float32, device=q.device) if need_lse else None
-        counters = _counters(index, stream) if launch.uneven else None
-        argument = launch.argument(
-            q, k, v, out, (0 if lse is None else lse.data_ptr(), *data, 0 if counters is None else counters.data_ptr())
-        )
-        function(launch.grid, self._block, (argument,), self._shared_bytes, Stream(stream))
+        stream = raw_stream(launch.index)
+        out = empty_strided(*launch.out)
+        lse = empty_strided(*launch.lse) if need_lse else None
+        counters = _counters(launch.index, stream) if launch.uneven else None
+        launch.start(
+            stream, [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()],
+            (0 if lse is None else lse.data_ptr(), *data, 0 if counters is None else counters.data_ptr()),
+        )  # fmt: skip
         return out, lse
 
     def repeat(self, call: Call) -> Optional[Repeat]:
         index, need_lse = call.q.get_device(), call.need_lse
         if not serves(self.variant, call) or (call.mask.seqused_k is not None and not call.mask.seqused_k.is_contiguous()):
             return None
-        key = self._key(call, index)
+        key, here = self._key(call, index), _Here()
 
         def again(q: Tensor, k: Tensor, v: Tensor, seqused_k: Optional[Tensor] = None) -> Optional[tuple[Tensor, Optional[Tensor]]]:
-            launch = _memory.launches.get(key)
+            launch = here.launch
+            if launch is None:
+                launch = here.launch = _memory.launches.get(key)
             if launch is None or index != current_device():
-                return None  # in a thread of its own, or forgotten
+                return None  # the first call of a thread
             return self._run(launch, q, k, v, need_lse, (0, 0, 0 if seqused_k is None else seqused_k.data_ptr(), 0, 0, 0, 0))
 
         return again
@@ -205,9 +230,13 @@ def _counters(index: int, stream: int) -> Tensor:
 
     A graph may be replayed beside anything: what is captured has counters of its own, set to zero by the graph.
     """
-    if is_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", index))
+    if stream and is_capturing():  # the default stream cannot be
+        return _zeros(index)
     found = _memory.counters.get((index, stream))
     if found is None:
-        found = _memory.counters[index, stream] = torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", index))
+        found = _memory.counters[index, stream] = lasting(lambda: _zeros(index), index)
     return found
+
+
+def _zeros(index: int) -> Tensor:
+    return torch.zeros(2, dtype=torch.int32, device=torch.device("cuda", index))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any, Optional
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from attnhub import config
 from attnhub.backend import Call, PrepareError
 from attnhub.backends.cuda import compile, decode, hopper, nvrtc
-from attnhub.backends.cuda.loading import CubinPlan, Stream, pointer, raw_stream
+from attnhub.backends.cuda.loading import Argument, CubinPlan, pointer, raw_stream
 from attnhub.backends.cuda.params import LAYOUT
-from attnhub.backends.cuda.variant import THREADS, Variant, choose
+from attnhub.backends.cuda.variant import Variant, choose
 from attnhub.layouts import empty_out
 from attnhub.problem import Problem
 from attnhub.reasons import Code, Reason
@@ -26,7 +26,13 @@ _SECTION_BYTES = 24 << 20
 MAX_LENGTH = 1 << 30
 #: Instead of a softmax_scale of 0, which would turn the -inf of a masked score into NaN.
 _TINY_SCALE = 2.0**-100
-_BLOCK = (THREADS, 1, 1)
+
+
+class _Here(threading.local):
+    """Of one thread."""
+
+    def __init__(self) -> None:
+        self.argument = Argument(LAYOUT.size)
 
 
 class CudaPlan(CubinPlan):
@@ -35,11 +41,13 @@ class CudaPlan(CubinPlan):
     def __init__(self, variant: Variant, cubin: str) -> None:
         super().__init__(cubin, variant.shared_bytes)
         self.variant = variant
+        self._here = _Here()
         self._rows = variant.rows  # a computed property, too slow for each launch
+        self._block = (variant.warps * 32, 1, 1)
         self._head_bytes = (variant.head_dim + variant.v_head_dim) * 2
 
     def _launch(self, call: Call, index: int) -> tuple[Tensor, Optional[Tensor]]:
-        function = self._function(index)
+        kernel = self._kernel(index)
         mask, varlen = call.mask, call.varlen
         q, k, v = call.q, call.k, call.v
         batch, q_heads, seqlen_q, _ = q.shape
@@ -67,8 +75,9 @@ class CudaPlan(CubinPlan):
         size = abs(scale) or _TINY_SCALE
         q_strides, k_strides, v_strides, out_strides = q.stride(), k.stride(), v.stride(), out.stride()
         out_pointer = out.data_ptr()
-        packed = LAYOUT.pack(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), out_pointer, 0 if lse is None else lse.data_ptr(),
+        argument = self._here.argument
+        LAYOUT.pack_into(
+            argument.buffer, 0, q.data_ptr(), k.data_ptr(), v.data_ptr(), out_pointer, 0 if lse is None else lse.data_ptr(),
             cu_seqlens_q, cu_seqlens_k, pointer(mask.seqused_k, kept), pointer(mask.leftpad, kept), pointer(mask.prefix, kept),
             pointer(call.sinks, kept), pointer(alibi, kept),
             # The stride of a dimension of size 1 is arbitrary, and rows that do not exist still form (unread) addresses.
@@ -85,7 +94,7 @@ class CudaPlan(CubinPlan):
             size * _LOG2E, 2 * _LOG2E * size / softcap if softcap else 0.0, softcap * _LOG2E,
             0,
         )  # fmt: skip
-        function((q_tiles * blocks_of_heads, 1, 1), _BLOCK, (np.void(packed),), self._shared_bytes, Stream(raw_stream(index)))
+        kernel.sized((q_tiles * blocks_of_heads, 1, 1), self._block, self._shared_bytes)(raw_stream(index), argument.parameters, 0)
         return out, lse
 
     def describe(self) -> dict[str, Any]:

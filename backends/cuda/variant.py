@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attnhub.problem import Feature, Problem
 
-THREADS = 128
-_WARPS = THREADS // 32
-
-#: Shared memory that one block may use: compute capability 7.5 has 64 KiB; 8.6 and 8.9, the smallest of the others, 99 KiB.
-_SHARED_TURING = 64 * 1024
-_SHARED_AMPERE = 99 * 1024
-#: The same on 9.0, 10.0 and 10.3 (228 KiB), up to the largest tile that was measured.
-_SHARED_TWO_BLOCKS_LARGE = 96 * 1024
-_LARGE = ("sm_90", "sm_100", "sm_103")
+_KIB = 1024
+#: Shared memory by compute capability: (of one block, of a multiprocessor), in KiB. Others, 12.0 among them, have at least that of 8.6 and 8.9.
+_SHARED = {"sm_75": (64, 64), "sm_80": (163, 164), "sm_87": (163, 164), "sm_90": (227, 228), "sm_100": (227, 228), "sm_103": (227, 228)}
+_SHARED_LEAST = (99, 100)
+#: Of a multiprocessor's shared memory each block takes this much for itself.
+_RESERVED = 1 * _KIB
 #: Registers (of 255 per thread) that accumulators, scores and staged tiles may take so that nothing spills, found by compiling
 #: every head_dim: without and with softcap or ALiBi.
 _REGISTERS_TURING = (148, 140)
 _REGISTERS_AMPERE = (192, 160)
-#: With no more than this two blocks share a multiprocessor of compute capability 8.0 (164 KiB, 1 KiB per block reserved).
-_SHARED_TWO_BLOCKS = 81 * 1024
+#: Warps on a multiprocessor, two for each of its schedulers: as many as 255 registers allow. With one, nothing runs while it waits.
+_WARPS = 8
 
 
 @dataclass(frozen=True)
 class Variant:
     """One compiled kernel.
 
-    arch: ``sm_90``. turing: the path without cp.async and with m16n8k8 products (any architecture can run it). row_tiles:
-    16-row tiles of queries per warp. keys: rows of a K/V tile. keep_query: Q stays in registers.
+    arch: ``sm_90``. turing: the path without cp.async and with m16n8k8 products (any architecture can run it). warps: of a block. row_tiles:
+    16-row tiles of queries per warp. keys: rows of a K/V tile. stages: tiles of K, and of V, in shared memory. kept: steps of 16
+    columns of Q that stay in registers. pairs: two warps share their rows, and divide the keys of Q K^T and the columns of P V.
     """
 
     arch: str
@@ -37,9 +35,12 @@ class Variant:
     dtype: str
     head_dim: int
     v_head_dim: int
+    warps: int
     row_tiles: int
     keys: int
-    keep_query: bool
+    stages: int = 1
+    kept: int = 0
+    pairs: bool = False
     softcap: bool = False
     alibi: bool = False
 
@@ -51,19 +52,19 @@ class Variant:
     @property
     def rows(self) -> int:
         """Query rows per block."""
-        return self.row_tiles * 16 * _WARPS
+        return self.row_tiles * 16 * self.warps // (2 if self.pairs else 1)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory per block: Q, K and V tiles, over which the epilogue lays the tile of out."""
         q_pitch, v_pitch = _pitch(self.head_dim), _pitch(self.v_head_dim)
-        return max((self.rows + self.keys) * q_pitch + self.keys * v_pitch, self.rows * v_pitch)
+        exchanged = self.rows * (_pitch(self.keys) + 8) if self.pairs else 0
+        return max((self.rows + self.stages * self.keys) * q_pitch + self.stages * self.keys * v_pitch + exchanged, self.rows * v_pitch)
 
     @property
     def held_registers(self) -> int:
         """Registers per thread for out, scores and, on the path without cp.async, the larger staged tile."""
-        columns = _columns(self.v_head_dim)
-        held = self.row_tiles * (columns + self.keys) // 2
+        held = self.row_tiles * (_columns(self.v_head_dim) + self.keys) // (4 if self.pairs else 2)
         if self.turing:
             held += self.keys // 16 * -(-_columns(max(self.head_dim, self.v_head_dim)) // 64) * 4
         return held
@@ -75,9 +76,12 @@ class Variant:
             "TYPE": {"float16": "Half", "bfloat16": "BFloat16"}[self.dtype],
             "HEAD_DIM": self.head_dim,
             "V_HEAD_DIM": self.v_head_dim,
+            "WARPS": self.warps,
+            "PAIRS": self.pairs,
             "ROW_TILES": self.row_tiles,
             "KEYS": self.keys,
-            "KEEP_QUERY": self.keep_query,
+            "STAGES": self.stages,
+            "KEPT": self.kept,
             "SOFTCAP": self.softcap,
             "ALIBI": self.alibi,
         }
@@ -91,6 +95,8 @@ class Variant:
             "arch": self.arch,
             "product": "m16n8k8" if self.turing else "m16n8k16",
             "tile": [self.rows, self.keys],
+            "warps": self.warps,
+            "stages": self.stages,
             "shared_bytes": self.shared_bytes,
         }
 
@@ -131,24 +137,42 @@ def make(
     softcap: bool = False,
     alibi: bool = False,
 ) -> Variant:
-    """A variant with the tile sizes for it.
+    """A variant with the tile sizes for it: the first of those below that fits and fills a multiprocessor with warps, else the first that fits.
 
-    Two row tiles per warp halve the shared-memory reads per product, which otherwise bound it; they fit the registers up
-    to 128 columns of out, and need more than 64 queries to be of use.
+    Their order was measured on an H200 (9.0) at head_dim 64, 128 and 256 in bf16, up to 16384 tokens. What follows for other devices and for widths
+    between is reasoned from shared memory and registers alone.
     """
-    limit = _SHARED_TURING if turing else _SHARED_AMPERE
-    two_blocks = _SHARED_TWO_BLOCKS_LARGE if arch.startswith(_LARGE) else _SHARED_TWO_BLOCKS
+    per_block, per_multiprocessor = (x * _KIB for x in (_SHARED["sm_75"] if turing else _SHARED.get(arch.rstrip("af"), _SHARED_LEAST)))
     registers = (_REGISTERS_TURING if turing else _REGISTERS_AMPERE)[softcap or alibi]
-    row_tiles = 2 if not turing and max(head_dim, v_head_dim) <= 128 and seqlen_q > 64 else 1
 
-    def sized(keys: int) -> Variant:
-        # With few columns Q fits the registers, but more keys per step are worth more (H200: 3 to 6% at head_dim 64).
-        keep_query = head_dim <= 64 and keys <= 64
-        return Variant(arch, turing, dtype, head_dim, v_head_dim, row_tiles, keys, keep_query, softcap, alibi)
+    def room(keys: int, row_tiles: int, pairs: bool) -> int:
+        return registers - 32 if keys > 64 and row_tiles == 2 and not pairs else registers  # the unrolled loops over keys want some as well
+
+    def sized(warps: int, row_tiles: int, keys: int, stages: int, pairs: bool = False) -> Variant:
+        v = Variant(arch, turing, dtype, head_dim, v_head_dim, warps, row_tiles, keys, stages, 0, pairs, softcap, alibi)
+        # What registers are left keep Q; pairs want them for fragments.
+        left = 0 if turing or pairs else room(keys, row_tiles, pairs) - v.held_registers
+        return replace(v, kept=min(_columns(head_dim) // 16, max(0, left) // (4 * row_tiles)))
 
     def fits(v: Variant) -> bool:
-        room = registers - 32 if v.keys > 64 else registers  # the unrolled loops over keys want some as well
-        return v.shared_bytes <= limit and (v.held_registers <= room or v.keys == 16)
+        return v.shared_bytes <= per_block and (v.held_registers <= room(v.keys, v.row_tiles, v.pairs) or v.keys == 16)
 
-    fitting = [v for v in map(sized, (96, 64, 48, 32, 16) if row_tiles == 2 else (64, 48, 32, 16)) if fits(v)]
-    return next((v for v in fitting if v.shared_bytes <= two_blocks), fitting[0])
+    def fills(v: Variant) -> bool:
+        return turing or v.keys >= 32 and v.warps * (per_multiprocessor // (v.shared_bytes + _RESERVED)) >= _WARPS
+
+    widest = max(head_dim, v_head_dim)
+    small = [sized(4, 1, keys, 1) for keys in (64, 48, 32, 16)]
+    if turing or seqlen_q <= 64:
+        shapes = small
+    elif widest <= 128:
+        # Two row tiles per warp halve the reads from shared memory per product, which otherwise bound it. They fit up to 128 columns of out.
+        few = [sized(4, 2, 64, 2), *(sized(4, 2, keys, 1) for keys in (96, 64, 48, 32))]
+        many = [sized(8, 2, keys, 1) for keys in (64, 48, 32)] if seqlen_q > 128 else []
+        shapes = [*few, *many, sized(4, 2, 16, 1)]
+    else:
+        # Out leaves registers for one row tile per warp, or for two with half the columns each.
+        halves = _columns(v_head_dim) % 32 == 0
+        paired = [sized(8, 2, keys, 1, pairs=True) for keys in (128, 96, 64)] if halves else []
+        shapes = [*paired, sized(8, 1, 64, 2), *(sized(8, 1, keys, 1) for keys in (80, 64, 48, 32)), *small]
+    fitting = [v for v in shapes if fits(v)]
+    return next((v for v in fitting if fills(v)), fitting[0])

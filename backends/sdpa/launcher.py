@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnhub import dense
-from attnhub.backend import Call, Gradients, Needs, Plan
+from attnhub.backend import Call, Gradients, Needs, Plan, Repeat
 from attnhub.backends.reference import maths
 from attnhub.backends.sdpa.backward import all_heads, flash_backward, torch_deterministic
 from attnhub.backends.sdpa.blocks import BLOCK_ELEMENTS, MOST_HEADS, row_blocks, without_padding
-from attnhub.layouts import in_order, lse_dtype
+from attnhub.layouts import in_order, lse_dtype, out_strides
 from attnhub.problem import Feature, Problem
 
 #: torch's own F.scaled_dot_product_attention, whoever may have put a function of theirs there (`attnhub.replace_sdpa` does).
@@ -117,6 +117,24 @@ class TorchPlan(TiledPlan):
                     return torch_sdpa(q, k, v, None, 0.0, causal, scale=call.softmax_scale), None
                 return in_order(self._torch(q, k, v, None, causal, call.softmax_scale), q), None
         return in_order(self._masked(call), q), None
+
+    def repeat(self, call: Call) -> Optional[Repeat]:
+        """Where forward is one call of torch's function with the call's own tensors."""
+        causal, seqlen_q = call.mask.causal, call.q.shape[2]
+        if type(self) is not TorchPlan or not self._maskless or self._fold_heads or self._dv_differs:
+            return None
+        if causal and not self._top_left:
+            if seqlen_q not in (1, call.k.shape[2]):
+                return None
+            causal = seqlen_q > 1
+        options: dict[str, Any] = {"is_causal": causal, "scale": call.softmax_scale, "enable_gqa": self._gqa}
+        strides = out_strides(call.q, call.v.shape[3])
+
+        def again(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+            out = torch_sdpa(q, k, v, **options)
+            return out if out.stride() == strides else in_order(out, q), None
+
+        return again
 
     def describe(self) -> dict[str, Any]:
         return {"kernel": "F.scaled_dot_product_attention" + ("" if self._maskless else ", dense mask by blocks of rows")}

@@ -6,7 +6,7 @@ from __future__ import annotations
 from attnhub import config
 from attnhub.backend import Backend, Plan, PrepareError
 from attnhub.capability import Capability, DeviceRange
-from attnhub.problem import Feature, Problem
+from attnhub.problem import Feature, Problem, few_tiles
 from attnhub.reasons import Code, Reason
 
 _ALL = frozenset({"float16", "bfloat16", "float32"})
@@ -27,14 +27,6 @@ _BOTH_WAYS = frozenset({
     Feature.PREFIX, Feature.SEGMENTS, Feature.SEQLENS, Feature.LEFTPAD, Feature.BOOL_MASK, Feature.BIAS, Feature.ALIBI,
     Feature.SOFTCAP, Feature.SINKS, Feature.VARLEN, Feature.DETERMINISTIC, Feature.DROPOUT, Feature.BLOCK_SPARSE,
 })  # fmt: skip
-
-
-def _splits_keys(problem: Problem) -> bool:
-    """Whether few tiles of queries meet many keys, which are then divided: faster than torch on an H200 for 32 and for 128 queries of 32
-    heads before 4096 keys, by CUDA graph, in no result file. The cuda backend stands back there (`few_tiles` in its hopper.py).
-    """
-    tiles = problem.batch * problem.q_heads * -(-problem.seqlen_q // 128)
-    return problem.seqlen_q > 16 and tiles <= 66 and problem.seqlen_k >= 8 * problem.seqlen_q
 
 
 class TritonBackend(Backend):
@@ -77,7 +69,8 @@ class TritonBackend(Backend):
         # general ones on an H200; the whole tables: docs/results.md.
         widest, device = max(problem.head_dim, problem.v_head_dim), problem.device
         if device.vendor == "nvidia" and device.arch == (9, 0) and problem.q_dtype in ("float16", "bfloat16") and widest <= 256:
-            if not problem.need_backward and _splits_keys(problem):
+            # Keys are divided then: faster than torch on an H200 for 32 and for 128 queries of 32 heads before 4096 keys, by CUDA graph, in no result file.
+            if not problem.need_backward and problem.seqlen_q > 16 and few_tiles(problem):
                 return 0.75
             return 1.15 if not problem.need_backward else 1.1 if widest <= 128 else 1.4
         return 1.8 if problem.need_backward else 1.4

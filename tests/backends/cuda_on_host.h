@@ -35,7 +35,7 @@ struct Index { unsigned x; };
 
 namespace host {
 
-struct Copy { unsigned target; const void* source; int bytes; };
+struct Copy { unsigned target; const void* source; int bytes; unsigned size = 16; };
 
 struct Meeting { int count = 0; unsigned long generation = 0; };
 
@@ -52,7 +52,7 @@ struct Warp { Meeting meeting; uint64_t slots[32][12]; };
 inline std::vector<unsigned char> shared;
 inline std::vector<std::unique_ptr<Lane>> lanes;
 inline std::vector<Warp> warps;
-inline Meeting block_meeting;
+inline Meeting block_meeting, pair_meetings[16];
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline unsigned current;
@@ -78,6 +78,7 @@ inline void meet(Meeting& m, int size) {
 
 inline Warp& warp() { return warps[current / 32]; }
 inline void meet_warp() { meet(warp().meeting, 32); }
+inline void meet_pair(int barrier) { meet(pair_meetings[barrier], 64); }
 
 // Gives every lane's words to every lane of the warp: f(words of all).
 template <class T, class F> auto exchange(const T& mine, F f) {
@@ -115,6 +116,8 @@ struct Half {
 // Instructions, with the operands in the order of the asm statement.
 
 inline void cp_async(unsigned target, const void* source, int bytes) { lanes[current]->open.push_back({target, source, bytes}); }
+inline void copy_word(unsigned target, const void* source) { lanes[current]->open.push_back({target, source, 4, 4}); }
+inline void draw(int& before, int* ticket) { before = (*ticket)++; }
 inline void cp_async_commit() {
     auto& lane = *lanes[current];
     lane.groups.push_back(std::move(lane.open));
@@ -124,9 +127,9 @@ inline void cp_async_wait(int pending) {
     auto& groups = lanes[current]->groups;
     while (static_cast<int>(groups.size()) > pending) {
         for (const Copy& copy : groups.front()) {
-            if (copy.bytes && reinterpret_cast<uintptr_t>(copy.source) % 16) std::abort();
-            unsigned char* target = at(copy.target, 16);
-            std::memset(target, 0, 16);
+            if (copy.bytes && reinterpret_cast<uintptr_t>(copy.source) % copy.size) std::abort();
+            unsigned char* target = at(copy.target, copy.size);
+            std::memset(target, 0, copy.size);
             std::memcpy(target, copy.source, static_cast<size_t>(copy.bytes));
         }
         groups.erase(groups.begin());
@@ -217,6 +220,7 @@ template <class F> void launch(unsigned blocks, unsigned threads, unsigned share
         shared.assign(shared_bytes, 0xff);  // NaN
         warps.assign(threads / 32, {});
         block_meeting = {};
+        for (Meeting& meeting : pair_meetings) meeting = {};
         for (auto& lane : lanes) {
             getcontext(&lane->context);
             lane->context.uc_stack.ss_sp = lane->stack.data();
@@ -275,4 +279,5 @@ extern "C" [[noreturn]] inline void __assertfail(const char* message, const char
 }
 template <class T> T __ldcg(const T* x) { return *x; }
 inline float __uint_as_float(unsigned x) { return host::as_float(x); }
+inline unsigned __float_as_uint(float x) { return host::as_word(x); }
 inline size_t __cvta_generic_to_shared(const void* x) { return static_cast<size_t>(static_cast<const unsigned char*>(x) - host::shared.data()); }

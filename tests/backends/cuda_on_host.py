@@ -5,14 +5,18 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from attnhub.backends.cuda import compile
+from attnhub.backends.cuda import compile, loading
 
 #: Beginning of an instruction -> function.
 _FUNCTIONS = {
     "cp.async.cg.": "cp_async",
+    "atom.acq_rel.gpu.global.add.s32": "draw",
+    "cp.async.ca.": "copy_word",
     "cp.async.commit_group": "cp_async_commit",
     "cp.async.wait_group": "cp_async_wait",
     "cp.async.wait_all": "cp_async_wait_all",
@@ -31,6 +35,7 @@ _FUNCTIONS = {
     "fma.rn.bf16x2": "taint<host::BFloat16>",
     "fma.rn.f16x2": "taint<host::Half>",
     "ex2.approx": "exp2",
+    "bar.sync": "meet_pair",
     "rcp.approx": "reciprocal",
     "cvt.f32.f16": "widen",
 }
@@ -91,6 +96,16 @@ def build(folder: Path, variant: Any) -> Any:
     library = compile_host(folder, {**compile.sources(), **variant.generated()}, f'#include "{variant.main}"\n{_MAIN}', defines)
     library.failure.restype = ctypes.c_char_p
     return library
+
+
+def kernel(run: Callable[[ctypes.c_void_p, int, int, int], Any]) -> loading.Kernel:
+    """``run(params, blocks, threads, shared_bytes)`` in place of a kernel on a device."""
+
+    def launch(function: int, *numbers: int) -> None:
+        blocks, _, _, threads, _, _, shared_bytes, _, parameters, _ = numbers
+        run(ctypes.c_void_p.from_address(parameters), blocks, threads, shared_bytes)
+
+    return loading.Kernel(SimpleNamespace(ptr=0), launch)
 
 
 def compile_host(folder: Path, sources: dict[str, str], main: str, defines: list[str]) -> Any:

@@ -17,10 +17,14 @@ import pytest
 import torch
 
 from attnhub import cli
-from attnhub.backends.cuda import ahead, backend, compile, hopper, launcher, nvrtc
+from attnhub.backend import Append, Call
+from attnhub.backends.cuda import ahead, backend, compile, decode_append, decode_plan, hopper, launcher, nvrtc
 from attnhub.backends.cuda.ahead import kernel_for
+from attnhub.backends.cuda.decode import DecodeVariant
 from attnhub.cli import ahead as command
+from attnhub.mask import FULL
 from attnhub.problem import DeviceInfo, Feature, Problem, seqlen_class
+from attnhub.rotary import Rotary
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.find() is None, reason="NVRTC is not installed")
 HOPPER = DeviceInfo("cuda", "nvidia", (9, 0), "H100")
@@ -57,9 +61,45 @@ def test_it_is_what_the_first_call_would_compile(arch: tuple[int, int], monkeypa
 
 def test_each_kernel_once() -> None:
     problems = [_problem(seqlen_q=n, features=f) for n in (1, 16, 32, 1024, 4096) for f in _FEATURES[:2]]
-    found = ahead.distinct(problems)
-    assert [kernel_for(p)[0] for p in found.values()] == ["decode", "hopper", "hopper", "hopper"]  # full; causal of short and of long prompts
-    assert next(iter(found.values())) is problems[0]
+    found = ahead.distinct([(p, "") for p in problems])
+    assert [kernel_for(*asked)[0] for asked in found.values()] == ["decode", "hopper", "hopper", "hopper"]  # full; causal of short and of long prompts
+    assert next(iter(found.values()))[0] is problems[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "asked"),
+    [
+        ({}, "", [""]),
+        ({}, "rotary", ["", "rotary"]),
+        ({"seqlen_q": 16}, "tokens", ["", "tokens"]),
+        ({"features": frozenset({Feature.PAGED, Feature.SEQLENS}), "page_size": 16}, "", ["", "tokens", "rotary"]),
+        ({"features": frozenset({Feature.PAGED, Feature.SEQLENS}), "page_size": 16}, "rotary", ["", "rotary"]),
+        ({"features": frozenset({Feature.PAGED, Feature.SEQLENS, Feature.VARLEN}), "page_size": 16}, "rotary", [""]),
+        ({"features": frozenset({Feature.PAGED, Feature.SEQLENS}), "page_size": 16, "seqlen_q": 32}, "", [""]),
+        ({"seqlen_q": 4096}, "rotary", [""]),
+        ({"arch": (7, 5)}, "rotary", [""]),
+    ],
+)  # fmt: skip
+def test_kernels_for_calls_that_append(changes: dict[str, Any], named: str, asked: list[str]) -> None:
+    problem = _problem(**changes)
+    assert command.asked([problem], named) == [(problem, kind) for kind in asked]
+    assert [v.append for v in ahead.distinct(command.asked([problem], named)) if isinstance(v, DecodeVariant)] in ([], [ahead.APPEND.index(kind) for kind in asked])
+
+
+def test_they_are_what_a_decode_plan_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For calls that append, at its first of them."""
+    made: list[Any] = []
+    monkeypatch.setattr(launcher, "_cubin", lambda variant: made.append(variant) or "kernel.cubin")
+    monkeypatch.setattr(launcher, "_loaded", lambda plan, problem: plan)
+    monkeypatch.setattr(decode_plan, "is_capturing", lambda: False)
+    problem = _problem(features=frozenset({Feature.PAGED, Feature.SEQLENS, Feature.ALIBI}), page_size=24)
+    plan: Any = backend.prepare(problem)
+    x, new = torch.zeros(3, 2, 24, 64, dtype=torch.bfloat16), torch.zeros(3, 2, 1, 64, dtype=torch.bfloat16)
+    for rotary in (None, Rotary(torch.zeros(9, 32), torch.zeros(9, 32))):
+        call = Call(torch.zeros(3, 8, 1, 64, dtype=torch.bfloat16), x, x.clone(), FULL, 0.1, append=Append(new, new.clone(), rotary))
+        plan.appends(call)
+    assert made == [kernel_for(*asked)[1] for asked in command.asked([problem], "")] and len(made) == 3
+    assert [ahead.APPEND.index(kind) for kind in ("", "tokens", "rotary")] == [decode_append.NONE, decode_append.TOKENS, decode_append.ROTARY]
 
 
 def test_problems_as_json() -> None:
@@ -111,12 +151,14 @@ def test_what_is_not_served_is_told_once_with_its_reasons() -> None:
 
 @needs_nvrtc
 def test_compiled_once_where_the_backend_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    problems = [_problem(), _problem((8, 0), seqlen_q=64, head_dim=16, v_head_dim=16), _problem(seqlen_q=16), _problem((99, 9), seqlen_q=1)]
+    problems = [_problem(), _problem((8, 0), seqlen_q=64, head_dim=16, v_head_dim=16), _problem((99, 9), seqlen_q=1)]
+    asked = [(problems[0], ""), (problems[0], "rotary"), (problems[1], ""), (_problem(seqlen_q=16), ""), (problems[2], "")]
     ticks: list[str] = []
-    rows = ahead.compile_all(problems, tmp_path, None, 2, ticks.append)
-    assert [row["kernel"] for row in rows] == ["decode", "portable", "decode"] and len(ticks) == 3
-    assert ["error" in row for row in rows] == [False, False, True] and "sm_999" in rows[2]["error"]
-    for row, problem in zip(rows, problems):
+    rows = ahead.compile_all(asked, tmp_path, None, 2, ticks.append)
+    assert [(row["kernel"], row["append"]) for row in rows] == [("decode", ""), ("decode", "rotary"), ("portable", ""), ("decode", "")] and len(ticks) == 4
+    assert ["error" in row for row in rows] == [False, False, False, True] and "sm_999" in rows[3]["error"]
+    for row in rows:
+        problem = Problem.from_json(row["problem"])
         if "error" not in row:
             assert Path(row["cubin"]).read_bytes()[:4] == b"\x7fELF" and Path(row["cubin"]).stat().st_size == row["bytes"]
             assert not row["cached"] and row["seconds"] > 0.05 and row["variant"] == kernel_for(problem)[1].describe()
@@ -124,15 +166,16 @@ def test_compiled_once_where_the_backend_looks(tmp_path: Path, monkeypatch: pyte
     library = nvrtc.find()
     assert library is not None
     lazy: Any = SimpleNamespace(version=library.version)
-    assert str(compile.cubin(kernel_for(problems[0])[1], lazy, tmp_path)) == rows[0]["cubin"]
-    assert [row.get("cached") for row in ahead.compile_all(problems, tmp_path, None, 2)] == [True, True, None]
+    for row in rows[:2]:
+        assert str(compile.cubin(kernel_for(problems[0], row["append"])[1], lazy, tmp_path)) == row["cubin"]
+    assert [row.get("cached") for row in ahead.compile_all(asked, tmp_path, None, 2)] == [True, True, True, None]
 
 
 @needs_nvrtc
 def test_two_that_want_the_same_share_one_compilation(tmp_path: Path) -> None:
     found: list[Any] = []
     problem = _problem((8, 0), seqlen_q=64, head_dim=16, v_head_dim=16)
-    threads = [threading.Thread(target=lambda: found.extend(ahead.compile_all([problem], tmp_path, None, 1))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: found.extend(ahead.compile_all([(problem, "")], tmp_path, None, 1))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -145,7 +188,7 @@ def test_two_that_want_the_same_share_one_compilation(tmp_path: Path) -> None:
 
 def test_a_process_that_dies_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     code = "import json, sys\nfor line in sys.stdin:\n  if json.loads(line)['problem']['head_dim'] == 64: sys.exit(3)\n  print('{\"cubin\": \"x\"}', flush=True)"
-    rows = ahead.compile_all([_problem(), _problem(head_dim=128, v_head_dim=128)], tmp_path, None, 1, command=(sys.executable, "-c", code))
+    rows = ahead.compile_all([(_problem(), ""), (_problem(head_dim=128, v_head_dim=128), "")], tmp_path, None, 1, command=(sys.executable, "-c", code))
     assert "process ended" in rows[0]["error"] and rows[1]["cubin"] == "x"
 
 
@@ -163,7 +206,7 @@ def test_a_cold_compile_takes_three_seconds_at_most(dims: tuple[int, int], tmp_p
         _problem(head_dim=dims[0], v_head_dim=dims[1], seqlen_q=n, features=frozenset(f), q_dtype=t, kv_dtype=t)
         for f in features for n in (1024, 16384) for t in ("bfloat16", "float16")
     ]  # fmt: skip
-    rows = ahead.compile_all(problems, tmp_path, None, 2)
+    rows = ahead.compile_all([(p, "") for p in problems], tmp_path, None, 2)
     # Features that ask for the same kernel share it; fewer than this would say that kernels are no longer made for their features.
     assert len(rows) >= 16 and not any("error" in row or row["cached"] for row in rows)
     assert len({kernel_for(p)[1] for p in problems}) == len(rows) and all(isinstance(kernel_for(p)[1], hopper.HopperVariant) for p in problems)
@@ -178,10 +221,13 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """What was asked to be compiled; nothing is."""
     asked: list[Any] = []
 
-    def compile_all(problems: list[Problem], directory: Path, toolkit: Any, count: int, tick: Any = None) -> list[dict[str, Any]]:
-        asked.append((problems, directory, count))
-        rows = [{"kernel": kernel_for(p)[0], "problem": p.to_json(), "variant": v.describe(), "cubin": "x", "cached": False, "seconds": 1.0} for v, p in ahead.distinct(problems).items()]
-        if any(p.head_dim == 8 for p in problems):
+    def compile_all(wanted: list[ahead.Asked], directory: Path, toolkit: Any, count: int, tick: Any = None) -> list[dict[str, Any]]:
+        asked.append((wanted, directory, count))
+        rows = [
+            {"kernel": kernel_for(p)[0], "problem": p.to_json(), "append": append, "variant": v.describe(), "cubin": "x", "cached": False, "seconds": 1.0}
+            for v, (p, append) in ahead.distinct(wanted).items()
+        ]  # fmt: skip
+        if any(p.head_dim == 8 for p, _ in wanted):
             rows[0]["error"] = "CompileError: because"
         return rows
 
@@ -197,12 +243,19 @@ def test_shapes_for_a_named_architecture(compiled: list[Any], capsys: pytest.Cap
     told = json.loads(capsys.readouterr().out)
     assert [row["kernel"] for row in told["kernels"]] == ["decode", "hopper"] and not told["refused"]
     assert told["directory"] == str(tmp_path / "cuda") and told["nvrtc"] == "13.5" and told["device"]["arch"] == [9, 0]
-    (problems, directory, count), = compiled
+    (wanted, directory, count), = compiled
     assert directory == tmp_path / "cuda" and count == 2  # no more than kernels
-    assert {f.value for f in problems[0].features} == {"gqa", "causal_bottom_right"} and problems[0].q_dtype == "bfloat16"
+    assert {f.value for f in wanted[0][0].features} == {"gqa", "causal_bottom_right"} and wanted[0][0].q_dtype == "bfloat16"
     assert cli.main(["warmup", "--arch", "a100", *shapes]) == 0
     said = capsys.readouterr().out
     assert "portable" in said and "sm_80" in said and "2 of 2 kernels" in said
+    for more, kinds in ((["--append", "rotary"], {"", "rotary"}), (["--page-size", "16"], {"", "tokens", "rotary"})):
+        assert cli.main(["warmup", "--arch", "sm_90a", *shapes, *more, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert {row["append"] for row in told["kernels"] if row["kernel"] == "decode"} == kinds
+        assert "seqlens" in told["kernels"][0]["problem"]["features"]
+    assert cli.main(["warmup", "--arch", "sm_90a", *shapes, *more]) == 0
+    assert "decode, rotary" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -215,6 +268,7 @@ def test_shapes_for_a_named_architecture(compiled: list[Any], capsys: pytest.Cap
         (["--arch", "sm_90a", "--dtype", "float32"], 1, "float32"),
         (["--arch", "sm_90a", "--head-dim", "8"], 1, "CompileError: because"),
         (["--arch", "sm_90a", "--heads", "8", "--kv-heads", "3"], 2, "--heads 8 is not a multiple of --kv-heads 3"),
+        (["--arch", "sm_90a", "--append", "tokens", "--packed"], 2, "--append tokens: packed queries append nothing"),
         (["--arch", "sm_90a", "--model", "/nowhere"], 2, "--model /nowhere: a folder with a HuggingFace model"),
     ],
 )
@@ -251,7 +305,7 @@ def test_a_model(answer: Any, code: int, said: str, compiled: list[Any], monkeyp
     out = capsys.readouterr()
     assert said in out.out + out.err
     if code == 0:
-        assert {p.q_dtype for p in compiled[0][0]} == {"float16"}
+        assert {p.q_dtype for p, _ in compiled[0][0]} == {"float16"}
 
 
 def test_calls_on_a_device_find_their_kernels(compiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,9 +315,12 @@ def test_calls_on_a_device_find_their_kernels(compiled: list[Any], monkeypatch: 
     monkeypatch.setattr(device, "describe", lambda where: HOPPER)
     monkeypatch.setattr(runtime, "decide", lambda problem, policy: SimpleNamespace(chosen="cuda" if problem.seqlen_q > 1 else "sdpa"))
     parser: Callable[[str], Any] = cli._parser
-    args = parser("warmup").parse_args(["warmup", "--seqlen-q", "1,64,4096", "--causal", "--jobs", "1"])
+    args = parser("warmup").parse_args(["warmup", "--seqlen-q", "1,64,4096", "--causal", "--jobs", "1", "--append", "tokens"])
     command.compile_chosen(args, torch.device("cuda"))
-    assert [p.seqlen_q for p in compiled[0][0]] == [64, 4096] and compiled[0][2] == 1
+    assert [p.seqlen_q for p, _ in compiled[0][0]] == [64, 4096] and compiled[0][2] == 1
+    monkeypatch.setattr(runtime, "decide", lambda problem, policy: SimpleNamespace(chosen="cuda"))
+    command.compile_chosen(args, torch.device("cuda"))
+    assert [(p.seqlen_q, append) for p, append in compiled[1][0]] == [(1, ""), (1, "tokens"), (64, ""), (4096, "")]
     monkeypatch.setattr(device, "describe", lambda where: DeviceInfo("cuda", "amd", (9, 4, 2)))
     command.compile_chosen(args, torch.device("cuda"))
-    assert len(compiled) == 1
+    assert len(compiled) == 2

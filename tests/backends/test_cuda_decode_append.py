@@ -1,5 +1,5 @@
 """New tokens appended, and rotated, by the decode kernel's own launch: its source on the host (cuda_on_host.py) below the plan that also serves devices,
-against torch operations followed by attention. What only a device can show is in test_cuda_decode.py.
+against torch operations followed by attention. What only a device can show is in test_cuda_decode_append_device.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import attnhub
-from attnhub import KVCache, Rotary, runtime
+from attnhub import KVCache, Rotary, runtime, testing
 from attnhub.backend import Append, Backend, Call, Plan, PrepareError
 from attnhub.backends.cuda import backend as cuda_backend
 from attnhub.backends.cuda import decode, decode_append, decode_params, decode_plan, loading
@@ -60,24 +60,25 @@ class Host(Backend):
 
     def plan(self, variant: DecodeVariant) -> DecodePlan:
         found = DecodePlan(variant, "", self.plan)
-        found._functions[-1] = self.function(variant)
+        found._kernels[-1] = self.kernel(variant)
         return found
 
-    def function(self, variant: DecodeVariant) -> Any:
+    def kernel(self, variant: DecodeVariant) -> loading.Kernel:
         if variant not in self.libraries:
             self.libraries[variant] = cuda_on_host.build(self.folder / str(len(self.libraries)), variant)
         library = self.libraries[variant]
 
-        def run(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[np.void], shared_bytes: int, stream: Any) -> None:
+        def run(argument: Any, blocks: int, threads: int, shared_bytes: int) -> None:
             library.set_backwards(self.backwards)
-            library.run(np.frombuffer(arguments[0].tobytes(), np.uint8).ctypes.data_as(cuda_on_host.ctypes.c_void_p), grid[0], block[0], shared_bytes)
+            library.run(argument, blocks, threads, shared_bytes)
             self.launched.append(variant.append)
-            self.splits.append(int(np.frombuffer(arguments[0].tobytes(), np.int32, 1, decode_params.offsets()["splits"])[0]))
+            packed = cuda_on_host.ctypes.string_at(argument.value, decode_params.SIZE)
+            self.splits.append(int(np.frombuffer(packed, np.int32, 1, decode_params.offsets()["splits.number"])[0]))
             if library.failure():
                 raise RuntimeError(library.failure().decode())
             assert library.most_stores() <= 1, "several blocks write the same token"
 
-        return run
+        return cuda_on_host.kernel(run)  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +99,11 @@ def host(built: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
         monkeypatch.setattr(module, "is_capturing", lambda: False)
     monkeypatch.setattr(loading._thread, "bound", {-1}, raising=False)
     monkeypatch.setattr(decode_plan, "slots", lambda index, shared_bytes: 12)
-    monkeypatch.setattr(decode_plan, "_zeros", lambda count, index, wait=False: torch.zeros(count, dtype=torch.int32))
-    monkeypatch.setattr(decode_plan, "_tickets", decode_plan._Tickets())
+    monkeypatch.setattr(decode_plan, "lasting", lambda make, index: make())
+    monkeypatch.setattr(decode_plan, "_zeros", lambda count, index: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(decode_plan, "_floats", lambda count, index: torch.empty(count))
+    monkeypatch.setattr(decode_plan, "empty_strided", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype))
+    monkeypatch.setattr(decode_plan, "_scratch", decode_plan._Scratch())
     built.backwards = False
     built.launched.clear()
     built.splits.clear()
@@ -242,6 +246,17 @@ def test_it_is_append_and_then_attend(case: Case, splits: int, host: Host, monke
     torch.testing.assert_close(lse, want_lse, rtol=1e-3, atol=1e-3)
 
 
+_OF_THE_SUITE = [
+    case for case in testing.cases(Host.capability, "cpu") if case.new_tokens and case.dtype == "bfloat16" and case.head_dim == 64
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", _OF_THE_SUITE, ids=str)
+def test_conformance(case: testing.Case, host: Host) -> None:
+    testing.Check(NAME, "forward", case, None, "cpu").run()
+    assert host.launched == [decode_append.ROTARY if case.rotary else decode_append.TOKENS] * 3
+
+
 _CALLS: dict[str, Any] = {
     "odd_angles": (Case(rotary=5), {}),
     "wide_angles": (Case(rotary=8), {"rotary": lambda r: r._replace(cos=r.cos.double(), sin=r.sin.double())}),
@@ -379,7 +394,7 @@ def test_graphs_and_compilers(host: Host, monkeypatch: pytest.MonkeyPatch, caplo
     """A kernel that is not there yet is not made while a graph is captured, and one that cannot be made is not asked for again."""
     given = inputs(Case())
     call = Call(given.q, given.cache.k_cache, given.cache.v_cache, attnhub.SeqLens(given.cache.cache_seqlens), 0.1, append=Append(given.k, given.v))
-    variant = DecodeVariant("sm_90", "bfloat16", 64, 64)
+    variant = decode.make("sm_90", "bfloat16", 64, 64)
     plan = host.plan(variant)
     capturing = True
     monkeypatch.setattr(decode_plan, "is_capturing", lambda: capturing)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -108,12 +107,7 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Call], T
     chosen = variant.make(arch="sm_80", turing=False, dtype="bfloat16", head_dim=64, v_head_dim=64)
     library = tests_of_decode.cuda_on_host.build(folder / "portable", chosen)
     portable = launcher.CudaPlan(chosen, "")
-
-    def function(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any], shared_bytes: int, stream: Any) -> None:
-        packed = np.frombuffer(arguments[0].tobytes(), np.uint8)
-        library.run(packed.ctypes.data_as(tests_of_decode.cuda_on_host.ctypes.c_void_p), grid[0], block[0], shared_bytes)
-
-    portable._function = lambda index: function  # type: ignore[method-assign]
+    portable._kernel = lambda index: tests_of_decode.cuda_on_host.kernel(library.run)  # type: ignore[method-assign]
 
     def run(kernel: str, call: Call) -> Tensor:
         with pytest.MonkeyPatch.context() as patch:

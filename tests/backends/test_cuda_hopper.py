@@ -4,12 +4,12 @@ not finite, strides, streams and graphs. What needs no GPU is in test_cuda_hoppe
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from cuda_device import beside_graphs
 from torch import Tensor
 
 pytest.importorskip("cupy", reason="the extra attnhub[cuda13] is not installed")
@@ -278,40 +278,14 @@ def test_streams_threads_and_graphs(mask: Mask) -> None:
     """Launches side by side, and graphs replayed beside them, do not take each other's tiles."""
     q, k, v = _inputs(2, 1500, 128)
     plan, call = _plan(q, k, v, mask), Call(q, k, v, mask, 128**-0.5)
-    expected, _ = plan.forward(call)
-    graphs, captured = [], []
-    for _ in range(2):
-        graphs.append(torch.cuda.CUDAGraph())
-        with torch.cuda.graph(graphs[-1]):
-            captured.append(plan.forward(call)[0])
-    results: list[Tensor] = []
-
-    def work() -> None:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            results.extend(plan.forward(call)[0] for _ in range(20))
-        stream.synchronize()
-
-    torch.cuda.synchronize()
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    streams = [torch.cuda.Stream() for _ in graphs]
-    for _ in range(20):
-        for graph, stream in zip(graphs, streams):
-            with torch.cuda.stream(stream):
-                graph.replay()
-    for thread in threads:
-        thread.join()
-    torch.cuda.synchronize()
-    assert len(results) == 60 and all(torch.equal(x, expected) for x in (*results, *captured))
+    graph, captured = beside_graphs(lambda: plan.forward(call)[0], times=20)
     other = _inputs(2, 1500, 128, seed=1)
     right, _ = plan.forward(Call(*other, mask, 128**-0.5))
     for x, y in zip((q, k, v), other):
         x.copy_(y)
-    graphs[0].replay()
+    graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(captured[0], right)
+    assert torch.equal(captured, right)
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import itertools
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +20,9 @@ import torch
 from torch import Tensor
 
 from attnhub.backend import Call, PrepareError
-from attnhub.backends.cuda import backend, compile, hopper, hopper_params, hopper_plan, launcher, loading, tensor_map
+from attnhub.backends.cuda import backend, compile, decode, decode_plan, hopper, hopper_params, hopper_plan, launcher, loading, tensor_map
 from attnhub.backends.cuda.hopper import HopperVariant
+from attnhub.backends.cuda.variant import make as make_portable
 from attnhub.dense import allowed_pairs
 from attnhub.layouts import Varlen
 from attnhub.mask import FULL, ALiBi, Causal, Chunk, LeftPad, Mask, Prefix, SeqLens, Window
@@ -133,13 +137,28 @@ def _features(call: Call) -> frozenset[Feature]:
     return frozenset(found)
 
 
+def _launch(variant: Any, call: Call, blocks: int = 132) -> tuple[hopper_plan.Launch, list[bytes]]:
+    """And the arguments of what it launches, as the driver reads them."""
+    started: list[bytes] = []
+
+    def launch(*numbers: int) -> None:
+        assert numbers == (5, *found.grid, variant.threads, 1, 1, variant.shared_bytes, 9, numbers[-2], 0)
+        started.append(ctypes.string_at(ctypes.c_void_p.from_address(numbers[-2]).value, hopper_params.LAYOUT.size))
+
+    found = hopper_plan.Launch(variant, call, 0, blocks, loading.Kernel(SimpleNamespace(ptr=5), launch))
+    return found, started
+
+
 def _packed(call: Call, rows: int, keys: int, data: tuple[int, ...] = (0,) * 7) -> tuple[bytes, HopperVariant, hopper_plan.Launch]:
     """The argument of a call for tiles of these sizes."""
     v = hopper.make("bfloat16", call.q.shape[3], call.v.shape[3], _features(call), call.q.shape[2])
-    sized = SimpleNamespace(rows=rows, tiles=dataclasses.replace(v.tiles, keys=keys), left=v.left, right=v.right)
-    launch = hopper_plan.Launch(sized, call, 0, 7)  # type: ignore[arg-type]
-    out = torch.empty_like(call.q)
-    return bytes(launch.argument(call.q, call.k, call.v, out, (0, *data, 0))), v, launch
+    sized = SimpleNamespace(
+        rows=rows, tiles=dataclasses.replace(v.tiles, keys=keys), left=v.left, right=v.right, threads=v.threads, shared_bytes=v.shared_bytes
+    )
+    launch, started = _launch(sized, call, 7)
+    launch.start(9, [x.data_ptr() for x in (call.q, call.k, call.v, torch.empty_like(call.q))], (0, *data, 0))
+    (found,) = started
+    return found, v, launch
 
 
 def _ints(*values: int) -> Tensor:
@@ -247,7 +266,7 @@ def test_tensor_maps_describe_the_tensors(driver: _Driver) -> None:
     k = k.transpose(1, 2).contiguous().transpose(1, 2)
     v = v[:, :1].expand(2, 2, 300, 64)
     call = Call(q, k, v, FULL, 0.125)
-    launch = hopper_plan.Launch(hopper.make("bfloat16", 96, 64), call, 0, 132)
+    launch, started = _launch(hopper.make("bfloat16", 96, 64), call)
     shapes = [(e["dims"], e["strides"], e["box"]) for e in driver.encoded]
     assert shapes == [
         ((96, 100, 4, 2), (192, 19200, 76800), (64, 64, 1, 1)),
@@ -258,8 +277,8 @@ def test_tensor_maps_describe_the_tensors(driver: _Driver) -> None:
     assert all((e["dtype"], e["rank"], e["steps"], e["rest"]) == (9, 4, (1, 1, 1, 1), (0, 3, 3, 0)) for e in driver.encoded)
     out = torch.empty(2, 4, 100, 64, dtype=torch.bfloat16)
     others = tuple(range(1001, 1010))
-    packed = bytes(launch.argument(q, k, v, out, others))
-    assert len(packed) == hopper_params.LAYOUT.size
+    launch.start(9, [x.data_ptr() for x in (q, k, v, out)], others)
+    (packed,) = started
     assert [packed[at : at + 8] for at in hopper_params.MAPS_AT] == [x.data_ptr().to_bytes(8, "little") for x in (q, k, v, out)]
     assert [_field(packed, name) for name in ("q", "k", "v", "out", "lse", "counters")] == [x.data_ptr() for x in (q, k, v, out)] + [
         1001,
@@ -267,10 +286,19 @@ def test_tensor_maps_describe_the_tensors(driver: _Driver) -> None:
     ]
     assert [_field(packed, name) for name in ("q_steps", "k_steps", "v_steps", "out_by_map", "heads_per_kv_head")] == [3, 3, 2, 1, 2]
     moved = len(driver.moved)
-    launch.argument(q, k, v, out, others)
-    assert len(driver.moved) == moved  # nothing moved
-    launch.argument(q, k.clone(), v, out, others)
+    launch.start(9, [x.data_ptr() for x in (q, k, v, out)], others)
+    assert len(driver.moved) == moved and started[1] == packed  # nothing moved
+    other = k.clone()
+    launch.start(9, [x.data_ptr() for x in (q, other, v, out)], others)
     assert len(driver.moved) == moved + 1
+    for first in (k, other, k):  # the driver makes each map once
+        launch.start(9, [x.data_ptr() for x in (q, first, v, out)], others)
+        found = [int.from_bytes(started[-1][at : at + 8], "little") for at in hopper_params.MAPS_AT]
+        assert found == [x.data_ptr() for x in (q, first, v, out)] and _field(started[-1], "k") == first.data_ptr()
+    assert len(driver.moved) == moved + 2
+    for n in range(1000):
+        launch.start(9, [16 * n, *(x.data_ptr() for x in (k, v, out))], others)
+    assert int.from_bytes(started[-1][:8], "little") == 16 * 999 and len(launch._maps[0]) <= 64
 
 
 def test_numbers_of_a_call(driver: _Driver) -> None:
@@ -333,7 +361,8 @@ def test_which_problems_it_is_for(changes: dict[str, Any], served: bool) -> None
     [
         ({}, "cuda"), ({"features": frozenset({Feature.LSE}), "need_backward": True}, "cuda"), ({"features": frozenset({Feature.CAUSAL_BOTTOM_RIGHT})}, "cuda"),
         ({"kv_heads": 4, "features": frozenset({Feature.GQA})}, "cuda"), ({"q_dtype": "float16", "kv_dtype": "float16"}, "cuda"),
-        ({"seqlen_k": 8192}, "sdpa"), ({"batch": 1, "seqlen_q": 128}, "triton"), ({"batch": 1, "seqlen_q": 128, "features": frozenset({Feature.WINDOW})}, "triton"), ({"head_dim": 80, "v_head_dim": 80}, "sdpa"), ({"seqlen_q": 1}, "sdpa"),
+        ({"seqlen_k": 8192}, "sdpa"), ({"batch": 1, "seqlen_q": 128}, "triton"), ({"batch": 1, "seqlen_q": 128, "features": frozenset({Feature.WINDOW})}, "triton"), ({"head_dim": 80, "v_head_dim": 80}, "sdpa"),
+        ({"seqlen_q": 1}, "cuda"), ({"seqlen_q": 8, "kv_heads": 4, "features": frozenset({Feature.GQA})}, "sdpa"),
         ({"features": frozenset({Feature.SOFTCAP})}, "cuda"), ({"features": frozenset({Feature.VARLEN})}, "cuda"),
         ({"seqlen_q": 1, "page_size": 16, "features": frozenset({Feature.PAGED, Feature.SEQLENS})}, "cuda"),
         ({"device": DeviceInfo("cuda", "nvidia", (8, 0), "A100")}, "sdpa"),
@@ -432,6 +461,7 @@ def test_a_launch_takes_the_thread_s_own_counters_and_a_graph_its_own(monkeypatc
     """Whoever may run beside another launch has other counters."""
     made: list[int] = []
     monkeypatch.setattr(hopper_plan.torch, "zeros", lambda *shape, **kwargs: made.append(1) or object())
+    monkeypatch.setattr(hopper_plan, "lasting", lambda make, index: make())
     monkeypatch.setattr(hopper_plan, "_memory", hopper_plan._Memory())
     capturing = [False]
     monkeypatch.setattr(hopper_plan, "is_capturing", lambda: capturing[0])
@@ -440,6 +470,96 @@ def test_a_launch_takes_the_thread_s_own_counters_and_a_graph_its_own(monkeypatc
     capturing[0] = True
     captured = [hopper_plan._counters(0, 1) for _ in range(2)]
     assert first is not captured[0] is not captured[1] and len(made) == 5
+
+
+@pytest.fixture(params=["hopper", "decode", "portable"])
+def started(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, driver: _Driver) -> tuple[loading.CubinPlan, Call, list[tuple[int, ...]]]:
+    """A plan for tensors of the host, a call of it, and what its kernel's launch is called with."""
+    for module in (loading, hopper_plan, decode_plan, launcher):
+        for name, found in (("current_device", lambda: -1), ("raw_stream", lambda index: 9), ("is_capturing", lambda: False), ("lasting", lambda make, index: make())):
+            monkeypatch.setattr(module, name, found, raising=False)
+        monkeypatch.setattr(module, "empty_strided", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype), raising=False)
+    monkeypatch.setattr(loading, "_bind_thread", lambda index: None)
+    monkeypatch.setattr(hopper_plan, "processors", lambda index: 132)
+    monkeypatch.setattr(hopper_plan, "_memory", hopper_plan._Memory())
+    monkeypatch.setattr(decode_plan, "slots", lambda index, shared_bytes: 132)
+    monkeypatch.setattr(decode_plan, "_scratch", decode_plan._Scratch())
+    monkeypatch.setattr(decode_plan, "_zeros", lambda count, index: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(decode_plan, "_floats", lambda count, index: torch.empty(count))
+    call = Call(*_tensors(1, 1 if request.param == "decode" else 200, 1000), FULL, 0.125)  # type: ignore[arg-type]
+    plan: loading.CubinPlan
+    if request.param == "hopper":
+        plan = hopper_plan.HopperPlan(hopper.make("bfloat16", 64, 64), "", lambda: pytest.fail("not served"))
+    elif request.param == "decode":
+        plan = decode_plan.DecodePlan(decode.choose(dataclasses.replace(_PROBLEM, head_dim=64, v_head_dim=64, seqlen_q=1)), "")
+    else:
+        plan = launcher.CudaPlan(make_portable(arch="sm_90", turing=False, dtype="bfloat16", head_dim=64, v_head_dim=64), "")
+    calls: list[tuple[int, ...]] = []
+    plan._kernels[-1] = loading.Kernel(SimpleNamespace(ptr=5), lambda *numbers: calls.append(numbers))
+    return plan, call, calls
+
+
+def test_each_thread_has_an_argument_of_its_own(started: Any) -> None:
+    """CuPy lets another thread run while the driver reads it."""
+    plan, call, calls = started
+
+    def run() -> list[bool]:
+        found = []
+        for _ in range(3):
+            assert plan.forward(call)[0].shape == call.q.shape
+            found.append(again is not None and again(call.q, call.k, call.v) is not None)
+        return found
+
+    plan.forward(call)
+    again = plan.repeat(call)
+    mine = run()
+    own = {numbers[-2] for numbers in calls}
+    calls.clear()
+    if again is not None:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(again, call.q, call.k, call.v).result() is None and not calls  # a thread's first call goes the long way
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run).result() == mine
+    theirs = {numbers[-2] for numbers in calls}
+    assert len(own) == len(theirs) == 1 and own != theirs
+    (where,) = theirs
+    assert all(numbers[0] == 5 and numbers[-3:] == (9, where, 0) for numbers in calls)
+
+
+def test_an_error_of_a_launch_is_the_driver_s(started: Any) -> None:
+    plan, call, _ = started
+
+    def fail(*numbers: int) -> None:
+        raise RuntimeError("CUDA_ERROR_INVALID_VALUE: invalid argument")
+
+    plan._kernels[-1] = loading.Kernel(SimpleNamespace(ptr=5), fail)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_VALUE"):
+            plan.forward(call)
+
+
+def test_the_driver_copies_from_where_an_argument_lies() -> None:
+    arguments = [loading.Argument(size) for size in (8, 800, 833)]
+    for n, argument in enumerate(arguments):
+        argument.buffer[:] = bytes([n + 1]) * len(argument.buffer)
+    for n, argument in enumerate(arguments):
+        address = ctypes.c_void_p.from_address(argument.parameters).value
+        assert address == argument.address and address % 64 == 0
+        assert ctypes.string_at(address, len(argument.buffer)) == bytes([n + 1]) * len(argument.buffer)
+
+
+def test_what_lasts_is_made_by_another_thread_on_the_same_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = threading.local()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: f"stream of {index}")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: setattr(current, "stream", stream) or contextlib.nullcontext())
+
+    def make() -> Any:
+        return threading.get_ident(), current.stream
+
+    thread, stream = loading.lasting(make, 3)  # type: ignore[misc]
+    assert thread != threading.get_ident() and stream == "stream of 3"
+    with pytest.raises(ZeroDivisionError):
+        loading.lasting(lambda: 1 // 0, 3)  # type: ignore[arg-type, return-value]
 
 
 def test_raw_stream_is_torch_s() -> None:

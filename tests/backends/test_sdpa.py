@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attnhub
-from attnhub import testing
+from attnhub import runtime, testing
+from attnhub.backend import Call
+from attnhub.layouts import out_strides
+from attnhub.mask import FULL
 
 
 @pytest.mark.parametrize("check", testing.checks("sdpa"), ids=str)
@@ -203,3 +206,23 @@ def test_the_result_is_torchs_where_torch_says_the_same() -> None:
     q = torch.randn(2, 3, 33, 16)
     assert torch.equal(attnhub.attention(q, q, q, backend="sdpa"), F.scaled_dot_product_attention(q, q, q))
     assert torch.equal(attnhub.attention(q, q, q, attnhub.Causal(), backend="sdpa"), F.scaled_dot_product_attention(q, q, q, is_causal=True))
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("lengths", [(6, 6), (1, 6), (4, 6)], ids=str)
+@pytest.mark.parametrize("align", ["", "bottom_right", "top_left"])
+@pytest.mark.parametrize(("kv_heads", "v_head_dim"), [(4, 16), (2, 16), (4, 8)])
+def test_a_repeated_call_is_the_call(kv_heads: int, v_head_dim: int, align: Any, lengths: tuple[int, int], layout: str) -> None:
+    shapes = (4, lengths[0], 16), (kv_heads, lengths[1], 16), (kv_heads, lengths[1], v_head_dim)
+    q, k, v = (torch.randn(2, *shape) for shape in shapes)
+    if layout == "bshd":
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+    mask = attnhub.Causal(align) if align else None
+    first = attnhub.attention(q, k, v, mask, backend="sdpa")
+    call = Call(q, k, v, mask or FULL, 0.25)
+    again = runtime.prepared(call, "sdpa", False).plan.repeat(call)
+    # What is more than one call of torch's function has no shorter way.
+    short = v_head_dim == 16 and not (kv_heads == 2 and lengths[0] == 1) and not (align == "bottom_right" and lengths == (4, 6))
+    assert (again is not None) == short
+    for out in (*(attnhub.attention(q, k, v, mask, backend="sdpa") for _ in range(3)), *([again(q, k, v)[0]] if again else ())):  # type: ignore[index]
+        assert isinstance(out, Tensor) and torch.equal(out, first) and out.stride() == out_strides(q, v_head_dim)

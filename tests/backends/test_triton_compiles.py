@@ -159,6 +159,17 @@ def test_fp8_compiles_to_products_of_its_own(arch: tuple[int, int], dim: int, pr
         assert c.shared <= tiles.shared_memory("nvidia", arch)
 
 
+@pytest.mark.parametrize(
+    ("arch", "mask", "fused"), [((9, 0), FULL, True), ((9, 0), Causal(), True), ((8, 0), FULL, True), ((8, 0), ALiBi(torch.ones(4)), False)], ids=str
+)  # fmt: skip
+def test_a_plain_score_becomes_an_exponent_by_one_multiply_add(arch: tuple[int, int], mask: Mask, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing comes between its scale and the maximum: what limits large scores, see test_triton_hard_scores.py."""
+    made, *_ = launches(Call(*qkv(256, 64, torch.bfloat16), mask, 0.1), arch, monkeypatch)
+    makers = {name: operation for operation, name in re.findall(r"^\s*([\w.]+)\s+(%\w+),", made.made.asm["ptx"], re.MULTILINE)}
+    exponents = [makers.get(name) for name in re.findall(r"ex2\.approx[\w.]*\s+%\w+, (%\w+);", made.made.asm["ptx"])]
+    assert exponents.count("fma.rn.f32") >= (0.4 * len(exponents) if fused else 0) and (fused or "fma.rn.f32" not in exponents) and len(exponents) >= 32
+
+
 @pytest.mark.parametrize("page_size", [16, 48, 256])
 def test_keys_in_pages_are_copied_as_far_ahead(page_size: int, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     """As many tiles on their way at a time as where keys are contiguous, in copies as wide: reading the block table is no stage of its own."""

@@ -317,7 +317,7 @@ def test_masks_are_immutable_pytrees_with_identity_equality() -> None:
     mask = attnhub.Causal() & attnhub.Window(3) & attnhub.SeqLens(torch.tensor([1]))
     with pytest.raises(dataclasses.FrozenInstanceError):
         mask.causal = False  # type: ignore[misc]
-    assert attnhub.Causal() != attnhub.Causal() and len({mask, mask, attnhub.Causal()}) == 2
+    assert attnhub.Window(3) != attnhub.Window(3) and len({mask, mask, attnhub.Causal()}) == 2
     leaves, spec = pytree.tree_flatten(mask)
     again = pytree.tree_unflatten(leaves, spec)
     for field in dataclasses.fields(Mask):
@@ -330,3 +330,9 @@ def test_integers_of_any_width_become_int32() -> None:
     for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8):
         mask = attnhub.SeqLens(torch.tensor([1], dtype=dtype))
         assert mask.seqused_k is not None and mask.seqused_k.dtype == torch.int32
+
+
+def test_causal_masks_are_made_once() -> None:
+    assert attnhub.Causal() is attnhub.Causal("bottom_right") is not attnhub.Causal("top_left") is attnhub.Causal("top_left")
+    with pytest.raises(ValueError, match="align="):
+        attnhub.Causal([])  # type: ignore[arg-type]

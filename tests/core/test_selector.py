@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from attnhub.backend import Backend
+from attnhub.backends.cuda import hopper
 from attnhub.capability import Capability, DeviceRange
 from attnhub.decision import Decision, Policy
-from attnhub.problem import DeviceInfo, Feature, Problem
+from attnhub.problem import DeviceInfo, Feature, Problem, few_tiles
 from attnhub.reasons import Accepted, Code, Reason, Rejected
 from attnhub.registry import BUILTIN
 from attnhub.selector import Candidate, select, select_backward
@@ -307,3 +308,19 @@ def test_shipped_backends_answer_for_every_device(device: DeviceInfo, dtype: str
         if device.vendor != kind:
             assert _codes(decision, name), f"{name} accepts {device}"
     json.dumps(decision.to_json())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "few"),
+    [
+        ((1, 66, 128, 1024), True), ((1, 66, 128, 1023), False), ((1, 67, 128, 1024), False), ((2, 33, 128, 1024), True), ((2, 34, 128, 1024), False),
+        ((1, 33, 256, 2048), True), ((1, 34, 129, 2048), False), ((1, 66, 1, 8), True),
+    ],
+)  # fmt: skip
+def test_few_tiles_are_the_triton_backends(sizes: tuple[int, ...], few: bool) -> None:
+    """Which divides the keys among them; the kernel for Hopper stands back."""
+    problem = _problem(H200, **dict(zip(("batch", "q_heads", "seqlen_q", "seqlen_k"), sizes)))
+    assert few_tiles(problem) is few
+    if problem.seqlen_q > 16:
+        cuda, triton, torch = (_shipped()[name].backend.cost(problem) for name in ("cuda", "triton", "sdpa"))  # type: ignore[union-attr]
+        assert (triton < torch) is few and (triton < cuda) is few and (cuda == hopper._COST_FEW_TILES) is few

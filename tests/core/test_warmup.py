@@ -30,6 +30,7 @@ class _Slow(Backend):
         self.capability = sdpa.capability
         self.plans: list[Any] = []
         self.calls: list[Call] = []
+        self.appending = False
 
     def cost(self, problem: Any) -> float:
         return 1e-3
@@ -43,7 +44,10 @@ class _Slow(Backend):
 
             def forward(self, call: Call) -> Any:
                 outer.calls.append(call)
-                return inner.forward(call)
+                return inner.forward(call) if call.append is None else (call.q, None)
+
+            def appends(self, call: Call) -> bool:
+                return outer.appending
 
             def describe(self) -> dict[str, Any]:
                 return {"compile_seconds": 1.5}
@@ -76,6 +80,8 @@ def test_the_first_request_finds_its_plan(register: Callable[[Backend], Backend]
         ({"page_size": 4, "seqlen_k": 16, "batch": 2}, ((2, 4, 8, 16), (8, 2, 4, 16)), {"gqa", "paged", "seqlens"}),
         ({"packed": True, "page_size": 4, "seqlen_k": 16, "batch": 2}, ((1, 4, 16, 16), (8, 2, 4, 16)), {"gqa", "varlen", "paged", "seqlens"}),
         ({"sinks": True, "return_lse": True}, ((1, 4, 8, 16), (1, 2, 8, 16)), {"gqa", "sinks", "lse"}),
+        ({"append": "tokens", "seqlen_k": 16, "layout": "bshd"}, ((1, 4, 8, 16), (1, 2, 16, 16)), {"gqa", "seqlens"}),
+        ({"append": "rotary", "page_size": 4, "seqlen_k": 16, "batch": 2}, ((2, 4, 8, 16), (8, 2, 4, 16)), {"gqa", "paged", "seqlens"}),
         ({"dropout_p": 0.5}, ((1, 4, 8, 16), (1, 2, 8, 16)), {"gqa", "dropout"}),
     ],
 )  # fmt: skip
@@ -87,8 +93,22 @@ def test_the_calls_are_of_the_shapes(more: dict[str, Any], shapes: Any, features
     assert (slow.calls[0].q.shape, slow.calls[0].k.shape) == shapes and {f.value for f in decision.problem.features} == features
     if more.get("layout") == "bshd":
         assert slow.calls[0].q.stride(1) < slow.calls[0].q.stride(2)
-    if more.get("page_size"):
-        assert slow.calls[0].mask.seqused_k is not None and slow.calls[0].mask.seqused_k.tolist() == [16, 16]
+    if "seqlens" in features:
+        assert slow.calls[0].mask.seqused_k is not None and set(slow.calls[0].mask.seqused_k.tolist()) == {16}
+
+
+@pytest.mark.parametrize("append", ["tokens", "rotary"])
+def test_calls_that_append(append: str, register: Callable[[Backend], Backend]) -> None:
+    """By a backend that does so in its launch."""
+    slow = _Slow()
+    slow.appending = True
+    register(slow)
+    decision = attnhub.warmup(**{**QUICK, "seqlen_q": 1}, seqlen_k=16, batch=3, append=append)
+    assert decision.chosen == "slow" and len(slow.plans) == 1 and len(slow.calls) == 2
+    for call in slow.calls:
+        assert call.append is not None and call.append.k.shape == (3, 2, 1, 16) and call.mask.seqused_k is not None and call.mask.seqused_k.tolist() == [15] * 3
+        assert (call.append.rotary is not None) == (append == "rotary")
+        assert call.append.rotary is None or (call.append.rotary.cos.shape == (16, 8) and bool((call.append.rotary.cos == 1).all()))
 
 
 def test_factors_go_with_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +137,8 @@ def test_a_backward_pass_is_warmed_up_too(name: str) -> None:
 def test_what_does_not_fit_is_an_error() -> None:
     for wrong, said in (
         ({"q_heads": 0}, "q_heads=0"), ({"kv_heads": -1}, "kv_heads=-1"), ({"kv_heads": 3}, "multiple"), ({"page_size": 4, "need_backward": True}, "page_size=4: .*no backward"),
+        ({"append": "all"}, "append='all': allowed are"), ({"append": "tokens", "packed": True}, "append='tokens': packed"),
+        ({"append": "rotary", "need_backward": True}, "append='rotary': .*no backward"), ({"append": "tokens", "seqlen_k": 7}, "seqlen_k=7 must hold seqlen_q=8"),
         ({"layout": "sbhd"}, "allowed are"), ({"seqlen_k": 1.5}, "seqlen_k=1.5"),
         ({"descale": "qx"}, "descale='qx'"), ({"descale": "v"}, "float8_e4m3fn"),
     ):  # fmt: skip
@@ -132,6 +154,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     told = json.loads(capsys.readouterr().out)
     assert [(d["problem"]["batch"], d["problem"]["seqlen_k"], d["chosen"]) for d in told] == [(b, n, "reference") for b in (1, 2) for n in (16, 64)]
     assert set(told[0]["problem"]["features"]) == {"causal_bottom_right", "alibi", "window"}
+    assert cli.main([*command, "--append", "rotary", "--json"]) == 0 and "seqlens" in json.loads(capsys.readouterr().out)[0]["problem"]["features"]
     assert cli.main([*command, "--backward"]) == 0 and "first call" in capsys.readouterr().out
     assert cli.main([*command, "--kv-heads", "3"]) == 2 and "multiple" in capsys.readouterr().err
     assert cli.main([*command, "--backend", "nobody"]) == 1 and "nobody" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from attnhub import testing
 from attnhub.backend import Backend, Call, Gradients, Needs, Plan
 from attnhub.backends.reference import EVERYTHING, FLOATS, ReferencePlan, maths
 from attnhub.capability import Capability, DeviceRange
+from attnhub.kv_cache import KVCache, append_first
 from attnhub.problem import Feature, Problem
 from attnhub.testing.checks import ConformanceError
 
@@ -140,6 +141,68 @@ BROKEN_BACKWARD: dict[str, Callable[[Gradients, Needs], Gradients]] = {
 }
 
 
+def _appended(call: Call, **changes: Any) -> Call:
+    """By torch operations, with a change: to the new tokens (k, v, rotary), or to the positions (seqused_k)."""
+    assert call.append is not None and call.mask.seqused_k is not None
+    used = changes.pop("seqused_k", call.mask.seqused_k)
+    changed = _mask(_with(call, append=call.append._replace(**changes)), seqused_k=used)
+    made = append_first(changed, KVCache(call.k, call.v, used, call.block_table))
+    return _mask(made, seqused_k=call.mask.seqused_k + call.append.k.shape[2])
+
+
+def _moved(call: Call, by: int) -> Call:
+    """Tokens are written so many positions away, in what room there is."""
+    assert call.append is not None and call.mask.seqused_k is not None
+    room = call.k.shape[2] * (1 if call.block_table is None else call.block_table.shape[1]) - call.append.k.shape[2]
+    return _appended(call, seqused_k=(call.mask.seqused_k + by).clamp(0, room))
+
+
+def _turned(call: Call, **changes: Any) -> Call:
+    rotary = call.append.rotary if call.append is not None else None
+    return _appended(call, rotary=None if rotary is None else rotary._replace(**changes))
+
+
+def _beside(call: Call) -> Call:
+    """The row behind the last new one is written too: of another page, or another sequence, where it is the last."""
+    made = _appended(call)
+    token = made.k.shape[2] // 2 if made.block_table is not None else min(int(made.mask.seqused_k[-1]), made.k.shape[2] - 1)  # type: ignore[index]
+    made.v[-1, -1, token] = 1.0
+    return made
+
+
+def _around(call: Call) -> Call:
+    made = _appended(call)
+    if made.k.storage_offset():
+        torch.as_strided(made.k, (1,), (1,), made.k.storage_offset() - 1).fill_(1.0)
+    return made
+
+
+def _counted(call: Call) -> Call:
+    made = _appended(call)
+    assert call.mask.seqused_k is not None and call.append is not None
+    call.mask.seqused_k.add_(call.append.k.shape[2])
+    return made
+
+
+#: What a plan that appends in its launch makes of a call.
+BROKEN_APPEND: dict[str, Callable[[Call], Call]] = {
+    "a position too far": lambda call: _moved(call, 1),
+    "a position too near": lambda call: _moved(call, -1),
+    "not rotated": lambda call: _appended(call, rotary=None),
+    "q not rotated": lambda call: _with(_appended(call), q=call.q),
+    "other pairs": lambda call: _turned(call, interleaved=True),
+    "all queries at one position": lambda call: _turned(call, one_position=True),
+    "queries one behind the other": lambda call: _turned(call, one_position=False),
+    "rotated backwards": lambda call: _turned(call, sin=-call.append.rotary.sin if call.append is not None and call.append.rotary is not None else None),
+    "the next row": _beside,
+    "before the cache": _around,
+    "lengths counted": _counted,
+    "new tokens not seen": lambda call: _mask(_appended(call), seqused_k=call.mask.seqused_k),
+    "nothing written": lambda call: _with(_mask(call, seqused_k=call.mask.seqused_k + call.append.k.shape[2]), append=None),  # type: ignore[operator,union-attr]
+    "the last token alone": lambda call: _appended(call, **{n: torch.cat((t[:, :, 1:], t[:, :, -1:]), 2) for n, t in zip("kv", call.append[:2])}),  # type: ignore[index]
+}  # fmt: skip
+
+
 class Wrapped(Backend):
     """The reference with one change to its forward or backward."""
 
@@ -164,6 +227,25 @@ class Wrapped(Backend):
         return Changed()
 
 
+class Appending(Wrapped):
+    """Whose plans append by themselves."""
+
+    def __init__(self, change: Callable[[Call], Call] = _appended) -> None:
+        self._made = change
+
+    def prepare(self, problem: Problem) -> Plan:
+        change = self._made
+
+        class Changed(ReferencePlan):
+            def appends(self, call: Call) -> bool:
+                return True
+
+            def forward(self, call: Call) -> Result:
+                return super().forward(call if call.append is None else change(call))
+
+        return Changed()
+
+
 class WrappedFp8(Wrapped):
     capability = Capability((DeviceRange("cpu", dtypes=frozenset({"float8_e4m3fn"})),), EVERYTHING, head_dims=(1, 1 << 20, 1))
 
@@ -172,6 +254,7 @@ class WrappedFp8(Wrapped):
 _HINTS = {
     "window": "window", "segments": "segments", "lengths": "seqlens", "left padding": "leftpad", "bias": "bias", "alibi": "alibi", "softcap": "softcap",
     "sinks": "sinks", "dropout": "dropout", "padding": "page", "GQA": "H4:2", "strides": "strided", "causal": "causal", "inputs": "strided",
+    "append": "new",
 }  # fmt: skip
 
 
@@ -190,6 +273,12 @@ def _first_failure(kind: str, name: str = "") -> str:
 def test_a_wrong_forward_fails(name: str, register: Any) -> None:
     register(Wrapped(BROKEN[name]))
     assert _first_failure("forward", name), f"the suite does not notice: {name}"
+
+
+@pytest.mark.parametrize("name", BROKEN_APPEND)
+def test_a_wrong_append_fails(name: str, register: Any) -> None:
+    register(Appending(BROKEN_APPEND[name]))
+    assert "new" in _first_failure("forward", "append"), f"the suite does not notice: {name}"
 
 
 @pytest.mark.parametrize("name", BROKEN_FP8)
@@ -248,8 +337,13 @@ def test_writing_around_the_inputs_fails(register: Any) -> None:
 def test_nothing_fails_where_nothing_is_broken(register: Any) -> None:
     """The wrapper itself passes, on the small level."""
     register(Wrapped())
-    for check in testing.checks("broken", level="tiny", kinds=("forward",))[::3]:
+    todo = testing.checks("broken", level="tiny", kinds=("forward",))
+    for check in todo[::3]:
         check.run()
+    register(Appending())
+    for check in todo:
+        if check.case is not None and check.case.new_tokens:
+            check.run()
 
 
 def test_fp8_weights_are_within_the_rule(register: Any) -> None:

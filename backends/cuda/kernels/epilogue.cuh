@@ -8,7 +8,7 @@ namespace attnhub {
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLog2e = 1.4426950408889634f;
 
-// Completes the denominators, sink included, normalises out and writes lse. `lse` points at the block's first row.
+// Completes the denominators, sink included, normalises out and writes lse. `lse` points at the block's first row. scale: from rows.maximum to log2.
 template <int RowTiles, int Columns>
 static __device__ __forceinline__ void normalise(
     Accumulators<RowTiles, Columns>& out, RowState<RowTiles>& rows, float scale, const float* sink, float* lse,
@@ -18,7 +18,7 @@ static __device__ __forceinline__ void normalise(
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float sum = across_row(rows.sum[m][half], [](float a, float b) { return a + b; });
-            float scaled = rows.maximum[m][half] == -kInfinity ? -kInfinity : rows.maximum[m][half] * scale;
+            float scaled = sum == 0.f ? -kInfinity : rows.maximum[m][half] * scale;
             float factor = 1.f;
             if (sink != nullptr) {
                 const float sink_log2 = *sink * kLog2e;
@@ -57,18 +57,18 @@ static __device__ __forceinline__ void store_chunk(Element* row, int column, uin
 }
 
 // Through shared memory, so that a row goes out in contiguous 16-byte pieces. `out` points at the block's first row.
-template <class Type, class OutTile, int RowTiles>
+template <class Type, class OutTile, int RowTiles, int Blocks>
 static __device__ __forceinline__ void store_out(
-    Element* out, long long token_stride, const Accumulators<RowTiles, OutTile::kColumns>& accumulators, uint32 tile,
-    int warp_row, int row_count, bool aligned, int lane) {
+    Element* out, long long token_stride, const float (&accumulators)[RowTiles][Blocks][4], uint32 tile, int warp_row, int first_column,
+    int row_count, bool aligned, int lane) {
     __syncthreads();  // the tile lies over Q, K and V
 #pragma unroll
     for (int m = 0; m < RowTiles; ++m) {
 #pragma unroll
-        for (int n = 0; n < OutTile::kColumns / 8; ++n) {
+        for (int n = 0; n < Blocks; ++n) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const uint32 address = tile + OutTile::offset(warp_row + m * 16 + lane / 4 + half * 8, n * 8 + lane % 4 * 2);
+                const uint32 address = tile + OutTile::offset(warp_row + m * 16 + lane / 4 + half * 8, first_column + n * 8 + lane % 4 * 2);
                 const uint32 pair = Type::pack(accumulators[m][n][half * 2], accumulators[m][n][half * 2 + 1]);
                 asm volatile("st.shared.b32 [%0], %1;" :: "r"(address), "r"(pair) : "memory");
             }

@@ -16,12 +16,13 @@ using Weights = uint32[RowTiles][Keys / 16][4];
 template <int RowTiles, int Columns>
 using Accumulators = float[RowTiles][Columns / 8][4];
 
-// The warp's rows of Q, as left operands: kept in registers where head_dim is small, else read again for each tile of keys.
-template <int RowTiles, class QTile, bool Keep>
+// The warp's rows of Q, as left operands: those of the first Kept steps of 16 columns stay in registers, the others are read again for each tile
+// of keys.
+template <int RowTiles, class QTile, int Kept>
 struct Query {
-    static constexpr int kSteps = QTile::kColumns / 16;
+    static_assert(Kept <= QTile::kColumns / 16, "there are no more steps");
     uint32 address;
-    uint32 kept[Keep ? kSteps : 1][RowTiles][4];  // unused, and then not a register, unless Keep
+    uint32 kept[Kept ? Kept : 1][RowTiles][4];
 
     __device__ __forceinline__ explicit Query(uint32 tile, int first_row, int lane)
         : address(tile + QTile::offset(first_row + lane % 16, lane / 16 * 8)) {}
@@ -33,27 +34,23 @@ struct Query {
 
     // After Q has arrived.
     __device__ __forceinline__ void keep() {
-        if constexpr (Keep) {
 #pragma unroll
-            for (int step = 0; step < kSteps; ++step) read(kept[step], step);
-        }
+        for (int step = 0; step < Kept; ++step) read(kept[step], step);
     }
 
     __device__ __forceinline__ void get(uint32 (&a)[RowTiles][4], int step) const {
-        if constexpr (Keep) {
+        if (step >= Kept) return read(a, step);
 #pragma unroll
-            for (int m = 0; m < RowTiles; ++m) {
+        for (int m = 0; m < RowTiles; ++m) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) a[m][i] = kept[step][m][i];
-            }
-        } else {
-            read(a, step);
+            for (int i = 0; i < 4; ++i) a[m][i] = kept[step][m][i];
         }
     }
 };
 
-template <class Type, class KTile, int RowTiles, int Keys, class Q>
-static __device__ __forceinline__ void multiply_keys(Scores<RowTiles, Keys>& scores, const Q& query, uint32 k_tile, int lane) {
+// Calls between(step) after the products of each step of 16 columns.
+template <class Type, class KTile, int RowTiles, int Keys, class Q, class F>
+static __device__ __forceinline__ void multiply_keys(Scores<RowTiles, Keys>& scores, const Q& query, uint32 k_tile, int lane, F between) {
     // In this order of blocks the two registers of one operand are neighbours, as HMMA wants them.
     const uint32 k = k_tile + KTile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
 #pragma unroll
@@ -78,31 +75,20 @@ static __device__ __forceinline__ void multiply_keys(Scores<RowTiles, Keys>& sco
                 Type::mma(scores[m][2 * n + 1], a[m], b[2], b[3]);
             }
         }
+        between(step);
     }
 }
 
-template <class Type, int RowTiles, int Keys>
-static __device__ __forceinline__ void to_weights(Weights<RowTiles, Keys>& weights, const Scores<RowTiles, Keys>& p) {
-#pragma unroll
-    for (int m = 0; m < RowTiles; ++m) {
-#pragma unroll
-        for (int n = 0; n < Keys / 16; ++n) {
-            weights[m][n][0] = Type::pack(p[m][2 * n][0], p[m][2 * n][1]);
-            weights[m][n][1] = Type::pack(p[m][2 * n][2], p[m][2 * n][3]);
-            weights[m][n][2] = Type::pack(p[m][2 * n + 1][0], p[m][2 * n + 1][1]);
-            weights[m][n][3] = Type::pack(p[m][2 * n + 1][2], p[m][2 * n + 1][3]);
-        }
-    }
-}
-
-template <class Type, class VTile, int RowTiles, int Keys>
+// Calls before(step) before the products of each step of 16 keys.
+template <class Type, class VTile, int RowTiles, int Keys, int Columns, class F>
 static __device__ __forceinline__ void multiply_values(
-    Accumulators<RowTiles, VTile::kColumns>& out, const Weights<RowTiles, Keys>& weights, uint32 v_tile, int lane) {
+    Accumulators<RowTiles, Columns>& out, const Weights<RowTiles, Keys>& weights, uint32 v_tile, int lane, F before) {
     const uint32 v = v_tile + VTile::offset(lane % 16, lane / 16 * 8);
 #pragma unroll
     for (int step = 0; step < Keys / 16; ++step) {
+        before(step);
 #pragma unroll
-        for (int n = 0; n < VTile::kColumns / 16; ++n) {
+        for (int n = 0; n < Columns / 16; ++n) {
             uint32 b[4];
             load_blocks_transposed(b, v + VTile::offset(step * 16, n * 16));
 #pragma unroll

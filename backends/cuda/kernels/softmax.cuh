@@ -1,22 +1,22 @@
 // Scores to weights: softcap, ALiBi, mask, and the online softmax (arXiv 2205.14135, 2307.08691) in base 2.
 #pragma once
 
-#include "products.cuh"
+#include "pairs.cuh"
 
 namespace attnhub {
 
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
 
-// What a lane knows of its 2 * RowTiles rows. The maximum is of raw scores and the same in the 4 lanes of a row; the sum
-// is this lane's part.
+// What a lane knows of its 2 * RowTiles rows. The maximum is the same in the 4 lanes of a row, of raw scores (Careful) or of scores times the scale;
+// the sum is this lane's part.
 template <int RowTiles>
 struct RowState {
     float maximum[RowTiles][2], sum[RowTiles][2];
 
-    __device__ __forceinline__ RowState() {
+    __device__ __forceinline__ explicit RowState(float none) {
 #pragma unroll
         for (int m = 0; m < RowTiles; ++m) {
-            maximum[m][0] = maximum[m][1] = -kInfinity;
+            maximum[m][0] = maximum[m][1] = none;
             sum[m][0] = sum[m][1] = 0.f;
         }
     }
@@ -82,47 +82,97 @@ static __device__ __forceinline__ void hide_scores(
 }
 
 constexpr float kExtreme = 1 << 14;
-constexpr float kNan = __builtin_bit_cast(float, 0x7fffffff);
+constexpr float kSlack = 8.f;
 
-// Replaces the scores by 2^(scale * (score - maximum)) and rescales what was accumulated under the old maximum.
+// What rows.maximum holds before the first key. Careful: nothing is below it. Else a number, so that a row without a key needs no care: its exponents
+// are -inf minus that.
+template <bool Careful>
+constexpr float kNoMaximum = Careful ? -kInfinity : -__builtin_bit_cast(float, 0x7f7fffff);
+
+// -inf - -inf must not be computed.
+static __device__ __forceinline__ float anchor_of(float maximum) { return maximum == -kInfinity ? 0.f : maximum; }
+
+// Each row's maximum over this tile of keys and those before, and what was accumulated under an older one rescaled.
+//
+// A maximum stays while the weights grow by no more than 2^kSlack: the sums stay far from overflow, and out / sum is the same whatever both are
+// relative to. So most tiles rescale nothing, which the warp decides together: there it waits for the maxima anyway, while a branch
+// further down kept the exponentials and P V apart, whose instructions the compiler mixes (2 to 9% on an H200).
 //
 // An exponent is one instruction, score * scale - (maximum * scale, rounded): what the rounding moves, the largest weight from 1 to 2^e, cancels in
-// out / sum, as long as e is small. Rows whose scores are beyond kExtreme (e up to 2^-10: to bf16 that weight is still 1) get a sum
-// that is not a number, and are done again, Careful: the maximum is subtracted first.
-template <bool Careful, int RowTiles, int Keys, int Columns>
-static __device__ __forceinline__ void softmax_step(
-    Scores<RowTiles, Keys>& scores, RowState<RowTiles>& rows, Accumulators<RowTiles, Columns>& out, float scale) {
+// out / sum, as long as e is small. Rows that end with a maximum beyond kExtreme (e up to 2^-10: to bf16 that weight is still 1) are done again,
+// Careful: the maximum is subtracted first, and is the exact one.
+template <bool Careful, bool Pairs, int RowTiles, int KeyBlocks, int OutBlocks, class Exchange>
+static __device__ __forceinline__ void raise_maxima(
+    const float (&scores)[RowTiles][KeyBlocks][4], RowState<RowTiles>& rows, float (&out)[RowTiles][OutBlocks][4], float scale,
+    const Exchange& exchange) {
+    float maxima[RowTiles][2];
+    bool grown = Careful;
 #pragma unroll
     for (int m = 0; m < RowTiles; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float maximum = rows.maximum[m][half];
+            float maximum = scores[m][0][half * 2];
 #pragma unroll
-            for (int n = 0; n < Keys / 8; ++n) maximum = fmaxf(maximum, fmaxf(scores[m][n][half * 2], scores[m][n][half * 2 + 1]));
+            for (int n = 0; n < KeyBlocks; ++n) maximum = fmaxf(maximum, fmaxf(scores[m][n][half * 2], scores[m][n][half * 2 + 1]));
             maximum = across_row(maximum, [](float a, float b) { return fmaxf(a, b); });
-            // A row without a key so far: its weights are 2^-inf = 0, and -inf - -inf must not be computed.
-            const float anchor = maximum == -kInfinity ? 0.f : maximum, scaled = __fmul_rn(anchor, scale);
-            // Both products rounded, as in the weights: 1 where the maximum stays.
-            float rescale = exp2_fast(
-                Careful ? (rows.maximum[m][half] - anchor) * scale : __fsub_rn(__fmul_rn(rows.maximum[m][half], scale), scaled));
-            if (!Careful && fabsf(scaled) > kExtreme) rescale = kNan;
-            float sum = 0.f;
+            maxima[m][half] = Careful ? maximum : __fmul_rn(maximum, scale);
+        }
+    }
+    if constexpr (Pairs) exchange.raise(maxima);
 #pragma unroll
-            for (int n = 0; n < Keys / 8; ++n) {
+    for (int m = 0; m < RowTiles; ++m) {
+        grown = grown || maxima[m][0] > rows.maximum[m][0] + kSlack || maxima[m][1] > rows.maximum[m][1] + kSlack;
+    }
+    if (!__any_sync(0xffffffffu, grown)) return;
 #pragma unroll
-                for (int i = half * 2; i < half * 2 + 2; ++i) {
-                    scores[m][n][i] = exp2_fast(Careful ? (scores[m][n][i] - anchor) * scale : fmaf(scores[m][n][i], scale, -scaled));
-                    sum += scores[m][n][i];
-                }
-            }
-            rows.maximum[m][half] = maximum;
-            rows.sum[m][half] = rows.sum[m][half] * rescale + sum;
-            // Always, though often by 1: a branch around it cost 2 to 9% on an H200, as nothing is scheduled across it.
+    for (int m = 0; m < RowTiles; ++m) {
 #pragma unroll
-            for (int n = 0; n < Columns / 8; ++n) {
+        for (int half = 0; half < 2; ++half) {
+            const float before = rows.maximum[m][half], now = fmaxf(before, maxima[m][half]);
+            const float rescale = exp2_fast(Careful ? (before - anchor_of(now)) * scale : before - now);
+            rows.maximum[m][half] = now;
+            rows.sum[m][half] *= rescale;
+#pragma unroll
+            for (int n = 0; n < OutBlocks; ++n) {
                 out[m][n][half * 2] *= rescale;
                 out[m][n][half * 2 + 1] *= rescale;
             }
+        }
+    }
+}
+
+// Whether a row must be done again: its scores are extreme, or one is not a number.
+template <int RowTiles>
+static __device__ __forceinline__ bool needs_care(const RowState<RowTiles>& rows) {
+    bool found = false;
+#pragma unroll
+    for (int m = 0; m < RowTiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float maximum = rows.maximum[m][half], sum = rows.sum[m][half];
+            found = found || sum != sum || (fabsf(maximum) > kExtreme && maximum != kNoMaximum<false>);
+        }
+    }
+    return found;
+}
+
+// Weights of 16 keys, with which they add to the sums, as the left operand of P V.
+template <class Type, bool Careful, int RowTiles, int KeyBlocks>
+static __device__ __forceinline__ void weigh(
+    uint32 (&weights)[4], const float (&scores)[RowTiles][KeyBlocks][4], RowState<RowTiles>& rows, float scale, int m, int step) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float maximum = rows.maximum[m][half];
+            float p[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float score = scores[m][2 * step + n][half * 2 + i];
+                p[i] = exp2_fast(Careful ? (score - anchor_of(maximum)) * scale : fmaf(score, scale, -maximum));
+                rows.sum[m][half] += p[i];
+            }
+            weights[n * 2 + half] = Type::pack(p[0], p[1]);
         }
     }
 }

@@ -8,11 +8,8 @@
 
 namespace attnhub {
 
-constexpr int kThreads = 128;
-constexpr int kChunk = 8;                                    // elements in 16 bytes
-constexpr int kLanesPerRow = 8;                              // 128 contiguous bytes per row and pass
-constexpr int kRowsPerPass = kThreads / kLanesPerRow;
-constexpr int kColumnsPerPass = kLanesPerRow * kChunk;
+constexpr int kThreads = ATTNHUB_WARPS * 32;
+constexpr int kChunk = 8;  // elements in 16 bytes
 
 static __device__ __forceinline__ uint4 load_shared(uint32 address) {
     uint4 x;
@@ -29,9 +26,12 @@ struct Tile {
     static constexpr int kColumns = (HeadDim + 15) / 16 * 16;
     static constexpr int kPitch = kColumns + kChunk;         // elements
     static constexpr int kBytes = Rows * kPitch * 2;
+    static constexpr int kLanesPerRow = Rows % (kThreads / 8) == 0 ? 8 : 16;  // 128 or 256 contiguous bytes per row and pass
+    static constexpr int kRowsPerPass = kThreads / kLanesPerRow;
+    static constexpr int kColumnsPerPass = kLanesPerRow * kChunk;
     static constexpr int kRowPasses = Rows / kRowsPerPass;
     static constexpr int kColumnPasses = (kColumns + kColumnsPerPass - 1) / kColumnsPerPass;
-    static_assert(Rows % kRowsPerPass == 0, "a pass covers 16 rows");
+    static_assert(Rows % kRowsPerPass == 0, "passes cover all rows");
 
     static __device__ __forceinline__ int thread_row() { return threadIdx.x / kLanesPerRow; }
     static __device__ __forceinline__ int thread_column() { return threadIdx.x % kLanesPerRow * kChunk; }
@@ -69,34 +69,42 @@ struct Tile {
 template <int Rows, int HeadDim>
 struct TileCopy {
     using Layout = Tile<Rows, HeadDim>;
+    const Element* next;  // this thread's first chunk of it
 
 #if ATTNHUB_TURING  // no asynchronous copy: the tile waits in registers, and start() writes nothing
     uint4 staged[Layout::kRowPasses * Layout::kColumnPasses];
 
-    static __device__ __forceinline__ uint4 load_chunk(const Element* row, int column) {
-        if (Layout::whole(column)) return __ldg(reinterpret_cast<const uint4*>(row + column));
+    static __device__ __forceinline__ uint4 load_chunk(const Element* chunk, int column) {
+        if (Layout::whole(column)) return __ldg(reinterpret_cast<const uint4*>(chunk));
         uint32 words[4] = {0, 0, 0, 0};
         if (column < HeadDim) {
 #pragma unroll
-            for (int i = 0; i < HeadDim % kChunk; ++i) words[i / 2] |= static_cast<uint32>(row[column + i]) << (i % 2 * 16);
+            for (int i = 0; i < HeadDim % kChunk; ++i) words[i / 2] |= static_cast<uint32>(chunk[i]) << (i % 2 * 16);
         }
         return make_uint4(words[0], words[1], words[2], words[3]);
     }
 #endif
 
-    __device__ __forceinline__ void start(uint32 tile, const Element* source, long long token_stride, int first, int last) {
-        const Element* rows = source + Layout::thread_row() * token_stride;
+    // Row 0 of the tile that is copied first.
+    __device__ __forceinline__ TileCopy(const Element* source, long long token_stride)
+        : next(source + Layout::thread_row() * token_stride + Layout::thread_column()) {}
+
+    // The tile of rows before is copied next.
+    __device__ __forceinline__ void start(uint32 tile, long long token_stride, int first, int last) {
+        const Element* source = next;
         const uint32 target = Layout::thread_chunk(tile);
         Layout::for_each_chunk([&](int row, int column, int i, int j, uint32 offset) {
-            if (i > 0 && j == 0) rows += kRowsPerPass * token_stride;
+            if (i > 0 && j == 0) source += Layout::kRowsPerPass * token_stride;
             const bool exists = row >= first && row < last;
+            const Element* chunk = source + j * Layout::kColumnsPerPass;
 #if ATTNHUB_TURING
-            staged[i * Layout::kColumnPasses + j] = exists ? load_chunk(rows, column) : make_uint4(0, 0, 0, 0);
+            staged[i * Layout::kColumnPasses + j] = exists ? load_chunk(chunk, column) : make_uint4(0, 0, 0, 0);
 #else
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                         :: "r"(target + offset), "l"(rows + column), "r"(exists ? Layout::present(column) * 2 : 0) : "memory");
+                         :: "r"(target + offset), "l"(chunk), "r"(exists ? Layout::present(column) * 2 : 0) : "memory");
 #endif
         });
+        next -= Rows * token_stride;
     }
 
     __device__ __forceinline__ void finish(uint32 tile) {

@@ -90,14 +90,14 @@ static __device__ __forceinline__ void fetch_rows(const Element* x, long long st
 // Rows of a block to the cache, where the first of them is key `first`.
 template <class C, class B>
 static __device__ __forceinline__ void store_rows(
-    const Params& params, const Cache<C::kPaging, C::kAppends>& cache, const Element* x, const Strides& strides, uint32 block, int first, int rows, int lane) {
+    const Params& params, int batch, const Element* x, const Strides& strides, uint32 block, int first, int rows, int lane) {
 #pragma unroll 1
     for (int at = lane; at < rows * B::kPieces; at += 32) {
         const int row = at / B::kPieces, piece = at % B::kPieces, present = B::present(piece);
         int page = 0, slot = first + row;
         if constexpr (C::kPaging != kContiguous) {
-            page = cache.table[slot / params.page_size];
-            slot %= params.page_size;
+            const int place = params.page_size.divide(slot);
+            page = params.block_table[static_cast<long long>(batch) * params.pages + place];
             if (page < 0 || page >= params.cache_rows) {
                 fail("block_table: a page that the cache does not have");
                 continue;
@@ -121,7 +121,7 @@ static __device__ __forceinline__ void store_rows(
 // values in shared memory that no copy is on its way to.
 template <class C>
 static __device__ __forceinline__ void append(
-    const Params& params, const Cache<C::kPaging, C::kAppends>& cache, uint32 block, int warp, int warps, int lane) {
+    const Params& params, const Cache<C::kPaging, C::kAppends>& cache, int batch, uint32 block, int warp, int warps, int lane) {
     using KBlock = Block<C::kDepth>;
     using VBlock = Block<C::kWidth>;
     const uint32 values = block + KBlock::kBytes;
@@ -136,8 +136,8 @@ static __device__ __forceinline__ void append(
             turn_rows<C>(params, block, 0, rows, [&](int row) { return cache.old + from + row; }, lane);
             __syncwarp();
         }
-        store_rows<C, KBlock>(params, cache, cache.k, params.k_strides, block, cache.old + from, rows, lane);
-        store_rows<C, VBlock>(params, cache, cache.v, params.v_strides, values, cache.old + from, rows, lane);
+        store_rows<C, KBlock>(params, batch, cache.k, params.k_strides, block, cache.old + from, rows, lane);
+        store_rows<C, VBlock>(params, batch, cache.v, params.v_strides, values, cache.old + from, rows, lane);
         __syncwarp();
     }
 }

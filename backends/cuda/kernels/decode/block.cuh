@@ -21,8 +21,8 @@ struct Block {
     static __device__ __forceinline__ uint32 offset(int row, int piece) { return row * kPitch + ((piece ^ (row & 7)) << 4); }
 
     // Calls f(row, piece) for each 16 bytes that this lane copies.
-    template <class F> static __device__ __forceinline__ void for_each_piece(int lane, F f) {
-#pragma unroll
+    template <int Together = kPasses, class F> static __device__ __forceinline__ void for_each_piece(int lane, F f) {
+#pragma unroll Together
         for (int i = 0; i < kPasses; ++i) {
             const int at = lane + 32 * i;
             f(at / kPieces, at % kPieces);
@@ -41,6 +41,17 @@ static __device__ __forceinline__ void copy_piece(const Element* row_start, cons
                  :: "r"(target + B::offset(row, piece)), "l"(bytes > 0 ? row_start + 8 * piece : anywhere), "r"(bytes) : "memory");
 }
 
+// Starts the copy of 4 bytes.
+static __device__ __forceinline__ void copy_word(const int* source, uint32 target) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(target), "l"(source) : "memory");
+}
+static __device__ __forceinline__ uint32 load_word(uint32 address) {
+    uint32 x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return x;
+}
+static __device__ __forceinline__ void store_word(uint32 address, int x) { asm volatile("st.shared.b32 [%0], %1;" :: "r"(address), "r"(x) : "memory"); }
+
 enum Pages { kContiguous, kWholePages, kAnyPages };  // kWholePages: of a multiple of 16 keys, so that a block lies in one page
 
 // Where the keys of one sequence and K/V head lie. Appends: the last ones are not read from the cache, where this launch puts them.
@@ -48,7 +59,6 @@ template <int Paging, bool Appends>
 struct Cache {
     const Element* k;
     const Element* v;
-    const int* table;
     Span some;  // keys that are read at all
     const Element* new_k;
     const Element* new_v;
@@ -57,8 +67,7 @@ struct Cache {
     static __device__ __forceinline__ Cache of(const Params& params, int batch, int kv_head, const Span& some) {
         const long long from = Paging == kContiguous ? batch : 0;
         Cache cache{params.k + from * params.k_strides.batch + kv_head * params.k_strides.head,
-                    params.v + from * params.v_strides.batch + kv_head * params.v_strides.head,
-                    Paging == kContiguous ? nullptr : params.block_table + static_cast<long long>(batch) * params.pages, some};
+                    params.v + from * params.v_strides.batch + kv_head * params.v_strides.head, some};
         if constexpr (Appends) {
             cache.new_k = params.new_k + batch * params.new_k_strides.batch + kv_head * params.new_k_strides.head;
             cache.new_v = params.new_v + batch * params.new_v_strides.batch + kv_head * params.new_v_strides.head;
@@ -70,43 +79,45 @@ struct Cache {
     // Whether keys of a block are new.
     __device__ __forceinline__ bool has_new(int block) const { return Appends && (block + 1) * kBlock > old; }
 
-    // The page of a block, for kAnyPages that of the lane's key in it: asked for well before `start` needs it. There is none of keys that do not exist.
-    __device__ __forceinline__ int look_up(const Params& params, int block, int lane) const {
-        if constexpr (Paging == kWholePages) return block * kBlock < some.last ? table[block * kBlock / params.page_size] : 0;
-        if constexpr (Paging == kAnyPages) {
-            const int key = block * kBlock + lane % kBlock;
-            return some.holds(key) ? table[key / params.page_size] : 0;
-        }
-        return 0;
+    // Entries of a block in `block_table`: one, or one for each key, which lanes take in turn.
+    static constexpr int kEntries = Paging == kContiguous ? 0 : Paging == kWholePages ? 1 : kBlock;
+
+    // Where this lane's entry for a block is, or null if the table has none. It must not ask how many keys there are: behind them it is anything.
+    static __device__ __forceinline__ const int* entry(const Params& params, int batch, int block, int lane) {
+        if (Paging == kContiguous || lane >= kEntries) return nullptr;
+        const int key = block * kBlock + lane;
+        return key < params.seqlen_k ? params.block_table + static_cast<long long>(batch) * params.pages + params.page_size.quotient(key) : nullptr;
     }
 
-    // Starts the copies of a block. Keys outside of `some` become zeros and are not read.
-    template <class KBlock, class VBlock>
-    __device__ __forceinline__ void start(const Params& params, int block, int page, uint32 k_block, uint32 v_block, int lane) const {
-        copy<KBlock>(k, params.k_strides, new_k, params.new_k_strides.token, params, block, page, k_block, lane);
-        copy<VBlock>(v, params.v_strides, new_v, params.new_v_strides.token, params, block, page, v_block, lane);
-    }
-
-private:
+    // Starts the copies of a block's keys, or of its values. Keys outside of `some` become zeros and are not read. entries: the block's, in shared memory.
     template <class B>
-    __device__ __forceinline__ void copy(
-        const Element* x, const Strides& strides, const Element* new_x, long long new_stride, const Params& params, int block, int page, uint32 target,
-        int lane) const {
+    __device__ __forceinline__ void start(const Params& params, bool values, int block, uint32 entries, uint32 target, int lane) const {
+        int page = 0;
+        if constexpr (Paging != kContiguous) page = static_cast<int>(load_word(entries + lane % kEntries * 4));
+        const Element* x = values ? v : k;
+        const long long page_stride = values ? params.v_strides.batch : params.k_strides.batch;
+        const long long stride = values ? params.v_strides.token : params.k_strides.token;
         const int key = block * kBlock;
         int slot = key;
-        if constexpr (Paging == kWholePages) slot = key % params.page_size;
-        if constexpr (Paging == kAnyPages) slot = (key + lane % kBlock) % params.page_size;
-        if constexpr (Paging != kAnyPages) x += page * strides.batch + slot * strides.token;
-        B::for_each_piece(lane, [&](int row, int piece) {
+        if constexpr (Paging == kWholePages) params.page_size.divide(slot);
+        if constexpr (Paging == kAnyPages) {
+            slot += lane % kBlock;
+            params.page_size.divide(slot);
+            if (!some.holds(key + lane % kBlock)) page = 0;
+        }
+        if constexpr (Paging != kAnyPages) x += page * page_stride + slot * stride;
+        constexpr int kTogether = Paging == kAnyPages && B::kPasses > 8 ? 4 : B::kPasses;  // wide rows leave no registers for more
+        B::template for_each_piece<kTogether>(lane, [&](int row, int piece) {
             const Element* source;
             if constexpr (Paging == kAnyPages) {
                 const long long row_page = __shfl_sync(0xffffffffu, page, row), row_slot = __shfl_sync(0xffffffffu, slot, row);
-                source = x + row_page * strides.batch + row_slot * strides.token;
+                source = x + row_page * page_stride + row_slot * stride;
             } else {
-                source = x + row * strides.token;
+                source = x + row * stride;
             }
             if constexpr (Appends) {
-                if (key + row >= old) source = new_x + (key + row - old) * new_stride;
+                const long long new_stride = values ? params.new_v_strides.token : params.new_k_strides.token;
+                if (key + row >= old) source = (values ? new_v : new_k) + (key + row - old) * new_stride;
             }
             copy_piece<B>(source, x, target, row, piece, some.holds(key + row));
         });

@@ -1,7 +1,7 @@
 // Attention of a few queries over a long cache: the keys of each K/V head are divided among blocks (arXiv 2311.01282), and a block's among its
 // warps. Query heads that share a K/V head are rows of one tile, so that keys and values are read once for all of them.
 //
-// A warp copies blocks of 16 keys and values through stages of its own (cp.async), ahead of what it computes, and meets the other warps only at
+// A warp copies blocks of 16 keys and values through slots of its own (cp.async), ahead of what it computes, and meets the other warps only at
 // the end. Out, maxima and sums stay in its registers until then.
 //
 // Compiled once per variant (decode.py), which defines ATTNHUB_*: see Config.
@@ -13,22 +13,33 @@ namespace attnhub {
 struct Config {
     using Type = ATTNHUB_TYPE;
     static constexpr int kDepth = ATTNHUB_HEAD_DIM, kWidth = ATTNHUB_V_HEAD_DIM;
-    static constexpr int kWarps = ATTNHUB_WARPS, kStages = ATTNHUB_STAGES;
+    static constexpr int kWarps = ATTNHUB_WARPS, kSlots = ATTNHUB_SLOTS;
     static constexpr int kPaging = ATTNHUB_PAGING;  // see Pages
     static constexpr int kMostSplits = ATTNHUB_MOST_SPLITS;
     static constexpr bool kAppends = ATTNHUB_APPEND > 0, kRotary = ATTNHUB_APPEND > 1;
     static constexpr bool kSoftcap = ATTNHUB_SOFTCAP, kAlibi = ATTNHUB_ALIBI;
     static constexpr bool kRawScores = !kSoftcap && !kAlibi;  // the scale is then applied inside the exponent
-    static constexpr int kStageBytes = Block<kDepth>::kBytes + Block<kWidth>::kBytes, kWarpBytes = kStages * kStageBytes;
+    // A warp's keys and values take turns in its slots. Appending needs room for both, and one slot is filled by the loop only.
+    static constexpr int kSlotBytes = Block<(kDepth > kWidth ? kDepth : kWidth)>::kBytes, kWarpBytes = kSlots * kSlotBytes;
+    static_assert(kSlots >= (kAppends ? 3 : 2), "too few slots");
 };
-static_assert(Config::kWarps * Config::kWarpBytes + Merge<Config>::kBytes <= ATTNHUB_SHARED_BYTES, "the launch asks for ATTNHUB_SHARED_BYTES");
+// How many blocks ahead of the one whose keys are used the next copy is.
+constexpr int kAhead = Config::kSlots / 2;
+// Of a warp's entries of the block table, for as many blocks: those that are copied, and those whose entries are on their way.
+constexpr int kTableBlocks = kAhead < 3 ? 4 : kAhead < 7 ? 8 : 16;
+static_assert(kTableBlocks > kAhead + 1, "too few");
+constexpr int kEntryBytes = 4 * Cache<Config::kPaging, Config::kAppends>::kEntries, kTableBytes = kTableBlocks * kEntryBytes;
+constexpr int kMergeAt = Config::kWarps * Config::kWarpBytes, kTableAt = kMergeAt + Merge<Config>::kBytes;
+static_assert(kTableAt + Config::kWarps * kTableBytes <= ATTNHUB_SHARED_BYTES, "the launch asks for ATTNHUB_SHARED_BYTES");
 
 static __device__ __forceinline__ void attend(const Params& params, unsigned char* shared) {
     using C = Config;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int row_tile = blockIdx.x % params.row_tiles, rest = blockIdx.x / params.row_tiles;
-    const int split = rest % params.splits, pair = rest / params.splits;
-    const int sequence = pair / params.kv_heads, kv_head = pair % params.kv_heads;
+    int row_tile = blockIdx.x;
+    int split = params.row_tiles.divide(row_tile);
+    const int pair = params.splits.divide(split);
+    int kv_head = pair;
+    const int sequence = params.kv_heads.divide(kv_head);
     if (sequence == params.sequences) {  // of packed queries: what lies behind all others
         if (split == 0) clear_tail<C>(params, kv_head, row_tile);
         return;
@@ -41,94 +52,121 @@ static __device__ __forceinline__ void attend(const Params& params, unsigned cha
         if (!fits<C>(params, params.seqused_k[sequence], queries.count)) return;
     }
 
+    // Splits, and their warps, take blocks in turn, so that the first pages of each can be asked for before a length is known.
+    using Keys = Cache<C::kPaging, C::kAppends>;
+    const int turn = split * C::kWarps + warp, step = params.splits.number * C::kWarps;
+    int entries[kAhead];
+    const auto ask = [&](int first) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            const int* entry = Keys::entry(params, sequence, first + turn + i * step, lane);
+            entries[i] = entry != nullptr ? *entry : 0;
+        }
+    };
+    ask(0);
+
     const Mask mask = Mask::of(params, sequence, queries.count);
     // The first and the last query of the tile, which may go on from one head to the next.
     const int from = row_tile * 16, to = from + count - 1;
-    const bool one_head = from / queries.count == to / queries.count;
-    const Span first = mask.keys(params, one_head ? from % queries.count : 0), last = mask.keys(params, one_head ? to % queries.count : queries.count - 1);
+    const int first_head = queries.count == 1 ? from : from / queries.count, last_head = queries.count == 1 ? to : to / queries.count;
+    const bool one_head = first_head == last_head;
+    const Span first = mask.keys(params, one_head ? from - first_head * queries.count : 0);
+    const Span last = queries.count == 1 ? first : mask.keys(params, one_head ? to - last_head * queries.count : queries.count - 1);
     const Span some{first.first, last.last}, all{last.first, first.last};
-    const int first_block = some.first / kBlock, blocks = some.first < some.last ? (some.last + kBlock - 1) / kBlock - first_block : 0;
-    const int stop = first_block + static_cast<int>(static_cast<long long>(split + 1) * blocks / params.splits);
-    int block = first_block + static_cast<int>(static_cast<long long>(split) * blocks / params.splits) + warp;
+    const int first_block = some.first / kBlock, stop = some.first < some.last ? (some.last + kBlock - 1) / kBlock : 0;
+    if (first_block > 0) ask(first_block);
+    const int block = first_block + turn;  // this warp's first
 
-    const auto cache = Cache<C::kPaging, C::kAppends>::of(params, sequence, kv_head, some);
-    const uint32 stages = shared_address(shared) + warp * C::kWarpBytes;
-    const uint32 spare = stages + (C::kStages - 1) * C::kStageBytes;  // filled by the loop only
-    if constexpr (C::kAppends) {  // the last warp has the fewest keys, and the first split no more than others
-        const int number = (row_tile * params.splits + split) * C::kWarps + C::kWarps - 1 - warp;
-        append<C>(params, cache, spare, number, params.row_tiles * params.splits * C::kWarps, lane);
+    const auto cache = Keys::of(params, sequence, kv_head, some);
+    const uint32 slots = shared_address(shared) + warp * C::kWarpBytes;
+    const uint32 spare = slots + (C::kSlots - 1) * C::kSlotBytes;
+    if constexpr (C::kAppends) {  // the last warps have the fewest keys
+        const int number = row_tile * step + step - 1 - turn;
+        append<C>(params, cache, sequence, slots, number, params.row_tiles.number * step, lane);
     }
-    if constexpr (C::kRotary) {
-        Block<C::kDepth>::for_each_piece(lane, [&](int row, int piece) {
-            const Row own = Row::of(params, queries, kv_head, from + row);
-            copy_piece<Block<C::kDepth>>(own.start(params, queries), params.q, spare, row, piece, own.exists);
-        });
+    // The table's entries of block i (of this warp's) come together with the keys of block i - kAhead: a read of its own would wait for all copies
+    // that were asked for before it.
+    const uint32 table = shared_address(shared) + kTableAt + warp * kTableBytes;
+    const auto entries_of = [&](int i) { return table + i % kTableBlocks * kEntryBytes; };
+    if constexpr (C::kPaging != kContiguous) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (lane < Keys::kEntries) store_word(entries_of(i) + lane * 4, entries[i]);
+        }
+        __syncwarp();
+    }
+    // Copy c is of the keys (even c) or of the values (odd c) of block c / 2, and goes to slot c % kSlots.
+    const auto copy = [&](bool values, int i, uint32 slot) {
+        const int number = block + i * step;
+        if (number >= stop) return;
+        if (C::kPaging != kContiguous && !values && number + kAhead * step < stop) {
+            const int* entry = Keys::entry(params, sequence, number + kAhead * step, lane);
+            if (entry != nullptr) copy_word(entry, entries_of(i + kAhead) + lane * 4);
+        }
+        if constexpr (C::kDepth == C::kWidth) {
+            cache.template start<Block<C::kDepth>>(params, values, number, entries_of(i), slot, lane);
+        } else if (values) {
+            cache.template start<Block<C::kWidth>>(params, true, number, entries_of(i), slot, lane);
+        } else {
+            cache.template start<Block<C::kDepth>>(params, false, number, entries_of(i), slot, lane);
+        }
+    };
+#pragma unroll 1
+    for (int c = 0; c < C::kSlots - 1; ++c) {
+        copy(c % 2, c / 2, slots + c * C::kSlotBytes);
+        if (c == 0) {  // the queries come with the first keys
+#pragma unroll 1
+            for (int at = lane; at < count * Block<C::kDepth>::kPieces; at += 32) {
+                const int row = at / Block<C::kDepth>::kPieces, piece = at % Block<C::kDepth>::kPieces;
+                const Element* start = Row::of(params, queries, kv_head, from + row).start(params, queries);
+                copy_piece<Block<C::kDepth>>(start, start, spare, row, piece, true);
+            }
+        }
         commit_copies();
     }
-    const auto copy = [&](int ahead, int page, int stage) {
-        const uint32 k = stages + stage * C::kStageBytes;
-        if (ahead < stop) cache.template start<Block<C::kDepth>, Block<C::kWidth>>(params, ahead, page, k, k + Block<C::kDepth>::kBytes, lane);
-        commit_copies();  // an empty group too, so that the number of the pending ones is known
-    };
-    int pages[C::kStages];
-#pragma unroll
-    for (int i = 0; i < C::kStages; ++i) pages[i] = cache.look_up(params, block + i * C::kWarps, lane);
-#pragma unroll
-    for (int i = 0; i < C::kStages - 1; ++i) copy(block + i * C::kWarps, pages[i], i);
-    int ahead = block + (C::kStages - 1) * C::kWarps, page = pages[C::kStages - 1];
-
+    wait_copies<C::kSlots - 2>();
+    __syncwarp();
     if constexpr (C::kRotary) {
-        wait_copies<C::kStages - 1>();
-        __syncwarp();
         const auto position = [&](int row) { return cache.old + (params.one_position ? 0 : Row::of(params, queries, kv_head, from + row).query); };
         turn_rows<C>(params, spare, 0, count, position, lane);
         __syncwarp();
     }
     Rows<C> rows(params, mask, queries, sequence, kv_head, row_tile, spare, lane);
-    int stage = 0;
+    // While copy c is used, copy c + kSlots - 1 is started: of a block kAhead behind, its values first if the number of slots is even. A group of copies is
+    // committed where there is nothing to copy, too, so that the number of the pending ones is known.
+    constexpr int kValuesFirst = C::kSlots % 2 == 0;
+    uint32 slot = slots;
+    const auto next = [&](bool values, int i) {
+        wait_copies<C::kSlots - 2>();
+        __syncwarp();  // all lanes' copies are here, and all are done with the slot before
+        copy(values, i, slot == slots ? spare : slot - C::kSlotBytes);
+        commit_copies();
+        const uint32 found = slot;
+        slot = slot == spare ? slots : slot + C::kSlotBytes;
+        return found;
+    };
 #pragma unroll 1
-    for (; block < stop; block += C::kWarps) {
-        wait_copies<C::kStages - 2>();
-        __syncwarp();  // all lanes' copies are here, and all are done with the stage before
-        copy(ahead, page, stage == 0 ? C::kStages - 1 : stage - 1);
-        ahead += C::kWarps;
-        page = cache.look_up(params, ahead, lane);
-        const int key = block * kBlock;
+    for (int i = 0; block + i * step < stop; ++i) {
+        const int key = (block + i * step) * kBlock;
         const bool masked = key < all.first || key + kBlock > all.last;
-        const uint32 k = stages + stage * C::kStageBytes;
+        const uint32 k = next(kValuesFirst, i + kAhead - kValuesFirst);
         if constexpr (C::kRotary) {
-            if (cache.has_new(block)) {
+            if (cache.has_new(block + i * step)) {
                 turn_rows<C>(params, k, max(0, cache.old - key), min(kBlock, mask.len_k - key), [&](int row) { return key + row; }, lane);
                 __syncwarp();
             }
         }
-        rows.attend(params, mask, key, k, k + Block<C::kDepth>::kBytes, masked, masked && queries.count > 1, lane);
-        stage = stage + 1 == C::kStages ? 0 : stage + 1;
+        rows.weigh(params, mask, key, k, masked, lane);
+        const uint32 v = next(!kValuesFirst, i + kAhead);
+        rows.add_values(key, v, masked && queries.count > 1, lane);
     }
     wait_copies<0>();
     __syncwarp();
 
     Merge<C> merge(shared);
-    const float scale = C::kRawScores ? params.scale_log2 : 1.f;
-    merge.leave(rows, warp, lane);
+    merge.leave(rows, count, warp, lane);
     __syncthreads();
-    const int tile = pair * params.row_tiles + row_tile;
-    const auto partial = Partial<Merge<C>::kColumns>::of(params, tile);
-    for (int at = threadIdx.x; at < count * Merge<C>::kGroups; at += 32 * C::kWarps) {
-        const int row = at / Merge<C>::kGroups, group = at % Merge<C>::kGroups;
-        float4 sums;
-        const Part part = merge.take(row, group, scale, sums);
-        if (params.splits == 1) {
-            write_row<C>(params, queries, Row::of(params, queries, kv_head, row_tile * 16 + row), group, part, sums, scale);
-        } else {
-            reinterpret_cast<float4*>(partial.sums + (split * 16 + row) * Merge<C>::kColumns)[group] = sums;
-            if (group == 0) partial.parts[split * 16 + row] = part;
-        }
-    }
-    if (params.splits == 1 || !merge.comes_last(params, tile)) return;
-    for (int row = warp; row < count; row += C::kWarps) {
-        merge.merge_splits(params, partial, queries, Row::of(params, queries, kv_head, row_tile * 16 + row), row, scale, warp, lane);
-    }
+    merge.finish(params, queries, kv_head, row_tile, pair * params.row_tiles.number + row_tile, split, count, C::kRawScores ? params.scale_log2 : 1.f, warp, lane);
 }
 
 }  // namespace attnhub

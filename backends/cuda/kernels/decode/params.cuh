@@ -9,6 +9,22 @@ struct Strides {  // in elements; the stride inside a token is always 1
     long long batch, head, token;
 };
 
+// Division by a number that the host knows, of 0 <= n < 2^31 (Granlund and Montgomery, 1994): a division in the device's own way takes as long as 30
+// multiplications, and the first copies wait for all of them.
+struct Divisor {
+    uint32 number, multiplier, shift;  // multiplier = ceil(2^(31 + l) / number), shift = 31 + l, for the least l with 2^l >= number
+
+    __device__ __forceinline__ int quotient(int n) const {
+        return static_cast<int>(static_cast<unsigned long long>(static_cast<uint32>(n)) * multiplier >> shift);
+    }
+    // The quotient; n becomes the remainder.
+    __device__ __forceinline__ int divide(int& n) const {
+        const int found = quotient(n);
+        n -= found * static_cast<int>(number);
+        return found;
+    }
+};
+
 struct Params {
     const Element* q;
     const Element* k;
@@ -23,7 +39,7 @@ struct Params {
     const float* sinks;       // [Hq], or null
     const float* alibi;       // slopes, read at [b * alibi_batch_stride + h]
     float* partial;           // what splits leave for each other, see merge.cuh; null if there is one
-    int* tickets;             // a zero for each tile of rows, left as zero; null if there is one split
+    int* tickets;             // a zero for each row of tiles, left as zero; null if there is one split
     const Element* new_k;     // [sequences, Hk, new_tokens, D], or null: what the kernel appends to the cache, see append.cuh
     const Element* new_v;
     const void* cos;          // [rotary_positions, rotary_half] fp32, or Element if narrow_angles
@@ -33,14 +49,11 @@ struct Params {
     long long angle_stride;   // from position to position, in cos and in sin
     int sequences;
     int q_heads;
-    int kv_heads;
     int heads_per_kv_head;
     int seqlen_q;             // rows of the tensors: of each sequence, or all tokens when packed
     int seqlen_k;             // what a sequence can hold
-    int page_size;
     int pages;                // entries of a sequence in block_table
-    int row_tiles;            // tiles of 16 rows for a K/V head: its query heads' queries, of the longest sequence
-    int splits;               // blocks that share the keys of a tile of rows
+    int tile_rows;            // rows that a tile can have
     int causal;
     int top_left;             // alignment of positions; else bottom right
     int window_left;          // -1 is unlimited
@@ -56,6 +69,9 @@ struct Params {
     int interleaved;          // column 2 d is turned with 2 d + 1, else d with d + rotary_half
     int one_position;         // all queries of a sequence stand at seqused_k, else query i at seqused_k + i
     int narrow_angles;
+    Divisor kv_heads, page_size;
+    Divisor row_tiles;        // tiles of 16 rows for a K/V head: its query heads' queries, of the longest sequence
+    Divisor splits;           // blocks that share the keys of a tile of rows
     float scale_log2;         // |softmax_scale| * log2(e)
     float cap_inner;          // softcap: 2 * log2(e) * |softmax_scale| / c
     float cap_outer;          // softcap: c * log2(e)

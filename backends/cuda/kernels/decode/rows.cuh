@@ -23,24 +23,15 @@ struct Row {
     bool exists;
 
     static __device__ __forceinline__ Row of(const Params& params, const Queries& queries, int kv_head, int r) {
-        const int group = r / queries.count;
+        const int group = queries.count == 1 ? r : r / queries.count;
         return {kv_head * params.heads_per_kv_head + group, r - group * queries.count, group < params.heads_per_kv_head};
     }
 
-    // Of the row in q, or of q if there is none.
+    // In q.
     __device__ __forceinline__ const Element* start(const Params& params, const Queries& queries) const {
-        if (!exists) return params.q;
         return params.q + queries.batch * params.q_strides.batch + head * params.q_strides.head + (queries.token + query) * params.q_strides.token;
     }
 };
-
-// Two neighbouring columns of a row in device memory, 0 behind its end.
-template <int Dim>
-static __device__ __forceinline__ uint32 load_pair(const Element* row, int column) {
-    if constexpr (Dim % 2 == 0) return column < Dim ? *reinterpret_cast<const uint32*>(row + column) : 0u;
-    const uint32 low = column < Dim ? row[column] : 0u, high = column + 1 < Dim ? row[column + 1] : 0u;
-    return low | high << 16;
-}
 
 template <class C>
 struct Rows {
@@ -54,18 +45,11 @@ struct Rows {
     uint32 q[KBlock::kSteps][4];
     float out[VBlock::kColumns / 8][4];
     float maximum[2], sum[2];  // the sum is this lane's part
+    float s[2][4];             // scores of a block, then weights
 
-    // q_block: the rows, turned, in shared memory; only if C::kRotary.
+    // q_block: the rows, in shared memory. Those that do not exist are anything there, and 0 here, lest their maxima grow.
     __device__ __forceinline__ Rows(
         const Params& params, const Mask& mask, const Queries& queries, int sequence, int kv_head, int tile, uint32 q_block, int lane) {
-        if constexpr (C::kRotary) {
-#pragma unroll
-            for (int step = 0; step < KBlock::kSteps; ++step) {
-                load_blocks(q[step], q_block + KBlock::offset(lane % 16, 2 * step + lane / 16));
-#pragma unroll
-                for (int i = 0; i < 4; ++i) q[step][i] ^= params.negate_q ? 0x80008000u : 0u;
-            }
-        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             own[half] = Row::of(params, queries, kv_head, tile * 16 + lane / 4 + 8 * half);
@@ -75,16 +59,13 @@ struct Rows {
             if constexpr (C::kAlibi) {
                 if (own[half].exists) slope[half] = params.alibi[sequence * params.alibi_batch_stride + own[half].head] * kLog2e;
             }
-            if constexpr (C::kRotary) continue;
-            const Element* row = own[half].start(params, queries);
+        }
+        const uint32 flip = params.negate_q ? 0x80008000u : 0u;
 #pragma unroll
-            for (int step = 0; step < KBlock::kSteps; ++step) {
+        for (int step = 0; step < KBlock::kSteps; ++step) {
+            load_blocks(q[step], q_block + KBlock::offset(lane % 16, 2 * step + lane / 16));
 #pragma unroll
-                for (int side = 0; side < 2; ++side) {
-                    const uint32 pair = own[half].exists ? load_pair<C::kDepth>(row, step * 16 + side * 8 + lane % 4 * 2) : 0u;
-                    q[step][2 * side + half] = params.negate_q ? pair ^ 0x80008000u : pair;
-                }
-            }
+            for (int i = 0; i < 4; ++i) q[step][i] = own[i % 2].exists ? q[step][i] ^ flip : 0u;
         }
 #pragma unroll
         for (int n = 0; n < VBlock::kColumns / 8; ++n) {
@@ -93,9 +74,13 @@ struct Rows {
         }
     }
 
-    // masked: rows see parts of the block. differ: and not all the same part.
-    __device__ __forceinline__ void attend(const Params& params, const Mask& mask, int key, uint32 k, uint32 v, bool masked, bool differ, int lane) {
-        float s[2][4] = {};
+    // Weights of a block of keys. masked: rows see parts of it.
+    __device__ __forceinline__ void weigh(const Params& params, const Mask& mask, int key, uint32 k, bool masked, int lane) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[n][i] = 0.f;
+        }
         const uint32 k_row = lane % 8 + lane / 16 * 8, k_piece = lane / 8 % 2;
 #pragma unroll
         for (int step = 0; step < KBlock::kSteps; ++step) {
@@ -104,11 +89,14 @@ struct Rows {
             Type::mma(s[0], q[step], b[0], b[1]);
             Type::mma(s[1], q[step], b[2], b[3]);
         }
-        adjust(s, params, mask, key, lane);
-        if (masked) hide(s, key, lane);
-        softmax(s, C::kRawScores ? params.scale_log2 : 1.f);
-        if (differ) keep_nonfinite_apart(key, v, lane);
+        adjust(params, mask, key, lane);
+        if (masked) hide(key, lane);
+        softmax(C::kRawScores ? params.scale_log2 : 1.f);
+    }
 
+    // The weighed values of the block. differ: not all rows see the same part of it.
+    __device__ __forceinline__ void add_values(int key, uint32 v, bool differ, int lane) {
+        if (differ) keep_nonfinite_apart(key, v, lane);
         const uint32 weights[4] = {Type::pack(s[0][0], s[0][1]), Type::pack(s[0][2], s[0][3]), Type::pack(s[1][0], s[1][1]), Type::pack(s[1][2], s[1][3])};
 #pragma unroll
         for (int n = 0; n < VBlock::kColumns / 16; ++n) {
@@ -123,7 +111,7 @@ private:
     static __device__ __forceinline__ int column(int n, int i, int lane) { return n * 8 + lane % 4 * 2 + i % 2; }
 
     // Softcap: c * tanh(score / c) in units of log2, as c * (1 - 2 / (exp(2 x) + 1)), since tanh.approx has 11 bits. ALiBi: - slope * |p - j|.
-    __device__ __forceinline__ void adjust(float (&s)[2][4], const Params& params, const Mask& mask, int key, int lane) const {
+    __device__ __forceinline__ void adjust(const Params& params, const Mask& mask, int key, int lane) {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -138,7 +126,7 @@ private:
         }
     }
 
-    __device__ __forceinline__ void hide(float (&s)[2][4], int key, int lane) const {
+    __device__ __forceinline__ void hide(int key, int lane) {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -149,7 +137,7 @@ private:
     }
 
     // Scores to 2^(scale * (score - maximum)). The maximum is subtracted first: exact for scores of any size, and instructions are not what is short.
-    __device__ __forceinline__ void softmax(float (&s)[2][4], float scale) {
+    __device__ __forceinline__ void softmax(float scale) {
         float top[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
