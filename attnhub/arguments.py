@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Optional
 
 import torch
@@ -12,13 +11,16 @@ from attnhub import philox
 from attnhub import rotary as rotations
 from attnhub.backend import Append, Call, Descale
 from attnhub.kv_cache import KVCache, check_new
-from attnhub.layouts import Varlen, lse_dtype
-from attnhub.mask import FULL, Mask, SeqLens
+from attnhub.layouts import Varlen, check_cumulative, lse_dtype
+from attnhub.mask import FULL, Mask, SeqLens, check_fields
 from attnhub.rotary import Rotary
 
 _FP8 = torch.float8_e4m3fn
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, _FP8}
 _NO_DESCALE = Descale()
+_WRAP = "wrap a bool tensor in attnhub.BoolMask(...), an additive one in attnhub.Bias(...)"
+#: Scores are fp32: a factor beyond its range is no number there.
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def normalise(
@@ -32,14 +34,15 @@ def normalise(
     for name, number in (("softcap", softcap), ("dropout_p", dropout_p)):
         if not isinstance(number, (int, float)):
             raise TypeError(f"{name} is a {type(number).__name__}: a number is needed")
+    for name, switch in (("return_lse", need_lse), ("deterministic", deterministic)):
+        if not isinstance(switch, bool):
+            raise TypeError(f"{name} is a {type(switch).__name__}: True or False is needed")
     new_tokens: Optional[tuple[Tensor, Tensor]] = None
     if mask is None:
         mask = FULL
     elif not isinstance(mask, Mask):
-        raise TypeError(
-            f"mask is a {type(mask).__name__}: an attnhub.Mask or None is needed; wrap a bool tensor in attnhub.BoolMask(...), "
-            "an additive one in attnhub.Bias(...)"
-        )
+        fix = f"call it, as in attnhub.Causal(), or {_WRAP}" if callable(mask) else _WRAP
+        raise TypeError(f"mask is a {type(mask).__name__}: an attnhub.Mask or None is needed; {fix}")
     if layout != "bhsd":
         if layout != "bshd":
             raise ValueError(f"layout={layout!r}: allowed are 'bhsd' and 'bshd'")
@@ -55,6 +58,10 @@ def normalise(
         raise TypeError("k and v are needed unless kv_cache is given")
     if varlen is not None:
         q, k, v = _unpack(q, k, v, varlen, block_table is not None)
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.is_nested or t.layout != torch.strided:
+            found = "nested" if t.is_nested else str(t.layout)
+            raise TypeError(f"{name} is a {found} tensor: a dense one is needed; packed sequences go with varlen=, padded ones with a mask (SeqLens)")
     _check_shapes(q, k, v, block_table)
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
         # Kernels read rows of head_dim; a strided last dimension is copied once, here.
@@ -63,14 +70,14 @@ def normalise(
         scale = q.shape[3] ** -0.5
     elif not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"softmax_scale is a {type(softmax_scale).__name__}: a number or None is needed (call .item() on a tensor)")
-    elif not -math.inf < softmax_scale < math.inf:
+    elif not -_LARGEST <= softmax_scale <= _LARGEST:
         raise ValueError(f"softmax_scale={softmax_scale}: a finite number is needed")
     else:
         scale = float(softmax_scale)
     call = Call(q, k, v, mask, scale, 0.0, None, 0.0, None, varlen, block_table, need_lse)
     call.deterministic = bool(deterministic)
     if softcap:
-        if not 0 < softcap < math.inf:
+        if not 0 < softcap <= _LARGEST:
             raise ValueError(f"softcap={softcap}: 0 (off) or a positive number is needed")
         call.softcap = float(softcap)
     if sinks is not None:
@@ -111,9 +118,13 @@ def descales(q_descale: Optional[Tensor], k_descale: Optional[Tensor], v_descale
 def cached(cache: KVCache, mask: Optional[Mask], new: int) -> tuple[Tensor, Tensor, Mask, Optional[Tensor]]:
     if mask is not None and mask.seqused_k is not None:
         raise ValueError("mask: SeqLens and kv_cache cannot be given together: the cache's cache_seqlens say which keys exist")
+    table, batch = cache.table(), cache.cache_seqlens.shape[0]
+    if table is not None and table.shape[0] != batch:
+        name = "block_table" if cache.block_table is not None else "cache_batch_idx"
+        raise ValueError(f"kv_cache: {name} has {table.shape[0]} rows and cache_seqlens {batch} entries: one for each sequence is needed")
     keys, values = cache.heads_first()
     lengths = SeqLens(cache.cache_seqlens + new if new else cache.cache_seqlens)
-    return keys, values, lengths if mask is None or mask is FULL else mask & lengths, cache.table()
+    return keys, values, lengths if mask is None or mask is FULL else mask & lengths, table
 
 
 def _new_tokens(
@@ -141,6 +152,9 @@ def _unpack(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, paged: bool) -> tup
         raise ValueError(f"with varlen, q, k and v are packed tokens [T, H, D], got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     if varlen.cu_seqlens_q.device != q.device or varlen.cu_seqlens_k.device != q.device:
         raise ValueError(f"cu_seqlens are on {varlen.cu_seqlens_q.device}/{varlen.cu_seqlens_k.device} and q on {q.device}: move them to {q.device}")
+    check_cumulative("q", varlen.cu_seqlens_q, varlen.max_seqlen_q, q.shape[0])
+    if not paged:
+        check_cumulative("k", varlen.cu_seqlens_k, varlen.max_seqlen_k, k.shape[0])
     k, v = (t if paged else t.transpose(0, 1).unsqueeze(0) for t in (k, v))
     return q.transpose(0, 1).unsqueeze(0), k, v
 
@@ -183,6 +197,7 @@ def _check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _check_mask(mask: Mask, call: Call) -> None:
     """Every tensor of the mask fits the problem; a misfit would read out of bounds or broadcast silently."""
+    check_fields(mask)
     q = call.q
     batch, q_heads, seqlen_q, _ = q.shape
     seqlen_k = call.k.shape[2]
@@ -210,6 +225,8 @@ def _check_mask(mask: Mask, call: Call) -> None:
         raise ValueError("mask: ALiBi slopes require a gradient, which is not computed: detach() them, or add them as Bias, whose gradient is")
     if mask.alibi is not None and (mask.alibi.shape[-1] != q_heads or (mask.alibi.ndim == 2 and mask.alibi.shape[0] != batch)):
         raise ValueError(f"mask: ALiBi slopes have shape {tuple(mask.alibi.shape)}; [{q_heads}] or [{batch}, {q_heads}] is needed")
+    if mask.alibi is not None and mask.alibi.dtype != torch.float32 and q.dtype != torch.float64:
+        raise ValueError(f"mask: alibi is {mask.alibi.dtype}: float32 is needed; attnhub.ALiBi(...) makes it")
     if mask.block_sparse is not None:
         bq, bk = mask.block_size
         want = (batch, q_heads, -(-seqlen_q // bq), -(-seqlen_k // bk))

@@ -81,15 +81,29 @@ def set_variables() -> dict[str, str]:
     return {v.name: os.environ[v.name] for v in VARIABLES if v.name in os.environ}
 
 
+def unread_variables() -> dict[str, str]:
+    """Variables of our name that nothing reads, misspelt ones perhaps -> the one that is like it, or ""."""
+    import difflib
+
+    names, prefix = [v.name for v in VARIABLES], "ATTNHUB_"
+    # The tests' own are no mistake.
+    unread = [name for name in os.environ if name.startswith(prefix) and name not in names and not name.startswith(f"{prefix}TEST_")]
+    return {name: next(iter(difflib.get_close_matches(name, names, 1)), "") for name in sorted(unread)}
+
+
 def cache_dir() -> pathlib.Path:
-    """Folder for compiled kernels, made when missing."""
+    """Folder for compiled kernels, made when missing. OSError names the variable where it cannot be made."""
     value = os.environ.get("ATTNHUB_CACHE_DIR")
     if value:
         path = pathlib.Path(value).expanduser()
     else:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         path = pathlib.Path(base) / "attnhub"
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = f"ATTNHUB_CACHE_DIR={value!r}" if value else f"the cache folder {str(path)!r}"
+        raise OSError(error.errno, f"{where} cannot be made ({error.strerror}); name a folder that can be written in ATTNHUB_CACHE_DIR") from error
     return path
 
 

@@ -71,6 +71,17 @@ def existing_keys(mask: Mask, seqlen_k: int, device: torch.device) -> Tensor:
     return exists
 
 
+def check_lengths(mask: Mask, seqlen_k: int) -> None:
+    """Raises ValueError for seqused_k out of range. On the host alone: elsewhere it would wait for the device."""
+    used = mask.seqused_k
+    if used is None or not used.is_cpu or not used.numel():
+        return
+    least, most = used.aminmax()
+    if least < 0 or most > seqlen_k:
+        n = int(used.argmin() if least < 0 else used.argmax())
+        raise ValueError(f"seqused_k[{n}] is {int(used[n])} (of SeqLens, or a cache's cache_seqlens): 0 to {seqlen_k} is needed, the keys that there are")
+
+
 def added_bias(mask: Mask, q_heads: int, seqlen_q: int, seqlen_k: int, rows: Rows, device: torch.device, dtype: torch.dtype) -> Optional[Tensor]:
     """Bias plus ALiBi for the rows, broadcastable to [B, Hq, R, Sk], or None."""
     total: Optional[Tensor] = None

@@ -26,7 +26,8 @@ LIBRARIES = {"cpu": "libattnhub_cpu.so", "onnx": "libattnhub_onnx.so"}
 
 
 def examine() -> dict[str, Any]:
-    """Everything as JSON-ready data. ``problems`` holds what keeps `attnhub.attention` from working at all."""
+    """Everything as JSON-ready data. ``problems`` holds what keeps `attnhub.attention` from working at all, ``notes`` settings that do nothing or will
+    fail when they are first needed."""
     torch_report = _torch()
     backends, error = _backends(torch_report["error"])
     report = {
@@ -49,6 +50,7 @@ def examine() -> dict[str, Any]:
         problems.append("no backend can be chosen automatically on this machine")
     problems.extend(_policy_problems())
     report["problems"] = problems
+    report["notes"] = _notes(tuple(backends))
     return report
 
 
@@ -132,9 +134,9 @@ def _backends(torch_error: str | None) -> tuple[dict[str, dict[str, Any]], str]:
 
 
 def _integrations() -> dict[str, dict[str, Any]]:
-    from attnhub.registry import entry_points, load
-
     try:
+        from attnhub.registry import entry_points, load
+
         patching = importlib.import_module("attnhub.patching")
         points = entry_points(patching.GROUP, patching.BUILTIN)
     except Exception as error:
@@ -147,6 +149,23 @@ def _integrations() -> dict[str, dict[str, Any]]:
         except Exception as error:
             found[name] = {"loads": False, "error": describe_error(error), "distribution": distribution}
     return found
+
+
+def _notes(backends: tuple[str, ...]) -> list[str]:
+    notes = [f"{name} is set and nothing reads it" + (f"; {like} is a variable" if like else "") for name, like in config.unread_variables().items()]
+    snapshot = config.snapshot()
+    named = {"ATTNHUB_DISABLE": config.disabled(snapshot), "ATTNHUB_BACKEND": {n.strip() for n in (snapshot[0] or b"").decode().split(",")} - {"auto", ""}}
+    for variable, names in named.items():
+        if backends and (unknown := sorted(names - set(backends))):
+            notes.append(f"{variable} names {', '.join(unknown)}: no backend has that name; installed are {', '.join(backends)}")
+    if config.tune() not in ("", "now") and not os.path.isfile(os.path.expanduser(config.tune())):
+        notes.append(f"ATTNHUB_TUNE={config.tune()!r} is neither a file nor `now`")
+    if "ATTNHUB_CACHE_DIR" in config.set_variables():
+        try:
+            config.cache_dir()
+        except OSError as error:
+            notes.append(str(error.strerror))
+    return notes
 
 
 def _policy_problems() -> list[str]:

@@ -61,8 +61,8 @@ def is_eager(call: Call) -> bool:
         return False
     if forward_ad._current_level < 0:
         return no_modes()
-    if any(t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError("attnhub.attention has no forward-mode derivative: use reverse mode, or torch's math SDPA for dual numbers")
+    if any(map(ops.has_tangent, tensors)):
+        raise ops.no_forward_mode()
     return False
 
 

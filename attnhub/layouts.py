@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnhub.mask import _check_ints, register_pytree
+from attnhub.mask import _check_ints, readable, register_pytree
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +18,7 @@ class Varlen:
 
     cu_seqlens_q, cu_seqlens_k: [N + 1] int32, cumulative lengths starting with 0. max_seqlen_q, max_seqlen_k: the longest
     (an upper bound is enough). Zero-length sequences are fine. Tokens behind cu_seqlens[-1] belong to no sequence: their
-    output is 0.
+    output is 0. On the host cu_seqlens are looked at; on a device they are not, since that would wait for it.
     """
 
     cu_seqlens_q: Tensor
@@ -43,13 +44,37 @@ class Varlen:
     def from_lengths(cls, lengths_q: Tensor, lengths_k: Tensor | None = None) -> Varlen:
         """From the lengths of the sequences ([N] integers each). Synchronises with the device once, for the maxima."""
 
-        def cumulate(lengths: Tensor) -> tuple[Tensor, int]:
-            cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-            return cu, int(lengths.max()) if lengths.numel() else 0
+        def cumulate(name: str, lengths: Tensor) -> tuple[Tensor, int]:
+            if not isinstance(lengths, Tensor):
+                raise TypeError(f"Varlen.from_lengths({name}) is a {type(lengths).__name__}: a tensor of integers [N] is needed")
+            lengths = _check_ints(f"Varlen.from_lengths({name})", lengths, 1)
+            if not lengths.numel():
+                return lengths.new_zeros(1), 0
+            cu = lengths.cumsum(0)
+            least, longest, total = torch.stack((lengths.min(), lengths.max(), cu[-1])).tolist()
+            if least < 0 or total >= 1 << 31:
+                raise ValueError(f"Varlen.from_lengths({name}): lengths from {least} to {longest}, {total} in all: at least 0 each, less than 2^31 in all are needed")
+            return torch.nn.functional.pad(cu, (1, 0)).to(torch.int32), longest
 
-        cu_q, max_q = cumulate(lengths_q)
-        cu_k, max_k = (cu_q, max_q) if lengths_k is None else cumulate(lengths_k)
+        cu_q, max_q = cumulate("lengths_q", lengths_q)
+        cu_k, max_k = (cu_q, max_q) if lengths_k is None else cumulate("lengths_k", lengths_k)
         return cls(cu_q, cu_k, max_q, max_k)
+
+
+def check_cumulative(side: str, cu: Tensor, longest: int, tokens: int) -> None:
+    """Raises ValueError unless the numbers of cu_seqlens are what `Varlen` says. Nothing is asked where a look would wait for a device."""
+    if not readable(cu):
+        return
+    ends = cu.tolist()
+    if ends[0] != 0:
+        raise ValueError(f"varlen: cu_seqlens_{side}[0] is {ends[0]}: cumulative lengths start with 0")
+    lengths = [end - start for start, end in pairwise(ends)]
+    if lengths and min(lengths) < 0:
+        raise ValueError(f"varlen: cu_seqlens_{side} decreases behind entry {lengths.index(min(lengths))}: cumulative lengths are needed")
+    if lengths and max(lengths) > longest:
+        raise ValueError(f"varlen: max_seqlen_{side} is {longest} and the longest sequence has {max(lengths)} tokens: an upper bound is needed")
+    if ends[-1] > tokens:
+        raise ValueError(f"varlen: cu_seqlens_{side} ends with {ends[-1]} and {side} has {tokens} tokens: it must not pass them")
 
 
 _FIELDS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")

@@ -215,11 +215,29 @@ def _whole(value: Any) -> bool:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
+_INTEGERS = {torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+#: No sequence is so long: lengths and ids are int32.
+_BOUND = 1 << 31
+
+
 def _check_ints(name: str, value: Tensor, ndim: int) -> Tensor:
-    if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool or value.ndim != ndim:
+    if not isinstance(value, Tensor) or value.dtype not in _INTEGERS or value.ndim != ndim:
         got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} must be an integer tensor with {ndim} dimension(s), got {got}")
-    return value if value.dtype == torch.int32 else value.to(torch.int32)
+    if value.dtype == torch.int32:
+        return value
+    narrow = value.to(torch.int32)
+    if value.itemsize >= 4 and readable(value) and not torch.equal(narrow.long(), value.long()):
+        raise ValueError(f"{name}: {value.dtype} values from {int(value.long().min())} to {int(value.long().max())} do not fit into int32, which kernels read; renumber them")
+    return narrow
+
+
+def readable(value: Tensor) -> bool:
+    """Whether the numbers can be looked at here and now without waiting for a device: not while tracing or under a transform."""
+    return (
+        not torch.compiler.is_compiling() and type(value) is Tensor and value.is_cpu and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None and torch._C._get_tracing_state() is None
+    )  # fmt: skip
 
 
 def Causal(align: Align = "bottom_right") -> Mask:  # noqa: N802 - parts read as types
@@ -239,6 +257,7 @@ def Window(left: int = -1, right: int = -1, align: Align = "bottom_right") -> Ma
         raise TypeError(f"Window(left={left!r}, right={right!r}): whole numbers are needed")
     if left < -1 or right < -1:
         raise ValueError(f"Window(left={left}, right={right}): each must be -1 (unlimited) or at least 0")
+    left, right = (-1 if isinstance(n, int) and n >= _BOUND - 1 else n for n in (left, right))
     return Mask(window=(left, right), align=align)
 
 
@@ -249,7 +268,7 @@ def Chunk(size: int, align: Align = "bottom_right") -> Mask:  # noqa: N802
         raise TypeError(f"Chunk(size={size!r}): a whole number is needed")
     if size < 1:
         raise ValueError(f"Chunk(size={size}): size must be at least 1")
-    return Mask(chunk=size, align=align)
+    return Mask(chunk=min(size, _BOUND - 1) if isinstance(size, int) else size, align=align)
 
 
 def Prefix(lengths: Tensor) -> Mask:  # noqa: N802
@@ -298,8 +317,9 @@ def Bias(bias: Tensor) -> Mask:  # noqa: N802
 def ALiBi(slopes: Tensor, align: Align = "bottom_right") -> Mask:  # noqa: N802
     """Adds -slope * |p - j|. slopes: [Hq] or [B, Hq] (arXiv 2108.12409, symmetric as in flash-attn 2)."""
     _check_align(align)
-    if not isinstance(slopes, Tensor) or slopes.ndim not in (1, 2):
-        raise ValueError(f"ALiBi(slopes): a [Hq] or [B, Hq] tensor is needed, got {tuple(slopes.shape) if isinstance(slopes, Tensor) else type(slopes).__name__}")
+    if not isinstance(slopes, Tensor) or slopes.ndim not in (1, 2) or not (slopes.is_floating_point() or slopes.dtype in _INTEGERS):
+        got = f"{slopes.dtype} {tuple(slopes.shape)}" if isinstance(slopes, Tensor) else type(slopes).__name__
+        raise ValueError(f"ALiBi(slopes): a [Hq] or [B, Hq] tensor of real numbers is needed, got {got}")
     return Mask(alibi=slopes if slopes.dtype == torch.float32 else slopes.to(torch.float32), align=align)
 
 
@@ -321,6 +341,47 @@ def _four_dims(name: str, value: Tensor) -> Tensor:
     while value.ndim < 4:
         value = value.unsqueeze(0)
     return value
+
+
+def check_fields(mask: Mask) -> None:
+    """Raises ValueError for what only `Mask(...)` itself lets through: kernels read the fields as their functions make them."""
+
+    def bad(name: str, needed: str, part: str) -> ValueError:
+        value = getattr(mask, name)
+        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value) if not isinstance(value, tuple) or len(value) < 3 else "a tuple"
+        return ValueError(f"Mask({name}={got}): {needed} is needed; attnhub.{part} makes it")
+
+    def pair(value: Any, kind: Callable[[Any], bool]) -> bool:
+        return isinstance(value, tuple) and len(value) == 2 and all(map(kind, value))
+
+    _check_align(mask.align)
+    if not pair(mask.window, lambda n: _whole(n) and n >= -1):
+        raise bad("window", "a pair of whole numbers of at least -1", "Window(...)")
+    if not _whole(mask.chunk) or mask.chunk < 0:
+        raise bad("chunk", "a whole number of at least 0", "Chunk(...)")
+    for name, part in (("prefix", "Prefix(...)"), ("seqused_k", "SeqLens(...)"), ("leftpad", "LeftPad(...)")):
+        value = getattr(mask, name)
+        if value is not None and not _holds(value, torch.int32, 1):
+            raise bad(name, "int32 [B]", part)
+    for name in ("segments", "blocks"):
+        value = getattr(mask, name)
+        if value is not None and not pair(value, lambda t: _holds(t, torch.int32, 2)):
+            raise bad(name, "a pair of int32 [B, S]", "Segments(...)")
+    if mask.bool_mask is not None and not _holds(mask.bool_mask, torch.bool, 4):
+        raise bad("bool_mask", "bool with 4 dimensions", "BoolMask(...)")
+    if mask.bias is not None and not (isinstance(mask.bias, Tensor) and mask.bias.is_floating_point() and mask.bias.ndim == 4):
+        raise bad("bias", "a floating tensor with 4 dimensions", "Bias(...)")
+    if mask.alibi is not None and not (isinstance(mask.alibi, Tensor) and mask.alibi.is_floating_point() and mask.alibi.ndim in (1, 2)):
+        raise bad("alibi", "a floating [Hq] or [B, Hq]", "ALiBi(...)")
+    if mask.block_sparse is not None:
+        if not _holds(mask.block_sparse, torch.bool, 4):
+            raise bad("block_sparse", "bool with 4 dimensions", "BlockSparse(...)")
+        if not pair(mask.block_size, lambda n: _whole(n) and n >= 1):
+            raise bad("block_size", "a pair of whole numbers of at least 1", "BlockSparse(...)")
+
+
+def _holds(value: Any, dtype: torch.dtype, ndim: int) -> bool:
+    return isinstance(value, Tensor) and value.dtype == dtype and value.ndim == ndim
 
 
 def _flatten(mask: Mask) -> tuple[list[Any], tuple[Any, ...]]:

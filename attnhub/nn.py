@@ -14,7 +14,7 @@ from attnhub import runtime
 from attnhub.api import attention, explain
 from attnhub.decision import Decision
 from attnhub.kv_cache import KVCache, append_kv
-from attnhub.mask import Causal, Mask
+from attnhub.mask import Causal, Mask, _whole
 from attnhub.repeats import append_again
 from attnhub.rotary import Rotary, apply_rotary
 
@@ -46,12 +46,20 @@ class CachedAttention(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         kv_heads = num_heads if kv_heads is None else kv_heads
-        if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
+        sizes = {"num_heads": num_heads, "kv_heads": kv_heads, "head_dim": head_dim, "embed_dim": embed_dim, "batch": batch, "max_seqlen": max_seqlen}
+        for name, size in (*sizes.items(), ("page_size", page_size)):
+            least = 0 if name in ("batch", "page_size") else 1
+            if size is not None and (not _whole(size) or size < least):
+                raise ValueError(f"CachedAttention({name}={size!r}): a whole number of at least {least} is needed")
+        if num_heads % kv_heads:
             raise ValueError(f"CachedAttention: num_heads={num_heads} is not a multiple of kv_heads={kv_heads}")
         if head_dim is None:
             if embed_dim is None or embed_dim % num_heads:
-                raise ValueError(f"CachedAttention: head_dim is needed, since embed_dim={embed_dim} is not a multiple of num_heads={num_heads}")
+                why = "without embed_dim" if embed_dim is None else f"since embed_dim={embed_dim} is not a multiple of num_heads={num_heads}"
+                raise ValueError(f"CachedAttention: head_dim is needed {why}")
             head_dim = embed_dim // num_heads
+        if mask is not None and not isinstance(mask, Mask):
+            raise TypeError(f"CachedAttention: mask is a {type(mask).__name__}: an attnhub.Mask or None is needed, as attnhub.Causal() makes one")
         self.num_heads, self.kv_heads, self.head_dim, self.embed_dim = num_heads, kv_heads, head_dim, embed_dim
         self.mask = Causal() if mask is None else mask
         self.softmax_scale, self.softcap, self.backend = softmax_scale, softcap, backend
@@ -63,10 +71,14 @@ class CachedAttention(nn.Module):
             self.requires_grad_(False)
         self.rotary_interleaved = rotary_interleaved
         if isinstance(rotary, (int, float)):
+            if isinstance(rotary, bool) or not 0 < rotary < math.inf or head_dim % 2:
+                raise ValueError(f"CachedAttention(rotary={rotary}): the base of the angles is needed, a number above 0 (Llama's is 10000.0), and an even head_dim ({head_dim})")
             rotary = _angles(float(rotary), head_dim, max_seqlen)
         #: (cos, sin) in fp32 whatever the layer's dtype: angles of far positions need the digits.
         self.rotary: Optional[tuple[Tensor, Tensor]] = None
         if rotary is not None:
+            if not isinstance(rotary, (tuple, list)) or len(rotary) != 2 or not all(isinstance(t, Tensor) for t in rotary):
+                raise TypeError(f"CachedAttention: rotary is a {type(rotary).__name__}: a pair of tensors (cos, sin), or the base of the angles is needed")
             self.rotary = rotary[0].to(place["device"], torch.float32), rotary[1].to(place["device"], torch.float32)
         #: Calls by the backend that served them, outside compiled graphs.
         self.served: dict[str, int] = {}
@@ -74,6 +86,8 @@ class CachedAttention(nn.Module):
 
     def use_cache(self, cache: KVCache) -> None:
         """Go on with a cache of your own (pages of a shared pool, say). Reads its longest length on the host."""
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"use_cache: cache is a {type(cache).__name__}: an attnhub.KVCache is needed")
         keys = cache.heads_first()[0]
         if keys.shape[1] != self.kv_heads or keys.shape[3] != self.head_dim:
             raise ValueError(f"use_cache: the cache has {keys.shape[1]} heads of {keys.shape[3]}; the layer needs {self.kv_heads} of {self.head_dim}")
@@ -96,8 +110,10 @@ class CachedAttention(nn.Module):
                     f"set_position: position is {position.dtype} {tuple(position.shape)}: a whole number or integers [{self.position.shape[0]}] are needed"
                 )
             least, most = (int(position.min()), int(position.max())) if position.numel() else (0, 0)
+        elif not _whole(position):
+            raise TypeError(f"set_position: position is {position!r}: a whole number or integers [{self.position.shape[0]}] are needed")
         else:
-            least = most = int(position)
+            least = most = position
         if least < 0 or most > self.cache.capacity():
             raise ValueError(f"set_position: {least} to {most} is outside of 0 to {self.cache.capacity()}, the tokens that the cache holds")
         self.position.copy_(position) if isinstance(position, Tensor) else self.position.fill_(position)
@@ -108,6 +124,9 @@ class CachedAttention(nn.Module):
 
         A call that is refused leaves the position where it was.
         """
+        for name, t in (("x" if self.embed_dim else "q", x), ("k", k), ("v", v)):
+            if not isinstance(t, Tensor) and (t is not None or t is x):
+                raise TypeError(f"CachedAttention: {name} is a {type(t).__name__}: a Tensor is needed")
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, k, v)):
             raise ValueError("CachedAttention is for inference and has no gradient: call it under torch.no_grad(), or detach() its inputs")
         if self.embed_dim is None:
@@ -116,6 +135,8 @@ class CachedAttention(nn.Module):
             return self._attend(x, k, v)
         if k is not None or v is not None:
             raise TypeError("CachedAttention with embed_dim makes k and v by its projections: call it with x alone")
+        if x.ndim != 3 or x.shape[2] != self.embed_dim:
+            raise ValueError(f"CachedAttention: x has shape {tuple(x.shape)}: [B, S, embed_dim] = [{self.position.shape[0]}, S, {self.embed_dim}] is needed")
         heads = (*x.shape[:-1], -1, self.head_dim)
         out = self._attend(self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads))
         projected: Tensor = self.o_proj(out.flatten(2))
@@ -168,6 +189,8 @@ class CachedAttention(nn.Module):
 
     def explain(self, new_tokens: int = 1) -> Decision:
         """Who would serve the next call with so many tokens a sequence, and every reason why not the others. Nothing runs."""
+        if not _whole(new_tokens) or new_tokens < 0:
+            raise ValueError(f"explain(new_tokens={new_tokens!r}): a whole number of at least 0 is needed")
         keys = self.cache.heads_first()[0]
         q = keys.new_empty(self.position.shape[0], new_tokens, self.num_heads, self.head_dim).transpose(1, 2)
         return explain(q, None, None, self.mask, softmax_scale=self.softmax_scale, softcap=self.softcap, kv_cache=self.cache, backend=self.backend)

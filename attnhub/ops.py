@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from attnhub import runtime
@@ -102,11 +103,20 @@ def _fake_backward(
     )  # fmt: skip
 
 
+def has_tangent(t: Optional[Tensor]) -> bool:
+    """Whether t is a dual number at the level of autograd that is at work."""
+    return t is not None and t.is_floating_point() and forward_ad.unpack_dual(t, level=0).tangent is not None
+
+
+def no_forward_mode() -> RuntimeError:
+    return RuntimeError("attnhub.attention has no forward-mode derivative: use reverse mode, or torch's math SDPA for dual numbers")
+
+
 def _below_autograd(op: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
-    """Run the op below autograd. Under a functorch transform the next level down may differentiate too, so gradients stay enabled for it."""
+    """Run the op below autograd. Under a functorch transform the next level down may differentiate too, in either mode, so that stays enabled for it."""
     with torch._C._AutoDispatchBelowAutograd():
         if _in_functorch():
-            with torch.enable_grad():
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
@@ -207,6 +217,9 @@ def _autograd_forward(keyset: Any, *args: Any) -> Any:
 
         args = distributed.prepare(args)
     q, k, v, bias, sinks, data = args[:6]
+    if forward_ad._current_level >= 0 and any(map(has_tangent, (q, k, v, bias, sinks, *data))):
+        # Asked at every level of transforms: under forward-over-reverse (torch.func.hessian) the tangents are not those of the innermost.
+        raise no_forward_mode()
     if torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, bias, sinks):
         return _apply(_Attention, keyset, args[6:], q, k, v, bias, sinks, *data)
     return _below_autograd(forward_op, keyset, args)
@@ -214,6 +227,8 @@ def _autograd_forward(keyset: Any, *args: Any) -> Any:
 
 def _autograd_backward(keyset: Any, *args: Any) -> Any:
     tensors, data, static = args[:9], args[9], args[10:]
+    if forward_ad._current_level >= 0 and any(map(has_tangent, tensors)):
+        raise no_forward_mode()
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
         return _apply(_AttentionBackward, keyset, static, data, *tensors)
     return _below_autograd(backward_op, keyset, args)
@@ -226,6 +241,8 @@ def _append_kv(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor, block_table: Optional[Tensor],
     cos: Optional[Tensor], sin: Optional[Tensor], interleaved: bool,
 ) -> None:  # fmt: skip
+    if (cos is None) != (sin is None):
+        raise ValueError("append_kv(rotary=): cos and sin are both needed; without rotation leave rotary out")
     batch, _, new, _ = k.shape
     if new == 0 or batch == 0:
         return
@@ -298,6 +315,25 @@ def _loop(op: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tup
     return tuple(torch.stack(parts) for parts in zip(*slices)), (0,) * len(slices[0])
 
 
+def _batched_backward(*args: Any) -> tuple[Tensor, ...]:
+    """The same for autograd's own vmap (``is_grads_batched``, gradcheck's batched gradients), one call a slice."""
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    flat = [*args[:9], *args[9]]
+    one = next(t for t in flat if t is not None and batched(t))
+    # A batch of another level stays one.
+    level = next((n for n in range(1, 65) if not batched(torch._remove_batch_dim(one, n, 1, 0))), None)
+    if level is None:
+        raise RuntimeError("attnhub.attention: batched gradients (is_grads_batched) inside one another are not served; use torch.func.vmap")
+    size = torch._remove_batch_dim(one, level, 1, 0).shape[0]
+    physical = [torch._remove_batch_dim(t, level, size, 0) if t is not None and batched(t) else t for t in flat]
+    wide = [new is not old for new, old in zip(physical, flat)]
+    slices = []
+    for i in range(size):
+        each = [t.select(0, i) if is_wide else t for t, is_wide in zip(physical, wide)]
+        slices.append(backward_op(*each[:9], each[9:], *args[10:]))
+    return tuple(torch._add_batch_dim(torch.stack(parts), 0, level) for parts in zip(*slices))
+
+
 def _register_autocast(device_type: str) -> None:
     key = "Autocast" + torch._C._dispatch_key_for_device(device_type)
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
@@ -317,12 +353,20 @@ for _name, _real, _fake in (("forward", _forward, _fake_forward), ("backward", _
     torch.library.register_fake(f"attnhub::{_name}", _fake, lib=lib)
 lib.impl("forward", _autograd_forward, "Autograd", with_keyset=True)
 lib.impl("backward", _autograd_backward, "Autograd", with_keyset=True)
+lib.impl("backward", _batched_backward, "Batched")
 torch.library.register_vmap("attnhub::forward", _vmap_forward, lib=lib)
 torch.library.register_vmap("attnhub::backward", _vmap_backward, lib=lib)
 _count_flops()
 for _device_type in ("cpu", "cuda", "xpu", "mps"):
     if torch._C._is_autocast_available(_device_type):
         _register_autocast(_device_type)
+
+
+def _has_memory(t: Tensor) -> bool:
+    """Whether a kernel may read what a plain tensor's pointer leads to: no negative bit, no batch (is_grads_batched, vmap), no mode at work."""
+    return not (
+        t.is_neg() or torch._C._functorch.is_legacy_batchedtensor(t) or _in_functorch() or torch._C._len_torch_dispatch_stack() or type(t) is not Tensor
+    )  # fmt: skip
 
 
 # -- eager, without the operator -----------------------------------------------------------------------------------------
@@ -362,8 +406,8 @@ class EagerAttention(_SingleLevelFunction):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         needs = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled():
-            # create_graph=True: the operator's backward tells whoever differentiates again that it has no derivative.
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or not (_has_memory(grad_out) and (grad_lse is None or _has_memory(grad_lse))):
+            # create_graph=True, or tangents: the operator's backward tells whoever differentiates again that it has no derivative.
             if mask is not None:
                 spec, sizes, data = flat.encode(mask, softcap, 0.0, None, None, None, None, False)
             grads = backward_op(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, data, spec, sizes, softmax_scale, list(needs), chosen.backend)

@@ -5,6 +5,7 @@ Integrations are found by entry point (``attnhub.integrations``), as backends ar
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -76,7 +77,10 @@ class Integration(Protocol):
         """Whether the integration knows this model (or some of its modules). Cheap; must not import what the model does not use."""
 
     def patch(self, model: Any, **options: Any) -> list[ModuleReport]:
-        """Route what can be routed; report every attention module found. Patching twice changes nothing more."""
+        """Route what can be routed; report every attention module found. Patching twice changes nothing more.
+
+        Options beyond ``only`` are named in its signature; what no integration names is refused before anything is patched.
+        """
 
     def unpatch(self, model: Any) -> int:
         """Restore exactly; how many modules were restored."""
@@ -112,14 +116,24 @@ def patch(model: Any, *, strict: bool = False, only: Optional[Callable[[str, Any
     """
     integrations = [i for i in _integrations() if i.matches(model)]
     report = PatchReport()
+    if only is not None and not callable(only):
+        raise TypeError(f"patch(only={only!r}): a function of (name, module) is needed, as in only=lambda name, module: name.startswith('decoder.')")
+    known = {name for i in integrations for name, p in inspect.signature(i.patch).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    if integrations and (unknown := sorted(options.keys() - known)):
+        raise TypeError(
+            f"patch({unknown[0]}={options[unknown[0]]!r}): there is no such option; there are {', '.join(sorted({'only', 'strict', *known}))}. "
+            "Who serves the calls is chosen by attnhub.use(...) around them, or ATTNHUB_BACKEND"
+        )
     if only is not None:
         options["only"] = only
     for integration in integrations:
         report.modules.extend(integration.patch(model, **options))
+    if isinstance(model, type):
+        raise TypeError(f"patch(model): {model.__name__} is a class: a model is needed; patch what it makes")
     if not report.modules:
         raise PatchError(
-            f"patch(model): no attention that attnhub knows was found in {type(model).__name__}. It routes HuggingFace models with an attention "
-            "interface, nn.MultiheadAttention, nn.TransformerEncoderLayer and nn.TransformerDecoderLayer; call attnhub.attention in own code.",
+            f"patch(model): no attention that attnhub knows was found in {type(model).__name__}. It routes HuggingFace models (whole ones: "
+            "only= chooses among their modules), nn.MultiheadAttention, nn.TransformerEncoderLayer and nn.TransformerDecoderLayer; call attnhub.attention in own code.",
             report,
         )
     if strict and report.skipped:

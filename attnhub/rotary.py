@@ -46,12 +46,21 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interle
     cos, sin: [max_positions, R]. interleaved=False pairs dimension d with d + R (GPT-NeoX, Llama), True pairs 2d with
     2d + 1 (GPT-J). Computed in fp32, returned in x's dtype. The dimensions behind 2 * R pass through.
     """
+    for name, value in (("x", x), ("cos", cos), ("sin", sin)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"apply_rotary({name}) is a {value.dtype if isinstance(value, Tensor) else type(value).__name__}: a floating tensor is needed")
     _check_tables(cos, sin, x.shape[-1])
+    if x.ndim != 4 or not isinstance(positions, Tensor) or positions.dtype not in (torch.int32, torch.int64) or positions.ndim != 2:
+        got = f"{positions.dtype} {tuple(positions.shape)}" if isinstance(positions, Tensor) else type(positions).__name__
+        raise ValueError(f"apply_rotary: x has shape {tuple(x.shape)} and positions are {got}: [B, H, S, D] and int64 or int32 [B, S] are needed")
+    if positions.shape[1] != x.shape[2] or positions.shape[0] not in (1, x.shape[0]):
+        raise ValueError(f"apply_rotary: positions have shape {tuple(positions.shape)}: [B, S] = [{x.shape[0]}, {x.shape[2]}] is needed, as x {tuple(x.shape)} has")
     half = cos.shape[-1]
     try:
-        c, s = cos[positions].float().unsqueeze(1), sin[positions].float().unsqueeze(1)
+        # Unlike an index, this takes no negative position for one counted from the end.
+        c, s = (torch.nn.functional.embedding(positions, table).float().unsqueeze(1) for table in (cos, sin))
     except IndexError as error:  # of the host's memory; devices assert it
-        raise ValueError(f"rotary: a position is beyond the table of {cos.shape[0]} positions: {error}") from error
+        raise ValueError(f"rotary: a position is outside of the table of {cos.shape[0]} positions: {error}") from error
     rotated, passed = x[..., : 2 * half].float(), x[..., 2 * half :]
     if interleaved:
         a, b = rotated[..., 0::2], rotated[..., 1::2]

@@ -32,6 +32,8 @@ log = logging.getLogger("attnhub")
 
 _context: ContextVar[Optional[tuple[str, ...]]] = ContextVar("attnhub_backend", default=None)
 _LIMIT = 4096
+#: Names in ATTNHUB_DISABLE that no backend has, each said once.
+_unknown: set[str] = set()
 
 #: Bits of `flags` in a key; each is a feature of the problem.
 _SOFTCAP, _SINKS, _DROPOUT, _VARLEN, _PAGED, _LSE, _DETERMINISTIC, _BACKWARD, _BIAS_GRAD, _SINKS_GRAD, _LSE_GRAD = (1 << i for i in range(11))
@@ -74,7 +76,12 @@ def _name(value: str) -> str:
 
 def policy(backend: str = "") -> Policy:
     """The policy in force here and now."""
-    return in_force(backend, _context.get())
+    found = in_force(backend, _context.get())
+    for name in found.disabled - registry.candidates().keys() - _unknown:
+        # Nothing to refuse: no call could be served by it. But somebody may have meant another name.
+        _unknown.add(name)
+        log.warning("ATTNHUB_DISABLE names %r, and no backend has that name; installed are %s", name, ", ".join(registry.names()))
+    return found
 
 
 #: Calls by exact metadata; see `attnhub.repeats`.

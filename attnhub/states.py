@@ -15,6 +15,9 @@ def merge_states(*states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """
     if not states:
         raise ValueError("merge_states(): at least one (out, lse) pair is needed")
+    for i, part in enumerate(states):
+        if not isinstance(part, (tuple, list)) or len(part) != 2 or not all(isinstance(t, Tensor) and t.is_floating_point() for t in part):
+            raise TypeError(f"merge_states(): part {i} is no (out, lse) pair of floating tensors, as attention(..., return_lse=True) returns; unpack a list of pairs with *")
     outs, lses = zip(*states)
     for i, (out, lse) in enumerate(states):
         if out.shape != outs[0].shape or lse.shape != out.shape[:-1]:
@@ -22,6 +25,8 @@ def merge_states(*states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
                 f"merge_states(): part {i} has out {tuple(out.shape)} and lse {tuple(lse.shape)}; "
                 f"all parts must be {tuple(outs[0].shape)} with lse {tuple(outs[0].shape[:-1])}"
             )
+        if out.device != outs[0].device or lse.device != outs[0].device:
+            raise ValueError(f"merge_states(): part {i} is on {out.device} and {lse.device}, part 0 on {outs[0].device}: move them to one device")
     dtype = torch.float64 if lses[0].dtype == torch.float64 else torch.float32
     stacked = torch.stack([lse.to(dtype) for lse in lses])
     top = stacked.detach().amax(0)

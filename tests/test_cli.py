@@ -79,6 +79,34 @@ def test_doctor_names_a_wrong_variable(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert code == 1 and any("ATTNHUB_BACKEND" in problem for problem in report["problems"])
 
 
+def test_doctor_notes_what_is_set_in_vain(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_json(capsys, "doctor")[1]["notes"] == []
+    (tmp_path / "file").write_text("")
+    for name, value in (("BACKENDS", "cpu"), ("DISABLE", "cpuu"), ("BACKEND", "typo,auto"), ("TUNE", "/nowhere"), ("CACHE_DIR", str(tmp_path / "file"))):
+        monkeypatch.setenv(f"ATTNHUB_{name}", value)
+    code, report = run_json(capsys, "doctor")
+    assert code == 0 and not report["problems"]
+    found = "\n".join(report["notes"])
+    for words in ("ATTNHUB_BACKENDS is set and nothing reads it; ATTNHUB_BACKEND is", "ATTNHUB_DISABLE names cpuu", "ATTNHUB_BACKEND names typo", "'/nowhere'", "CACHE_DIR="):
+        assert words in found
+    assert "NOTE: ATTNHUB_DISABLE names cpuu" in " ".join(run(capsys, "doctor")[1].split())
+
+
+def test_a_wrong_log_level_is_told_and_no_traceback(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNHUB_LOG", "loud")
+    for command in ("doctor", "explain", "warmup"):
+        done = python(["-m", "attnhub", command], [tmp_path])
+        assert done.returncode == (1 if command == "doctor" else 2) and "ATTNHUB_LOG='loud': allowed are debug" in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_cache_folder_that_cannot_be_made(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ATTNHUB_CACHE_DIR", str(tmp_path / "file"))
+    done = python(["-m", "attnhub", "warmup", "--arch", "sm_80", "--head-dim", "64", "--seqlen-q", "64"], [tmp_path])
+    assert done.returncode == 2 and f"ATTNHUB_CACHE_DIR='{tmp_path / 'file'}' cannot be made" in done.stderr and "Traceback" not in done.stderr
+
+
 # -- explain -------------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +203,22 @@ def test_matrix_says_what_is_declared(capsys: pytest.CaptureFixture[str]) -> Non
     for name, candidate in registry.candidates().items():
         assert candidate.backend is not None
         assert declared[name]["features"] == sorted(f.value for f in candidate.backend.capability.features)
+
+
+@pytest.mark.parametrize(("config", "words"), [("{", "not a valid JSON"), ('{"model_type": "foo"}', "`foo`"), ('{"model_type": "llama"}', "no file named")])
+def test_export_of_a_folder_that_does_not_load(config: str, words: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(config)
+    assert cli.main(["export", str(tmp_path), str(tmp_path / "x.onnx")]) == 2
+    error = capsys.readouterr().err
+    assert "transformers does not load it" in error and words in error
+
+
+@pytest.mark.parametrize("args", [["explain", "--heads", "abc"], ["warmup", "--seqlen-q", "1,abc"], ["tune", "--head-dims", "64,abc"]], ids=" ".join)
+def test_numbers_that_are_none_are_told(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(args)
+    assert caught.value.code == 2 and f"argument {args[1]}: 'abc' is no whole number" in capsys.readouterr().err
 
 
 def test_export_of_a_function(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,7 +80,7 @@ def test_the_readme_example_runs(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
 
 
 def test_the_quickstart_examples_run() -> None:
-    call, cache, layer, eight = _blocks("docs/quickstart.md")[:4]
+    call, cache, layer, eight, parts = _blocks("docs/quickstart.md")[:5]
     namespace: dict[str, Any] = {}
     exec(compile(call, "quickstart.md", "exec"), namespace)
     assert namespace["lse"].shape == (2, 16, 1024)
@@ -92,6 +92,8 @@ def test_the_quickstart_examples_run() -> None:
     wanted = attnhub.attention(namespace["q"], namespace["k"], namespace["v"], backend="sdpa")
     assert namespace["out"].dtype == torch.bfloat16
     torch.testing.assert_close(namespace["out"].float(), wanted, rtol=0.1, atol=0.1)
+    exec(compile(parts, "quickstart.md", "exec"), namespace)
+    torch.testing.assert_close(namespace["out"], wanted, rtol=1e-5, atol=1e-6)
 
 
 def _missing(name: str) -> str:

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Optional
 
+from attnhub import config
+
 #: command -> (module in this package, one line of help)
 COMMANDS = {
     "doctor": ("doctor", "versions, devices, and what every backend says of this machine"),
@@ -54,6 +56,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command. Returns the exit code: 0 good, 1 something did not hold, 2 wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((a for a in arguments if not a.startswith("-")), None)
+    if command in COMMANDS and command != "doctor":
+        # The core reads it when it is first imported, which nobody here could catch. `doctor` tells of it in its report.
+        try:
+            config.log_level()
+        except ValueError as error:
+            print(f"attnhub {command}: {error}", file=sys.stderr)
+            return 2
     parsed = _parser(command).parse_args(arguments)
     try:
         return int(parsed.run(parsed))

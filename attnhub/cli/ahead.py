@@ -187,7 +187,10 @@ def sort(problems: Iterable[Problem]) -> tuple[list[Problem], list[dict[str, Any
 
 
 def _directory() -> pathlib.Path:
-    return config.cache_dir() / "cuda"
+    try:
+        return config.cache_dir() / "cuda"
+    except OSError as error:
+        raise CommandError(str(error.strerror)) from error
 
 
 def _compile(wanted: list[tuple[Problem, str]], count: int, quiet: bool) -> list[dict[str, Any]]:

@@ -48,6 +48,8 @@ def show(report: dict[str, Any]) -> None:
     )  # fmt: skip
     for name, value in report["environment"].items():
         console.say(f"{name}={value}")
+    for note in report["notes"]:
+        console.say(f"NOTE: {note}", "yellow")
     for problem in report["problems"]:
         console.say(f"PROBLEM: {problem}", "bold red")
     if not report["problems"]:

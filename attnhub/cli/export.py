@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             fp16=args.fp16,
             report=not args.no_verify,
         )
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CommandError(str(error)) from error
     if args.json:
         console.emit_json(dataclasses.asdict(report))
@@ -81,7 +81,10 @@ def _huggingface(folder: pathlib.Path, args: argparse.Namespace) -> tuple[Any, t
     loader = getattr(transformers, args.auto_class, None)
     if loader is None:
         raise CommandError(f"--auto-class {args.auto_class}: transformers {transformers.__version__} has no such class")
-    model = loader.from_pretrained(folder, local_files_only=True).eval()
+    try:
+        model = loader.from_pretrained(folder, local_files_only=True).eval()
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{folder}: transformers does not load it: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
     report = attnhub.patch(model)
     if report.skipped and not args.json:
         console.say(str(report))

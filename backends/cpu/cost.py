@@ -15,8 +15,12 @@ _MEASURED = {
     "amd avx512": {"float32": (0.9, 0.75, 0.5), "bfloat16": (0.5, 0.45, 0.1), "float16": (0.9, 0.75, 0.5)},
     "intel amx": {"float32": (0.95, 0.8, 0.4), "bfloat16": (0.8, 0.7, 0.5), "float16": (0.9, 0.8, 0.5)},
 }
-#: Multiply-adds below which the work takes less than a call: torch's own is then as short, and shorter when it trains.
+#: Multiply-adds below which the work takes less than a call: torch's own is then as short, and shorter when it trains ...
 _TINY = 1 << 17
+#: ... where it is given nothing but these. A mask that has to be made first costs sdpa ten calls and more.
+_TORCHS_OWN = frozenset({
+    Feature.CAUSAL_BOTTOM_RIGHT, Feature.CAUSAL_TOP_LEFT, Feature.GQA, Feature.DV_DIFFERS, Feature.LSE, Feature.LSE_GRAD, Feature.DETERMINISTIC,
+})  # fmt: skip
 _CAUSAL = frozenset({Feature.CAUSAL_BOTTOM_RIGHT, Feature.CAUSAL_TOP_LEFT})
 
 
@@ -27,7 +31,8 @@ def cost(problem: Problem) -> float:
     kind = ""
     if "avx512" in device.isa:
         kind = "amd avx512" if "AMD" in device.name else "intel amx" if "amx_bf16" in device.isa else ""
-    if problem.batch * problem.q_heads * problem.seqlen_q * problem.seqlen_k * problem.head_dim < _TINY:
+    tiny = problem.batch * problem.q_heads * problem.seqlen_q * problem.seqlen_k * problem.head_dim < _TINY
+    if tiny and problem.features <= _TORCHS_OWN:
         return 1.05
     full, causal, decoding = _MEASURED.get(kind, {}).get(problem.q_dtype, (1.05, 1.05, 1.05))
     if problem.seqlen_q <= 16:

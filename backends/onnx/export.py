@@ -19,7 +19,7 @@ from attnhub.backends.onnx import cached
 from attnhub.backends.onnx.bodies import give_bodies, nodes_of
 from attnhub.backends.onnx.body import OPSETS
 from attnhub.backends.onnx.gelu import reorder_gelu
-from attnhub.backends.onnx.model import EXTERNAL_BYTES, IR_VERSION
+from attnhub.backends.onnx.model import EXTERNAL_BYTES, IR_VERSION, output_file
 from attnhub.backends.onnx.node import Form
 from attnhub.backends.onnx.translate import IN_PLACE_CACHE, UnsupportedInOnnx, translate_forward
 from attnhub.backends.onnx.verify import Trial, copies, fresh, verify
@@ -87,11 +87,15 @@ def export(
             f"opset={opset}: allowed are {', '.join(map(str, OPSETS))}, which are tested. At 23 torch's exporter fuses rotary embeddings into "
             "an operator that fails in ONNX Runtime for batches above 1, and at 26 it writes broken models"
         )
+    target = output_file("path", path)
+    if not isinstance(inputs, (Tensor, Sequence, Mapping)):
+        raise TypeError(f"inputs is a {type(inputs).__name__}: a tensor, a tuple of them, or a mapping of names to them is needed")
+    if not callable(model):
+        raise TypeError(f"model is a {type(model).__name__}: an nn.Module or a function is needed")
     named = dict(kwargs or {})
     module = model if isinstance(model, torch.nn.Module) else _Function(model).eval()
     if fp16:
         module, inputs, named = copy.deepcopy(module).half(), _half(inputs), _half(named)
-    target = pathlib.Path(path)
     if kv_cache:
         given = {"dynamic_shapes": dynamic_shapes, "input_names": input_names, "output_names": output_names}
         wrong = [name for name, value in given.items() if value is not None]

@@ -44,6 +44,8 @@ def register(
     if device is not None and backend is None:
         raise ValueError(f"device={device!r} without backend: the native kernel runs on the CPU")
     options = onnxruntime.SessionOptions() if session_options is None else session_options
+    if not isinstance(options, onnxruntime.SessionOptions):
+        raise TypeError(f"session_options is a {type(options).__name__}: onnxruntime.SessionOptions or None is needed; a backend's name goes with backend=")
     wanted = _callback(backend, device)
     if _entry(options, MARK):
         if _entry(options, CALLBACK) != wanted:

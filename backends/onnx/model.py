@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
+from typing import Union
+
 import onnx
 from onnx import TensorProto, helper
 
@@ -20,6 +24,18 @@ _SIZES = {
     "V": ("batch", "kv_heads", "seqlen_k", "v_head_dim"),
     "Y": ("batch", "q_heads", "seqlen_q", "v_head_dim"),
 }
+
+
+def output_file(name: str, path: Union[str, os.PathLike[str]]) -> pathlib.Path:
+    """The path of a file that will be written; what is in the way is said before the work. name: of the argument."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name} is a {type(path).__name__}: the path of the file to write is needed")
+    target = pathlib.Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{name}={str(target)!r} is a folder: the path of the file to write is needed")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{name}={str(target)!r}: there is no folder {target.parent}; make it first")
+    return target
 
 
 def one_node(form: Form, dtype: int, *, opset: int = 18, body: bool = True, mask_dtype: int = 0, alibi_rank: int = 1) -> onnx.ModelProto:

@@ -85,6 +85,8 @@ def sequences(call: Call) -> Iterator[tuple[Optional[Call], int, tuple[int, int]
     Packed sequences one by one; rows that belong to none, or to a sequence without keys, come with None. Paged K/V is
     gathered. A packed call reads cu_seqlens on the host.
     """
+    if call.block_table is not None:
+        _check_pages(call)
     if call.varlen is None:
         k, v = (call.k, call.v) if call.block_table is None else (gather_pages(call.k, call.block_table), gather_pages(call.v, call.block_table))
         one = Call(
@@ -133,6 +135,19 @@ def _paged_sequences(
         yield None, len(starts) - 1, (starts[-1], call.q.shape[2]), (0, 0)
 
 
+def _check_pages(call: Call) -> None:
+    """Raises ValueError where a page that is used is none. On the host alone: elsewhere it would wait for the device."""
+    table, used = call.block_table, call.mask.seqused_k
+    assert table is not None
+    if not table.is_cpu or used is None:
+        return
+    pages, _, page_size, _ = call.k.shape
+    bad = ((table < 0) | (table >= pages)) & (torch.arange(table.shape[1], device=table.device) * page_size < used[:, None])
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise ValueError(f"block_table[{row}, {column}] is {int(table[row, column])} (or cache_batch_idx): the cache has pages 0 to {pages - 1}")
+
+
 def gather_pages(pages: Tensor, block_table: Tensor) -> Tensor:
     """[pages, Hk, page_size, D] and [B, max_pages] -> [B, Hk, max_pages * page_size, D], a copy."""
     batch, count = block_table.shape
@@ -167,6 +182,7 @@ def _clean(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         k, v = _times_factor(k, call.descale.k), _times_factor(v, call.descale.v)
     if call.mask.seqused_k is None and call.mask.leftpad is None:
         return k, v
+    dense.check_lengths(call.mask, k.shape[2])
     exists = dense.existing_keys(call.mask, k.shape[2], k.device)[:, None, :, None]
     zero = torch.zeros((), dtype=dtype, device=k.device)
     return torch.where(exists, k, zero), torch.where(exists, v, zero)

@@ -32,6 +32,7 @@ def without_padding(call: Call) -> tuple[Tensor, Tensor]:
     k, v, mask = call.k, call.v, call.mask
     if mask.seqused_k is None and mask.leftpad is None:
         return k, v
+    dense.check_lengths(mask, k.shape[2])
     exists = dense.existing_keys(mask, k.shape[2], k.device)[:, None, :, None]
     zero = torch.zeros((), dtype=k.dtype, device=k.device)
     return torch.where(exists, k, zero), torch.where(exists, v, zero)

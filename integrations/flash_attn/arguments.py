@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnhub.layouts import Varlen
-from attnhub.mask import FULL, ALiBi, Causal, Mask, Window
+from attnhub.mask import FULL, ALiBi, Causal, Mask, Window, _whole
 
 #: What every function but the cached one returns: out, or (out, softmax_lse, S_dmask).
 Result = Union[Tensor, tuple[Tensor, Tensor, Tensor]]
@@ -37,11 +37,20 @@ def window(window_size: Sequence[int]) -> tuple[int, int]:
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise ValueError(f"window_size={window_size!r}: a pair (left, right) is needed, -1 for an end that is open")
     left, right = window_size
+    if not _whole(left) or not _whole(right):
+        raise TypeError(f"window_size={window_size!r}: whole numbers are needed")
     return (left if left >= 0 else -1), (right if right >= 0 else -1)
+
+
+def check_tensors(**tensors: Any) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}: a Tensor is needed")
 
 
 def unpack(name: str, packed: Tensor, ndim: int, parts: int) -> tuple[Tensor, ...]:
     """Views of the parts that lie side by side before the heads: qkv [..., 3, H, D], kv [..., 2, H, D]."""
+    check_tensors(**{name: packed})
     if packed.ndim != ndim or packed.shape[-3] != parts:
         lead = "total" if ndim == 4 else "batch, seqlen"
         raise ValueError(f"{name} has shape {tuple(packed.shape)}: [{lead}, {parts}, heads, head_dim] is needed")

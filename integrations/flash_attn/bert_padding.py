@@ -7,6 +7,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from attnhub.integrations.flash_attn.arguments import check_tensors
+
 __all__ = ["index_first_axis", "index_put_first_axis", "pad_input", "unpad_input", "unpad_input_for_concatenated_sequences"]
 
 
@@ -65,5 +67,6 @@ def _take(hidden_states: Tensor, kept: Tensor, lengths: Tensor) -> tuple[Tensor,
 
 
 def _check(name: str, mask: Tensor, hidden_states: Tensor) -> None:
+    check_tensors(hidden_states=hidden_states, **{name: mask})
     if mask.shape != hidden_states.shape[:2]:
         raise ValueError(f"{name} has shape {tuple(mask.shape)}: [batch, seqlen] = {list(hidden_states.shape[:2])} is needed, as in hidden_states")

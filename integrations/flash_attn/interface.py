@@ -8,7 +8,7 @@ from typing import Any, Optional
 from torch import Tensor
 
 from attnhub.api import attention
-from attnhub.integrations.flash_attn.arguments import Result, lengths, mask_of, unpack
+from attnhub.integrations.flash_attn.arguments import Result, check_tensors, lengths, mask_of, unpack
 from attnhub.integrations.flash_attn.paged import paged_varlen
 from attnhub.integrations.flash_attn.probabilities import next_rng, s_dmask
 from attnhub.layouts import Varlen
@@ -96,6 +96,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, varlen: Optional[Varlen], dropout_p: float, softmax_scale: Optional[float], causal: bool,
     window_size: Sequence[int], softcap: float, alibi_slopes: Optional[Tensor], deterministic: bool, return_attn_probs: bool,
 ) -> Result:  # fmt: skip
+    check_tensors(q=q, k=k, v=v)
     mask = mask_of(causal, window_size, alibi_slopes)
     options: dict[str, Any] = {"softmax_scale": softmax_scale, "softcap": softcap}
     # The draw that the call is about to make, so that S_dmask can show what it dropped.

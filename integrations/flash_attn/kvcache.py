@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from attnhub.api import attention
-from attnhub.integrations.flash_attn.arguments import mask_of, window
+from attnhub.integrations.flash_attn.arguments import check_tensors, mask_of, window
 from attnhub.kv_cache import KVCache
-from attnhub.mask import LeftPad
+from attnhub.mask import LeftPad, _whole
 from attnhub.rotary import Rotary
 
 
@@ -42,6 +42,7 @@ def flash_attn_with_kvcache(
         raise ValueError(f"num_splits={num_splits!r}: a whole number of at least 0 is needed; 0 leaves it to the backend")
     if k is not None and cache_seqlens is None:
         raise ValueError("flash_attn_with_kvcache: cache_seqlens is needed with k and v: it says where in the cache they go")
+    check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
     if q.ndim != 4 or k_cache.ndim != 4:
         raise ValueError(f"flash_attn_with_kvcache: q {tuple(q.shape)} and k_cache {tuple(k_cache.shape)} need 4 dimensions, [B, S, H, D]")
     used = _used(q, k_cache, cache_seqlens, block_table)
@@ -69,6 +70,8 @@ def _used(q: Tensor, k_cache: Tensor, cache_seqlens: Optional[Union[int, Tensor]
             raise ValueError(f"cache_seqlens has shape {tuple(cache_seqlens.shape)}: a number or [B] = [{q.shape[0]}] is needed")
         return cache_seqlens if cache_seqlens.dtype == torch.int32 else cache_seqlens.to(torch.int32)
     length = cache_seqlens
+    if length is not None and not _whole(length):
+        raise TypeError(f"cache_seqlens is a {type(length).__name__}: a whole number or a tensor of integers [B] = [{q.shape[0]}] is needed")
     if length is None:
         length = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     return torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)

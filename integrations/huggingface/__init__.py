@@ -80,7 +80,7 @@ def register() -> str:
     except ImportError:
         import transformers
 
-        return f"transformers {transformers.__version__} has no AttentionMaskInterface; 4.53 or newer is needed"
+        return f"transformers {transformers.__version__} has no AttentionMaskInterface; 4.56 or newer is needed"
     from attnhub.integrations.huggingface.attention import attention_forward
     from attnhub.integrations.huggingface.masks import attnhub_mask
     from attnhub.integrations.huggingface.routing import NAME

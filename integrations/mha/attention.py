@@ -34,6 +34,8 @@ class MultiheadAttentionMixin(Swapped):
     bias_k: Optional[Tensor]
     bias_v: Optional[Tensor]
     out_proj: Any
+    kdim: int
+    vdim: int
 
     def forward(
         self,
@@ -51,6 +53,12 @@ class MultiheadAttentionMixin(Swapped):
         Nested tensors are served as self- or cross-attention without masks (ValueError otherwise); their weights are padded with zeros,
         as torch's are. Weights are computed by plain maths, which is said once.
         """
+        sizes = zip(("query", "key", "value"), (query, key, value), (self.embed_dim, self.kdim, self.vdim))
+        for name, given, size in sizes:
+            if not isinstance(given, Tensor):
+                raise TypeError(f"MultiheadAttention: {name} is a {type(given).__name__}: a Tensor is needed")
+            if not given.is_nested and given.shape[-1:] != (size,):
+                raise ValueError(f"MultiheadAttention: {name} has shape {tuple(given.shape)}; the module was made for a last dimension of {size}")
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         batched = _is_batched(query, key, value, key_padding_mask, attn_mask)
@@ -61,6 +69,11 @@ class MultiheadAttentionMixin(Swapped):
         same = query is key and key is value
         key_is_value = key is value
         batch_dim = 0 if self.batch_first or not batched else 1
+        if batched and query.shape[batch_dim] != key.shape[batch_dim]:
+            raise ValueError(
+                f"MultiheadAttention(batch_first={self.batch_first}): query {tuple(query.shape)} has batch {query.shape[batch_dim]} and key "
+                f"{tuple(key.shape)} {key.shape[batch_dim]}: they must be equal"
+            )
         if not batched:
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)

@@ -30,6 +30,11 @@ def obstacle(query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: float,
             return f"{name} is on the meta device"
         if t.dtype not in _FLOATS and not (name == "attn_mask" and t.dtype == torch.bool):
             return f"{name} is {t.dtype}"
+    # In a traced graph a number may be a torch.SymFloat, and whether there is more than one query a torch.SymBool.
+    if not isinstance(dropout_p, (int, float, torch.SymFloat)):
+        return f"dropout_p is a {type(dropout_p).__name__}"
+    if not isinstance(is_causal, (bool, torch.SymBool)):
+        return f"is_causal is a {type(is_causal).__name__}"
     if attn_mask is not None and is_causal:
         return "attn_mask is given and is_causal=True"
     if not 0.0 <= dropout_p < 1.0:

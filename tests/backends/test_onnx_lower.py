@@ -74,6 +74,45 @@ def test_lower(
         target.unlink()
 
 
+@pytest.mark.parametrize("to", ["ai.onnx", "com.microsoft"])
+@pytest.mark.parametrize(
+    ("form", "mask"),
+    [
+        (Form(mask="bool"), ["batch", 1, 1, "seqlen_k"]),
+        (Form(mask="float"), [1, 4, 1, "seqlen_k"]),
+        (Form(mask="bool"), ["seqlen_k"]),
+        (Form(mask="float"), ["s", 1]),
+        (Form(mask="bool", past=True), ["batch", 1, 1, "past + seqlen_k"]),
+        (Form(nonpad_kv_seqlen=True), None),
+        (Form(leftpad=True), None),
+    ],
+    ids=str,
+)
+def test_masks_of_one_row(form: Form, mask: Optional[list[Any]], to: str, tmp_path: pathlib.Path) -> None:
+    """A row of padding, as every encoder has it: ONNX Runtime's operators want one for each query."""
+    source, target = tmp_path / "source.onnx", tmp_path / "target.onnx"
+    model = sized(form, False)
+    for value in model.graph.input:
+        if value.name == "attn_mask":
+            value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, mask))
+    onnx.save(model, source)
+    report = attnhub.onnx.lower(source, target, to=to)
+    assert report.checked is not None and report.checked.body_difference is not None and report.checked.body_difference < 1e-5
+    assert not report.checked.notes
+
+
+def test_a_file_that_loads_and_does_not_run_is_not_written(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnhub.backends.onnx.rewrite import lowering
+    from attnhub.backends.onnx.rewrite.check import ConversionMismatch
+
+    monkeypatch.setattr(lowering, "_expanded", lambda b, found, mask, total: mask)
+    source, target = tmp_path / "source.onnx", tmp_path / "target.onnx"
+    onnx.save(sized(Form(leftpad=True), False), source)
+    with pytest.raises(ConversionMismatch, match=r"the source runs at Q \[2, 4, 6, 8\].* and the rewritten file does not: .*attn_mask"):
+        attnhub.onnx.lower(source, target)
+    assert not target.exists()
+
+
 def test_lower_takes_two_targets(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"to='trt': allowed are 'ai.onnx', 'com.microsoft'"):
         attnhub.onnx.lower(tmp_path / "a.onnx", tmp_path / "b.onnx", to="trt")

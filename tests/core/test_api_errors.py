@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import attnhub
+import attnhub.integrations.flash_attn as flash
+import attnhub.integrations.flash_attn.bert_padding
 from attnhub import BoolMask, Causal, KVCache, SeqLens, Varlen, attention
 
 Q, K, V = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8), torch.zeros(2, 2, 7, 6)
@@ -21,7 +23,22 @@ META = torch.device("meta")
 FP8 = torch.float8_e4m3fn
 Q8, K8, V8 = Q.to(FP8), K.to(FP8), V.to(FP8)
 FACTORS = torch.ones(2, 2)
+COS, POSITIONS = torch.ones(16, 4), torch.zeros(2, 5, dtype=torch.int64)
 CACHE8 = KVCache.empty(2, 2, 16, 8, dtype=FP8)
+
+
+
+def ends(values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def packed(cu: list[int], longest: int) -> Any:
+    return attention(PACKED, PACKED, PACKED, varlen=Varlen(ends(cu), ends(cu), longest, longest), backend="reference")
+
+
+def layer(**options: Any) -> attnhub.nn.CachedAttention:
+    return attnhub.nn.CachedAttention(**{"num_heads": 4, "head_dim": 8, "max_seqlen": 16, **options})
+
 
 #: id -> (call, words that the message must hold)
 BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
@@ -141,6 +158,78 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "sdpa 1-D": (lambda: attnhub.scaled_dot_product_attention(Q[0, 0, 0], Q, Q), ("at least 2 dimensions", "1")),
     "sdpa integer mask": (lambda: attnhub.scaled_dot_product_attention(Q, Q, Q, torch.ones(5, 5, dtype=torch.int64)), ("int64", "floating")),
     "sdpa heads": (lambda: attnhub.scaled_dot_product_attention(Q, K[:, :1].expand(2, 3, 7, 8), K[:, :1].expand(2, 3, 7, 8), enable_gqa=True), ("4 query heads", "3 key heads")),
+    # -- kinds of tensors, numbers beyond every range, forgotten parentheses
+    "mask uncalled": (lambda: attention(Q, K, V, Causal), ("mask is a function", "call it", "attnhub.Causal()")),  # type: ignore[arg-type]
+    "scale huge": (lambda: attention(Q, K, V, softmax_scale=10**400), ("softmax_scale=1000", "finite")),
+    "softcap huge": (lambda: attention(Q, K, V, softcap=10**400), ("softcap=1000", "positive")),
+    "lse string": (lambda: attention(Q, K, V, return_lse="no"), ("return_lse is a str", "True or False")),  # type: ignore[arg-type]
+    "deterministic number": (lambda: attention(Q, K, V, deterministic=1), ("deterministic is a int", "True or False")),  # type: ignore[arg-type]
+    "sparse": (lambda: attnhub.explain(Q.to_sparse(), K, V), ("q is a torch.sparse_coo tensor", "dense")),
+    "nested": (lambda: attnhub.explain(Q, torch.nested.nested_tensor([K[0], K[1]]), V), ("k is a nested tensor", "varlen", "SeqLens")),
+    "lengths complex": (lambda: SeqLens(torch.ones(2, dtype=torch.complex64)), ("seqused_k", "integer", "complex64")),
+    "lengths beyond int32": (lambda: SeqLens(torch.tensor([3, 2**33 + 1])), ("seqused_k", "from 3 to 8589934593", "int32")),
+    "lengths unsigned": (lambda: SeqLens(torch.tensor([3, 2**32 - 1], dtype=torch.uint32)), ("seqused_k", "4294967295", "int32")),
+    "ids beyond int32": (lambda: attnhub.Segments(torch.full((2, 5), 2**33)), ("Segments(ids_q)", "8589934592", "renumber")),
+    "slopes complex": (lambda: attnhub.ALiBi(torch.ones(4, dtype=torch.complex64)), ("ALiBi(slopes)", "real numbers", "complex64")),
+    "slopes bool": (lambda: attnhub.ALiBi(torch.ones(4, dtype=torch.bool)), ("ALiBi(slopes)", "real numbers", "bool")),
+    # -- fields that only Mask(...) itself lets through
+    "field lengths": (lambda: attention(Q, K, V, attnhub.Mask(seqused_k=torch.tensor([1, 2]))), ("seqused_k=torch.int64 (2,)", "int32 [B]", "SeqLens")),
+    "field pad": (lambda: attention(Q, K, V, attnhub.Mask(leftpad=torch.zeros(2))), ("leftpad=torch.float32", "int32", "LeftPad")),
+    "field prefix": (lambda: attention(Q, K, V, attnhub.Mask(causal=True, prefix=torch.tensor([1, 2]))), ("prefix=torch.int64", "int32", "Prefix")),
+    "field ids": (lambda: attention(Q, K, V, attnhub.Mask(segments=(torch.zeros(2, 5), torch.zeros(2, 7)))), ("segments", "int32 [B, S]", "Segments")),
+    "field bool": (lambda: attention(Q, K, V, attnhub.Mask(bool_mask=torch.ones(1, 1, 5, 7))), ("bool_mask=torch.float32", "bool", "BoolMask")),
+    "field bias": (lambda: attention(Q, K, V, attnhub.Mask(bias=torch.zeros(5, 7))), ("bias=torch.float32 (5, 7)", "4 dimensions", "Bias")),
+    "field slopes": (lambda: attention(Q, K, V, attnhub.Mask(alibi=torch.ones(4, dtype=torch.float64))), ("alibi", "float64", "float32", "ALiBi")),
+    "field window": (lambda: attention(Q, K, V, attnhub.Mask(window=(-5, 3))), ("window=(-5, 3)", "at least -1", "Window")),
+    "field window short": (lambda: attention(Q, K, V, attnhub.Mask(window=(3,))), ("window=(3,)", "pair", "Window")),  # type: ignore[arg-type]
+    "field chunk": (lambda: attention(Q, K, V, attnhub.Mask(chunk=-1)), ("chunk=-1", "at least 0", "Chunk")),
+    "field align": (lambda: attention(Q, K, V, attnhub.Mask(causal=True, align="left")), ("align='left'", "bottom_right")),  # type: ignore[arg-type]
+    "field block size": (lambda: attention(Q, K, V, attnhub.Mask(block_sparse=torch.ones(1, 1, 1, 1, dtype=torch.bool))), ("block_size=(0, 0)", "BlockSparse")),
+    # -- packed sequences and pages that do not fit
+    "packed lengths list": (lambda: Varlen.from_lengths([2, 3]), ("from_lengths(lengths_q)", "list", "tensor")),  # type: ignore[arg-type]
+    "packed lengths float": (lambda: Varlen.from_lengths(torch.tensor([2.0])), ("from_lengths(lengths_q)", "float32", "integer")),
+    "packed lengths negative": (lambda: Varlen.from_lengths(torch.tensor([3, -1])), ("from_lengths(lengths_q)", "from -1 to 3", "at least 0")),
+    "packed lengths in all": (lambda: Varlen.from_lengths(torch.tensor([2**30] * 4)), ("from_lengths(lengths_q)", "4294967296 in all", "2^31")),
+    "cu_seqlens start": (lambda: packed([1, 5], 4), ("cu_seqlens_q[0] is 1", "start with 0")),
+    "cu_seqlens decrease": (lambda: packed([0, 4, 2], 4), ("cu_seqlens_q decreases behind entry 1", "cumulative")),
+    "cu_seqlens end": (lambda: packed([0, 9], 9), ("cu_seqlens_q ends with 9", "q has 5 tokens")),
+    "max_seqlen": (lambda: packed([0, 3, 5], 1), ("max_seqlen_q is 1", "longest sequence has 3", "upper bound")),
+    "cu_seqlens of keys": (lambda: attention(PACKED, PACKED, PACKED, varlen=Varlen(ends([0, 5]), ends([0, 6]), 5, 6)), ("cu_seqlens_k ends with 6", "k has 5")),
+    "table rows": (lambda: attention(Q, kv_cache=KVCache(K, K, ends([1, 1]), ends([[0]]))), ("block_table has 1 rows", "2 entries")),
+    "row numbers": (lambda: attention(Q, kv_cache=KVCache(K, K, ends([1, 1]), None, ends([0]))), ("cache_batch_idx has 1 rows", "2 entries")),
+    # -- layers, rotary tables, parts of keys
+    "layer heads": (lambda: layer(num_heads=0), ("num_heads=0", "at least 1")),
+    "layer heads string": (lambda: layer(num_heads="4"), ("num_heads='4'", "whole number")),
+    "layer pages": (lambda: layer(page_size=-3), ("page_size=-3", "at least 0")),
+    "layer batch": (lambda: layer(batch=1.5), ("batch=1.5", "whole number")),
+    "layer head_dim": (lambda: attnhub.nn.CachedAttention(4), ("head_dim is needed", "embed_dim")),
+    "layer mask": (lambda: layer(mask="causal"), ("mask is a str", "attnhub.Causal()")),
+    "layer rotary base": (lambda: layer(rotary=math.nan), ("rotary=nan", "above 0")),
+    "layer rotary string": (lambda: layer(rotary="llama"), ("rotary is a str", "(cos, sin)")),
+    "layer x": (lambda: layer(embed_dim=32)(torch.zeros(1, 2, 30)), ("x has shape (1, 2, 30)", "[1, S, 32]")),
+    "layer q": (lambda: layer()([1], Q, Q), ("q is a list", "Tensor")),
+    "layer position": (lambda: layer().set_position(1.5), ("position is 1.5", "whole number")),
+    "layer cache": (lambda: layer().use_cache(None), ("cache is a NoneType", "KVCache")),
+    "layer explain": (lambda: layer().explain(-1), ("new_tokens=-1", "at least 0")),
+    "rotary x": (lambda: attnhub.apply_rotary(Q.int(), COS, COS, POSITIONS), ("apply_rotary(x)", "int32", "floating")),
+    "rotary table": (lambda: attnhub.apply_rotary(Q, COS, None, POSITIONS), ("apply_rotary(sin)", "NoneType")),  # type: ignore[arg-type]
+    "rotary positions": (lambda: attnhub.apply_rotary(Q, COS, COS, POSITIONS.float()), ("positions are torch.float32 (2, 5)", "int64")),
+    "rotary lengths": (lambda: attnhub.apply_rotary(Q, COS, COS, POSITIONS[:, :3]), ("(2, 3)", "[2, 5]")),
+    "rotary negative": (lambda: attnhub.apply_rotary(Q, COS, COS, POSITIONS - 1), ("outside of the table of 16 positions",)),
+    "rotary half": (lambda: attnhub.append_kv(CACHE, K, K, rotary=(COS, None)), ("rotary", "cos and sin are both needed")),  # type: ignore[arg-type]
+    "merge list": (lambda: attnhub.merge_states([(Q, Q[..., 0])]), ("part 0", "(out, lse)", "unpack", "*")),  # type: ignore[arg-type]
+    "merge integers": (lambda: attnhub.merge_states((Q, Q[..., 0].long())), ("part 0", "floating")),
+    "merge devices": (lambda: attnhub.merge_states((Q, Q[..., 0]), (Q.to(META), Q[..., 0].to(META))), ("part 1 is on meta", "one device")),
+    # -- integrations
+    "patch option": (lambda: attnhub.patch(torch.nn.MultiheadAttention(8, 2), backend="cpu"), ("backend='cpu'", "only, strict", "attnhub.use")),
+    "patch only": (lambda: attnhub.patch(torch.nn.MultiheadAttention(8, 2), only="self_attn"), ("only='self_attn'", "function")),  # type: ignore[arg-type]
+    "patch class": (lambda: attnhub.patch(torch.nn.MultiheadAttention), ("MultiheadAttention is a class", "model")),
+    "flash none": (lambda: flash.flash_attn_func(None, K, K), ("q is a NoneType", "Tensor")),
+    "flash packed list": (lambda: flash.flash_attn_qkvpacked_func([Q, K, V]), ("qkv is a list", "Tensor")),
+    "flash window": (lambda: flash.flash_attn_func(Q, K, K, window_size=(2.0, 0.0)), ("window_size=(2.0, 0.0)", "whole")),
+    "flash lengths": (lambda: flash.flash_attn_with_kvcache(Q, Q, Q, cache_seqlens=[1, 2]), ("cache_seqlens is a list", "[2]")),
+    "flash pages": (lambda: flash.flash_attn_with_kvcache(Q, K, K, cache_seqlens=1, block_table=ends([[0]])), ("block_table has 1 rows", "2 entries")),
+    "flash padding": (lambda: flash.bert_padding.unpad_input(Q, None), ("attention_mask is a NoneType", "Tensor")),
     "merge shapes": (lambda: attnhub.merge_states((Q, Q[..., 0]), (K, K[..., 0])), ("part 1", "(2, 4, 5, 8)")),
 }  # fmt: skip
 
@@ -153,6 +242,44 @@ def test_errors_name_argument_value_and_fix(name: str) -> None:
     said = str(caught.value)
     for word in words:
         assert word in said, f"{word!r} is not in: {said}"
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "cpu"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("used", [[9, 3], [3, -1]], ids=str)
+def test_lengths_out_of_range_on_the_host(used: list[int], backend: str, grad: bool) -> None:
+    """The same error whoever serves, at the first call and at the next: not other keys than were asked for."""
+    if not attnhub.backends()[backend]["available"]:
+        pytest.skip(f"the {backend} backend is not available here")
+    q = Q.clone().requires_grad_(grad)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"seqused_k\[\d\] is (9|-1)"):
+            attention(q, K, V, SeqLens(torch.tensor(used)), backend=backend)
+    if not grad:
+        with pytest.raises(ValueError, match=r"seqused_k\[\d\] is (9|-1)"):
+            attention(Q, kv_cache=KVCache(K, V, ends(used)), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "cpu"])
+@pytest.mark.parametrize("page", [-1, 2])
+def test_pages_that_the_cache_does_not_have(page: int, backend: str) -> None:
+    """An error where they are used; behind the length they may be anything."""
+    if not attnhub.backends()[backend]["available"]:
+        pytest.skip(f"the {backend} backend is not available here")
+    table, fine = ends([[0, page], [1, page]]), ends([[0, 0], [1, 0]])
+    wanted = attention(Q, kv_cache=KVCache(K, V, ends([7, 3]), fine), backend="reference")
+    torch.testing.assert_close(attention(Q, kv_cache=KVCache(K, V, ends([7, 3]), table), backend=backend), wanted)
+    with pytest.raises(ValueError, match=rf"block_table\[1, 1\] is {page}"):
+        attention(Q, kv_cache=KVCache(K, V, ends([7, 8]), table), backend=backend)
+
+
+@pytest.mark.parametrize("size", [2**31 - 1, 2**31, 2**40, 2**64])
+def test_sizes_beyond_every_length_mask_nothing(size: int) -> None:
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
+    for backend in ("reference", "sdpa", *(("cpu",) if attnhub.backends()["cpu"]["available"] else ())):
+        wanted = attention(q, k, k, Causal(), backend=backend)
+        for part in (attnhub.Window(size, size), attnhub.Chunk(size)):
+            torch.testing.assert_close(attention(q, k, k, Causal() & part, backend=backend), wanted)
 
 
 def test_nothing_is_chosen_or_written_before_the_arguments_are_checked() -> None:

@@ -234,7 +234,7 @@ def test_new_tokens_without_queries_are_appended(appending: Appending) -> None:
     ({"rotary": Rotary(angles()[0].requires_grad_(), angles()[1])}, ValueError, r"rotary: cos requires a gradient"),
     ({"rotary": Rotary(*angles()), "k": None, "v": None}, ValueError, r"rotary= goes with kv_cache= and new tokens"),
     ({"rotary": Rotary(*angles()), "kv_cache": None}, ValueError, r"rotary= goes with kv_cache= and new tokens"),
-    ({"rotary": Rotary(*angles(10))}, ValueError, r"rotary: a position is beyond the table of 10"),
+    ({"rotary": Rotary(*angles(10))}, ValueError, r"rotary: a position is outside of the table of 10"),
     ({"k": torch.zeros(B, HK, 2, D, device="meta")}, ValueError, r"append_kv\(k\): it is on meta"),
     ({"k": torch.zeros(B, HK, 1, D)}, ValueError, r"1 new tokens and v 2"),
 ])  # fmt: skip
@@ -245,7 +245,7 @@ def test_what_does_not_fit(name: str, change: dict[str, Any], error: type[Except
     q, k, v = tokens(2)
     given: dict[str, Any] = {"q": q, "k": k, "v": v, "kv_cache": mine, **change}
     appending.willing = False
-    if name == "explain" and ("rotary" not in change or "beyond" in words):
+    if name == "explain" and ("rotary" not in change or "outside" in words):
         attnhub.explain(**given)  # looks at what decides
         return
     with pytest.raises(error, match=words):

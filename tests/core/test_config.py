@@ -129,6 +129,15 @@ def test_disable_takes_effect_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _served() == automatic
 
 
+def test_disabling_a_name_that_nobody_has_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(runtime, "_unknown", set())
+    monkeypatch.setenv("ATTNHUB_DISABLE", "cudaa,cuda")
+    with caplog.at_level("WARNING", "attnhub"):
+        for length in (3, 5, 1):
+            attnhub.attention(*(torch.randn(1, 1, length, 8),) * 3)
+    assert caplog.text.count("ATTNHUB_DISABLE names 'cudaa'") == 1 and "'cuda'" not in caplog.text
+
+
 def test_disabling_everything_is_an_error_with_all_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTNHUB_DISABLE", ",".join(registry.names()))
     with pytest.raises(attnhub.NoBackendError) as caught:

@@ -285,7 +285,7 @@ INSIDE: dict[str, Callable[[KVCache], Any]] = {
     "another k_cache": _replace("k_cache", torch.randn_like),
     "other memory": lambda cache: cache.k_cache.set_(torch.randn_like(cache.k_cache)),
     "other strides": _replace("v_cache", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)),
-    "fewer columns of the table": lambda cache: cache.block_table is not None and cache.block_table.resize_(2, 2),
+    "fewer columns of the table": lambda cache: cache.block_table is not None and (cache.block_table.resize_(2, 2), cache.cache_seqlens.clamp_(max=8)),
     "fewer pages": lambda cache: [t.resize_(5, *t.shape[1:]) for t in (cache.k_cache, cache.v_cache)] if cache.block_table is not None else None,
     "unaligned": _replace("k_cache", _off),
     "subclass": _replace("v_cache", lambda t: t.as_subclass(Strange)),

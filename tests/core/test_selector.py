@@ -95,6 +95,21 @@ def test_auto_ranks_by_cost_whoever_accepts(device: DeviceInfo, dtype: str, orde
     assert "oracle" not in order and Code.NAME_ONLY in _codes(decision, "oracle")
 
 
+@pytest.mark.parametrize(
+    ("features", "chosen"),
+    [((), "sdpa"), ((Feature.CAUSAL_BOTTOM_RIGHT, Feature.GQA, Feature.LSE), "sdpa"), ((Feature.SEQLENS,), "cpu"), ((Feature.CAUSAL_TOP_LEFT, Feature.BIAS), "cpu"),
+     ((Feature.WINDOW,), "cpu"), ((Feature.PAGED, Feature.SEQLENS), "cpu")],
+    ids=str,
+)  # fmt: skip
+def test_tiny_calls_are_torchs_where_it_needs_no_mask_that_is_made_first(features: tuple[Feature, ...], chosen: str) -> None:
+    """A dense mask costs more than all of the rest, and decode steps with lengths are tiny."""
+    epyc = DeviceInfo("cpu", "x86_64", (), "AMD EPYC", frozenset({"avx2", "fma", "f16c", "avx512"}))
+    candidates = {name: Candidate(importlib.import_module(f"attnhub.backends.{name}").backend) for name in ("cpu", "sdpa", "reference")}
+    for length in (1, 16):
+        problem = _problem(epyc, "float32", *features, batch=1, seqlen_q=length, seqlen_k=16, page_size=16 if Feature.PAGED in features else 0)
+        assert select(problem, Policy(), candidates).chosen == chosen
+
+
 def test_every_reason_is_given_at_once() -> None:
     problem = _problem(A100, "float32", Feature.WINDOW, Feature.SOFTCAP, head_dim=96, v_head_dim=1000, kv_dtype="float64", align_bytes=2)
     decision = select(problem, Policy(), _candidates())

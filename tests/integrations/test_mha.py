@@ -197,5 +197,12 @@ def test_bad_arguments_name_the_argument() -> None:
         made(query, query, query, key_padding_mask=torch.zeros(BATCH, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"torch\.int64"):
         made(query, query, query, key_padding_mask=torch.zeros(BATCH, LEN_Q, dtype=torch.long))
+    for weights in (False, True):
+        with pytest.raises(ValueError, match=r"batch 2 and key .* 1: they must be equal"):
+            made(query[:2], query[:1], query[:1], need_weights=weights)
+    with pytest.raises(ValueError, match=r"key has shape .* a last dimension of"):
+        made(query, query[..., :8], query)
+    with pytest.raises(TypeError, match="value is a NoneType"):
+        made(query, query, None)
     with pytest.raises(RuntimeError, match="Need attn_mask"):
         made(query, query, query, is_causal=True)

@@ -128,6 +128,8 @@ LEFT: dict[str, tuple[Callable[[Callable[..., Tensor]], Any], str]] = {
     "mask_dtype": (lambda f: f(Q, Q, Q, torch.ones(6, 6, dtype=torch.int32)), "attn_mask is torch.int32"),
     "mask_and_causal": (lambda f: f(Q, Q, Q, torch.ones(6, 6, dtype=torch.bool), is_causal=True), "attn_mask is given and is_causal"),
     "dropout": (lambda f: f(Q, Q, Q, dropout_p=1.0), "dropout_p=1.0"),
+    "dropout_none": (lambda f: f(Q, Q, Q, None, None), "dropout_p is a NoneType"),
+    "causal_kind": (lambda f: f(Q, Q, Q, None, 0.0, "yes"), "is_causal is a str"),
     "sparse": (lambda f: f(Q.to_sparse(), Q, Q), "layout torch.sparse_coo"),
     "subclass": (lambda f: f(Q.as_subclass(_Mine), Q, Q), "_Mine"),
     "no_tensor": (lambda f: f(None, Q, Q), "query is a NoneType"),

@@ -162,6 +162,26 @@ def test_ordinary_gradients_flow_through_func_vjp(qkv: Make, same: Any) -> None:
     same(torch.autograd.grad(out.square().sum(), (q, k)), torch.autograd.grad(causal(q, k, v).square().sum(), (q, k)))
 
 
+@pytest.mark.parametrize("backend", ("sdpa", "cpu", "reference"))
+@pytest.mark.parametrize("which", ("out", "lse"))
+def test_gradients_that_are_not_plain_memory(qkv: Make, same: Any, which: str, backend: str) -> None:
+    """A negative bit, a batch of gradients by autograd's own vmap and by torch.func's: the backward's kernels read pointers."""
+    if not attnhub.backends()[backend]["available"]:
+        pytest.skip(f"the {backend} backend is not available here")
+    inputs = qkv(grad=True)
+    out = attnhub.attention(*inputs, attnhub.Causal(), return_lse=True, backend=backend)[which == "lse"]
+
+    def of(seed: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, inputs[:2], seed, retain_graph=True, **options)
+
+    seeds = torch.randn(3, *out.shape)
+    each = [of(seed) for seed in seeds]
+    same(of(torch._neg_view(seeds[0])), tuple(-g for g in each[0]))
+    wanted = tuple(torch.stack(g) for g in zip(*each))
+    same(of(seeds, is_grads_batched=True), wanted)
+    same(torch.vmap(of)(seeds), wanted)
+
+
 # -- what has no derivative says so -----------------------------------------------------------------------------------------
 
 
@@ -187,6 +207,37 @@ def test_jvp_is_an_error(qkv: Make) -> None:
     q, k, v = qkv()
     with pytest.raises((RuntimeError, NotImplementedError), match="forward"):
         torch.func.jvp(lambda q: causal(q, k, v), (q,), (q,))
+
+
+def _dual_gradient(f: Callable[[Tensor], Tensor], q: Tensor) -> Any:
+    """The gradient whose own seed is a dual number."""
+    with forward_ad.dual_level():
+        leaf = q.clone().requires_grad_()
+        out = f(leaf)
+        return torch.autograd.grad(out, leaf, forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out)))
+
+
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda f, x: torch.func.hessian(lambda t: f(t).square().sum())(x),
+        lambda f, x: torch.func.jvp(torch.func.grad(lambda t: f(t).square().sum()), (x,), (x,)),
+        lambda f, x: torch.func.jacfwd(torch.func.jacrev(lambda t: f(t).sum()))(x),
+        _dual_gradient,
+    ],
+    ids=("hessian", "jvp of grad", "jacfwd of jacrev", "dual seed"),
+)
+@pytest.mark.parametrize("which", ("q", "bias"))
+def test_forward_over_reverse_is_an_error(qkv: Make, derive: Any, which: str, backend: str) -> None:
+    """Not a Hessian of zeros: the tangents are those of another level than the innermost one's."""
+    q, k, v = qkv(1, 2, length=3, dim=4)
+
+    def f(x: Tensor) -> Any:
+        return attnhub.attention(x if which == "q" else q, k, v, attnhub.Bias(x) if which == "bias" else None, backend=backend)
+
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        derive(f, q if which == "q" else torch.randn(3, 3))
 
 
 @pytest.mark.parametrize("softcap", (0.0, 5.0))

@@ -73,7 +73,11 @@ def check(source: str, made: str, inputs: Optional[Mapping[str, Any]]) -> Checke
         undefined += sum(int(np.isnan(w).sum()) for w in want if np.issubdtype(w.dtype, np.floating))
         for label, session in ways.items():
             before = native_calls() if _has_library() else 0
-            found = session.run(None, feed)
+            try:
+                found = session.run(None, feed)
+            except Exception as error:
+                at = ", ".join(f"{name} {list(value.shape)}" for name, value in feed.items())
+                raise ConversionMismatch(f"{label}: the source runs at {at} and the rewritten file does not: {error}. Nothing was written") from error
             calls += native_calls() - before if _has_library() else 0
             worst[label] = max(worst.get(label, 0.0), _compare(label, session, found, want))
     sizes = tuple(", ".join(f"{name} {list(value.shape)}" for name, value in feed.items()) for feed in feeds)
@@ -113,7 +117,10 @@ def _runs(
     """Inputs that the source takes, and what it makes of them."""
     if inputs is not None:
         feed = {name: np.asarray(value) for name, value in inputs.items()}
-        return [feed], [session.run(None, feed)]
+        try:
+            return [feed], [session.run(None, feed)]
+        except Exception as error:
+            raise ValueError(f"inputs: {source} does not run on them: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
     limits = _index_limits(source)
     feeds: list[dict[str, Any]] = []
     wants: list[list[Any]] = []

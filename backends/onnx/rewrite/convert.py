@@ -18,7 +18,7 @@ from onnx_ir.passes import common
 
 from attnhub.backends.onnx.bodies import give_bodies
 from attnhub.backends.onnx.body import BODY_OPSETS
-from attnhub.backends.onnx.model import EXTERNAL_BYTES
+from attnhub.backends.onnx.model import EXTERNAL_BYTES, output_file
 from attnhub.backends.onnx.node import Form, is_ours
 from attnhub.backends.onnx.rewrite import contrib, pattern, softmax, standard
 from attnhub.backends.onnx.rewrite.check import Checked, check
@@ -83,6 +83,8 @@ class ConversionReport:
             lines.extend(f"    note: {note}" for note in one.notes)
         lines.extend(f"  left {one.op} {one.node}: {one.reason}" for one in self.left)
         changed = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in sorted(self.operators.items()))
+        if not self.converted and not self.left:
+            lines.append("  there is no attention in it to rewrite")
         if changed:
             lines.append(f"  operators: {changed}")
         if self.checked is not None:
@@ -99,6 +101,7 @@ def convert(
     verify: bool = True,
 ) -> ConversionReport:
     """See `attnhub.onnx.convert`."""
+    output_file("target", target)
     model = load(source)
     before = operators(model)
     names = used_names(model)

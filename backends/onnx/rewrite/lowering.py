@@ -18,6 +18,7 @@ from onnx_ir.passes import common
 from onnxscript import version_converter
 
 from attnhub.backends.onnx.bodies import form_of, nodes_of, remove_bodies
+from attnhub.backends.onnx.model import output_file
 from attnhub.backends.onnx.node import DOMAIN, INPUTS, Form
 from attnhub.backends.onnx.rewrite import contrib
 from attnhub.backends.onnx.rewrite.convert import (
@@ -51,6 +52,7 @@ def lower(
     """See `attnhub.onnx.lower`."""
     if to not in TARGETS:
         raise ValueError(f"to={to!r}: allowed are {', '.join(map(repr, TARGETS))}")
+    output_file("target", target)
     model = load(source)
     before = operators(model)
     ours = list(nodes_of(model))
@@ -152,7 +154,9 @@ def _standard(node: ir.Node, found: _Node, names: set[str]) -> tuple[str, list[s
         attributes["scale"] = form.scale
     if form.softcap:
         attributes["softcap"] = form.softcap
-    inputs = [have["Q"], have["K"], have["V"], mask, have.get("past_key"), have.get("past_value")]
+    # ONNX Runtime's Attention broadcasts the mask over batch and heads only.
+    full = None if mask is None else _expanded(b, found, mask, _total(b, found))
+    inputs = [have["Q"], have["K"], have["V"], full, have.get("past_key"), have.get("past_value")]
     while inputs[-1] is None:
         inputs.pop()
     made = b.node("Attention", inputs, attributes, 3 if form.past else 1)
@@ -190,9 +194,7 @@ def _mask(b: Builder, found: _Node, causal_elsewhere: bool, always_float: bool) 
         bias = typed(b("CastLike", have["attn_mask"], have["Q"]), have["Q"].dtype)
     positional = (form.is_causal and not causal_elsewhere) or form.window_left >= 0 or form.window_right >= 0 or form.chunk
     if positional or form.alibi or form.leftpad or form.nonpad_kv_seqlen:
-        total = b.size(have["K"], 2)
-        if form.past:
-            total = b("Add", total, b.size(have["past_key"], 2))
+        total = _total(b, found)
         j = _range(b, total)
         if form.nonpad_kv_seqlen:
             conditions.append(b("Less", j, b("Unsqueeze", have["nonpad_kv_seqlen"], [1, 2, 3])))
@@ -222,6 +224,17 @@ def _mask(b: Builder, found: _Node, causal_elsewhere: bool, always_float: bool) 
         return bias
     zero = b("CastLike", 0.0, have["Q"]) if bias is None else bias
     return b("Where", allowed, zero, b("CastLike", -math.inf, have["Q"]))
+
+
+def _total(b: Builder, found: _Node) -> ir.Value:
+    """How many keys there are, past ones too."""
+    total = b.size(found.have["K"], 2)
+    return b("Add", total, b.size(found.have["past_key"], 2)) if found.form.past else total
+
+
+def _expanded(b: Builder, found: _Node, mask: ir.Value, total: ir.Value) -> ir.Value:
+    """With a row for every query and a column for every key: one of either, which broadcasts elsewhere, does not in ONNX Runtime's operators."""
+    return b("Expand", mask, b("Concat", [1], [1], b.size(found.have["Q"], 2), total, axis=0))
 
 
 def _range(b: Builder, size: ir.Value) -> ir.Value:
@@ -264,9 +277,7 @@ def _grouped(node: ir.Node, found: _Node, names: set[str]) -> tuple[str, list[st
     form, have = found.form, found.have
     b = Builder(node, names)
     q, k, v = (typed(b.join_heads(have[name]), have[name].dtype) for name in ("Q", "K", "V"))
-    total = b.size(have["K"], 2)
-    if form.past:
-        total = b("Add", total, b.size(have["past_key"], 2))
+    total = _total(b, found)
     last = b("Cast", b("Sub", total, 1), to=ir.DataType.INT32.value)
     seqlens = b("Expand", last, b.size(have["Q"], 0))
     attributes: dict[str, Any] = {"num_heads": found.heads, "kv_num_heads": found.kv_heads}
@@ -306,9 +317,7 @@ def _multi_head(node: ir.Node, found: _Node, names: set[str]) -> tuple[str, list
         k, v = b("Concat", have["past_key"], k, axis=2), b("Concat", have["past_value"], v, axis=2)
     mask = _mask(b, found, False, always_float=True)
     if mask is not None:
-        # A mask of one row or key, which broadcasts elsewhere, does not here.
-        full = b("Concat", [1], [1], b.size(have["Q"], 2), b.size(k, 2), axis=0)
-        mask = b("Expand", mask, full)
+        mask = _expanded(b, found, mask, b.size(k, 2))
     repeats = int(found.heads or 0) // int(found.kv_heads or 1)
     wide = [_repeated(b, t, repeats, int(found.heads or 0)) if repeats > 1 else t for t in (k, v)]
     inputs = [b.join_heads(have["Q"]), *(b.join_heads(t) for t in wide), None, None, mask]
