@@ -71,7 +71,7 @@ def attention(
     the call, with every reason.
     """
     plain = (
-        varlen is None and sinks is None and not dropout_p and layout == "bhsd" and q_descale is None and k_descale is None
+        varlen is None and sinks is None and dropout_p == 0 and layout == "bhsd" and q_descale is None and k_descale is None
         and v_descale is None and not deterministic and (rotary is None or kv_cache is not None) and not is_compiling()
     )  # fmt: skip
     if plain and (mask is None or is_usual_mask(mask)) and no_modes():
@@ -118,10 +118,13 @@ def scaled_dot_product_attention(
     """
     if attn_mask is not None and is_causal:
         raise ValueError("scaled_dot_product_attention: attn_mask must be None when is_causal=True (as in torch); combine them into one mask")
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"scaled_dot_product_attention({name}): a torch.Tensor is needed, got {type(t).__name__}")
     if query.ndim < 2 or key.ndim < 2 or value.ndim < 2:
         raise ValueError(f"scaled_dot_product_attention: q, k, v need at least 2 dimensions, got {query.ndim}, {key.ndim}, {value.ndim}")
     mask = _TOP_LEFT if is_causal else FULL
-    if attn_mask is None and not dropout_p and not is_compiling() and no_modes():
+    if attn_mask is None and dropout_p == 0 and not is_compiling() and no_modes():
         again = repeated(query, key, value, mask, scale, 0.0, False, "", bool(enable_gqa))
         if again is not None:
             return again  # type: ignore[return-value]

@@ -43,6 +43,10 @@ def normalise(
     elif not isinstance(mask, Mask):
         fix = f"call it, as in attnhub.Causal(), or {_WRAP}" if callable(mask) else _WRAP
         raise TypeError(f"mask is a {type(mask).__name__}: an attnhub.Mask or None is needed; {fix}")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if isinstance(t, Tensor) and (t.is_nested or t.layout != torch.strided):
+            found = "nested" if t.is_nested else str(t.layout)
+            raise TypeError(f"{name} is a {found} tensor: a dense one is needed; packed sequences go with varlen=, padded ones with a mask (SeqLens)")
     if layout != "bhsd":
         if layout != "bshd":
             raise ValueError(f"layout={layout!r}: allowed are 'bhsd' and 'bshd'")
@@ -58,10 +62,6 @@ def normalise(
         raise TypeError("k and v are needed unless kv_cache is given")
     if varlen is not None:
         q, k, v = _unpack(q, k, v, varlen, block_table is not None)
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.is_nested or t.layout != torch.strided:
-            found = "nested" if t.is_nested else str(t.layout)
-            raise TypeError(f"{name} is a {found} tensor: a dense one is needed; packed sequences go with varlen=, padded ones with a mask (SeqLens)")
     _check_shapes(q, k, v, block_table)
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
         # Kernels read rows of head_dim; a strided last dimension is copied once, here.

@@ -14,6 +14,7 @@ from attnhub.kv_cache import KVCache
 from attnhub.mask import Mask
 
 _PLAIN = {Tensor, torch.nn.Parameter}
+_strided = torch.strided
 
 
 def run(call: Call, backend: str, return_lse: bool) -> tuple[Tensor, Optional[Tensor]]:
@@ -67,8 +68,8 @@ def is_eager(call: Call) -> bool:
 
 
 def is_usual_tensor(t: Any) -> bool:
-    # The operator layer makes real what a negative bit only says.
-    return type(t) in _PLAIN and (t.is_cpu or t.is_cuda) and not t.is_neg()
+    # The operator layer makes real what a negative bit only says. Sparse and nested tensors have no strides to look at.
+    return type(t) in _PLAIN and (t.is_cpu or t.is_cuda) and t.layout is _strided and not t.is_nested and not t.is_neg()
 
 
 def is_usual_mask(mask: Any) -> bool:

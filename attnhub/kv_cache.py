@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal, Optional
 
 import torch
@@ -13,6 +14,10 @@ from attnhub.mask import _check_ints, register_pytree
 from attnhub.rotary import apply_rotary
 
 Layout = Literal["bhsd", "bshd"]
+
+
+def _is_count(x: Any) -> bool:
+    return isinstance(x, (Integral, torch.SymInt)) and not isinstance(x, bool)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +43,12 @@ class KVCache:
     def __post_init__(self) -> None:
         if self.layout not in ("bhsd", "bshd"):
             raise ValueError(f"KVCache(layout={self.layout!r}): allowed are 'bhsd' and 'bshd'")
+        for name in ("k_cache", "v_cache"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"KVCache({name}): a torch.Tensor is needed, got {type(value).__name__}")
+        if self.k_cache.dtype != self.v_cache.dtype or not self.k_cache.is_floating_point():
+            raise ValueError(f"KVCache: k_cache is {self.k_cache.dtype} and v_cache {self.v_cache.dtype}: one floating dtype is needed for both")
         if self.k_cache.ndim != 4 or self.v_cache.ndim != 4 or self.k_cache.shape[:3] != self.v_cache.shape[:3]:
             raise ValueError(
                 f"KVCache: k_cache {tuple(self.k_cache.shape)} and v_cache {tuple(self.v_cache.shape)} must be 4-D and agree in all but head_dim"
@@ -62,6 +73,12 @@ class KVCache:
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ) -> KVCache:  # fmt: skip
         """A new, empty cache for ``max_seqlen`` tokens a sequence; paged with its own pages in order if ``page_size`` > 0."""
+        sizes = {"batch": batch, "kv_heads": kv_heads, "max_seqlen": max_seqlen, "head_dim": head_dim, "v_head_dim": head_dim if v_head_dim is None else v_head_dim}
+        for name, size in sizes.items():
+            if not _is_count(size) or size < 1:
+                raise ValueError(f"KVCache.empty({name}={size!r}): an int of at least 1 is needed")
+        if not _is_count(page_size) or page_size < 0:
+            raise ValueError(f"KVCache.empty(page_size={page_size!r}): an int is needed: tokens of a page, or 0 for no pages")
         block_table = None
         rows, length = batch, max_seqlen
         if page_size:
@@ -69,7 +86,7 @@ class KVCache:
             rows, length = batch * per_sequence, page_size
             block_table = torch.arange(rows, dtype=torch.int32, device=device).view(batch, per_sequence)
         k = torch.zeros(rows, kv_heads, length, head_dim, dtype=dtype, device=device)
-        v = torch.zeros(rows, kv_heads, length, v_head_dim or head_dim, dtype=dtype, device=device)
+        v = torch.zeros(rows, kv_heads, length, sizes["v_head_dim"], dtype=dtype, device=device)
         return cls(k, v, torch.zeros(batch, dtype=torch.int32, device=device), block_table)
 
     def heads_first(self) -> tuple[Tensor, Tensor]:
@@ -107,7 +124,9 @@ class KVCache:
         return length if table is None else table.shape[1] * length
 
     def advance(self, tokens: int) -> None:
-        """Count ``tokens`` more in cache_seqlens, in place, once every layer has appended them."""
+        """Count ``tokens`` more in cache_seqlens, in place, once every layer has appended them; fewer if negative, as after drafts that were refused."""
+        if not _is_count(tokens):
+            raise TypeError(f"KVCache.advance(tokens={tokens!r}): an int is needed; lengths that differ are yours to write to cache_seqlens")
         self.cache_seqlens.add_(tokens)
 
 
@@ -154,6 +173,10 @@ def check_new(cache: KVCache, k: Tensor, v: Tensor, rotated: bool) -> None:
     keys, values = cache.heads_first()
     batch = cache.cache_seqlens.shape[0]
     for name, new, old in (("k", k, keys), ("v", v, values)):
+        if not isinstance(new, Tensor):
+            raise TypeError(f"append_kv({name}): a torch.Tensor is needed, got {type(new).__name__}")
+        if not new.is_floating_point():
+            raise ValueError(f"append_kv({name}): {new.dtype} tokens; a floating dtype is needed")
         if new.ndim != 4 or new.shape[0] != batch or new.shape[1] != old.shape[1] or new.shape[3] != old.shape[3]:
             raise ValueError(f"append_kv({name}): got {tuple(new.shape)}; the cache needs [{batch}, {old.shape[1]}, S, {old.shape[3]}]")
         if new.device != old.device:

@@ -64,6 +64,8 @@ def repeated(
         if not isinstance(return_lse, bool):
             raise TypeError(f"return_lse is a {type(return_lse).__name__}: True or False is needed") from None
         recent = None
+    if recent and _any_nested(q, k, v):
+        return None
     for entry in recent or ():
         if entry[0](q, k, v) and not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
             _, seen, grad = entry
@@ -138,6 +140,8 @@ def read_again(
     except TypeError:
         # A list for a number, say: the long way has words for it.
         return None
+    if recent and _any_nested(*tensors):
+        return None
     for alike, seen, _ in recent:
         if alike(*tensors):
             if seen.repeat is None or _unaligned(tensors):
@@ -186,6 +190,14 @@ def append_again(
     """`attention` with new tokens and a mask without tensors, by a backend that appends them in the launch that attends; else None, and nothing is done."""
     usual = no_modes() and not torch.compiler.is_compiling()
     return read_again(q, cache, mask, softmax_scale, softcap, False, backend, k, v, rotary) if usual else None
+
+
+def _any_nested(*tensors: Any) -> bool:
+    """Whether `_Guards` must not see them: on a nested tensor its check ends the process."""
+    for t in tensors:  # noqa: SIM110 - a generator would double the time
+        if getattr(t, "is_nested", False):
+            return True
+    return False
 
 
 def _with_cache(

@@ -42,7 +42,7 @@ class Argument:
 class Kernel:
     """A kernel of one argument on one device.
 
-    function: CuPy's. launch: `cupy.cuda.driver.launchKernel`, in which the function's call ends after 3 us of its own.
+    function: CuPy's. launch: `cupy.cuda.driver.launchKernel`, in which the function's call ends after work of its own.
     """
 
     def __init__(self, function: Any, launch: Callable[..., None]) -> None:

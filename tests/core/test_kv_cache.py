@@ -393,3 +393,25 @@ def test_packed_queries_that_do_not_fit() -> None:
         attnhub.attention(q[None], varlen=varlen, kv_cache=cache)
     with pytest.raises(ValueError, match="no gradient"):
         attnhub.attention(q.requires_grad_(), varlen=varlen, kv_cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: KVCache([1], torch.zeros(1, 1, 4, 2), torch.zeros(1, dtype=torch.int32)), TypeError, r"k_cache.*got list"),
+        (lambda: KVCache(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2).half(), torch.zeros(1, dtype=torch.int32)), ValueError, "one floating dtype"),
+        (lambda: KVCache(torch.zeros(1, 1, 4, 2).int(), torch.zeros(1, 1, 4, 2).int(), torch.zeros(1, dtype=torch.int32)), ValueError, "one floating dtype"),
+        (lambda: KVCache.empty(0, 1, 4, 2), ValueError, r"batch=0.*at least 1"),
+        (lambda: KVCache.empty(1, 1, 4, 2, v_head_dim=0), ValueError, "v_head_dim=0"),
+        (lambda: KVCache.empty(1, 1, 4, 2, page_size=True), ValueError, "page_size=True"),
+        (lambda: KVCache.empty(1, 1, 4, 2, page_size=-1), ValueError, "page_size=-1"),
+        (lambda: KVCache.empty(1, 1, 4, 2).advance(1.5), TypeError, "tokens=1.5"),
+        (lambda: attnhub.append_kv(KVCache.empty(1, 1, 4, 2), torch.zeros(1, 1, 1, 2).int(), torch.zeros(1, 1, 1, 2)), ValueError, r"k\).*floating"),
+        (lambda: attnhub.append_kv(KVCache.empty(1, 1, 4, 2), torch.zeros(1, 1, 1, 2), None), TypeError, r"v\).*NoneType"),
+        (lambda: attnhub.scaled_dot_product_attention(None, None, None), TypeError, r"\(query\).*NoneType"),
+        (lambda: attnhub.attention(*(torch.zeros(1, 1, 2, 8) for _ in range(3)), dropout_p=None), (TypeError, ValueError), "dropout_p"),
+    ],
+)  # fmt: skip
+def test_bad_values_are_named(make: Any, error: Any, words: str) -> None:
+    with pytest.raises(error, match=words):
+        make()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Optional
@@ -340,3 +342,24 @@ def test_what_is_remembered_of_a_cache_is_no_part_of_it(short: Short) -> None:
     for other in (pickle.loads(pickle.dumps(cache)), copy.copy(cache), copy.deepcopy(cache)):
         assert vars(other).keys() == {name for name in vars(cache) if name != "_kept"}
         torch.testing.assert_close(attnhub.attention(q, kv_cache=other), want)
+
+
+def test_tensors_without_strides_are_no_such_calls() -> None:
+    """In a process of its own, which torch's check of a nested tensor would end."""
+    source = """
+import torch, attnhub
+q, k, v = (torch.randn(2, 4, 8, 16) for _ in range(3))
+for _ in range(3):
+    attnhub.attention(q, k, v)
+    attnhub.attention(q, kv_cache=attnhub.KVCache(k, v, torch.full((2,), 8, dtype=torch.int32)))
+cache = attnhub.KVCache(k, v, torch.full((2,), 8, dtype=torch.int32))
+nested = torch.nested.nested_tensor([torch.randn(4, 8, 16), torch.randn(4, 9, 16)])
+for odd in (nested, q.to_sparse(), q.to_mkldnn()):
+    for call in (lambda: attnhub.attention(odd, k, v), lambda: attnhub.attention(q, k, odd), lambda: attnhub.attention(odd, kv_cache=cache)):
+        try:
+            call()
+        except (TypeError, ValueError) as error:
+            print(type(error).__name__)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", source], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and len(done.stdout.split()) == 9, done.stdout + done.stderr[-2000:]
