@@ -24,6 +24,8 @@ _PATIENCE = 600.0
 #: Classes of query lengths from a short prompt on; up to the last, since tiles differ with them.
 _PROMPTS = (16, *(1 << n for n in range(5, 18)))
 _NEXT_TOKENS = (1, 16)
+#: Sequences of a large batch, for which the cuda backend's kernel for few queries may have other tiles.
+_MANY = 1024
 _ONLY_LONG = frozenset({Feature.WINDOW, Feature.CHUNK})
 
 
@@ -148,7 +150,10 @@ def of_model(found: Iterable[Problem], info: DeviceInfo, dtype: str, page_size: 
                 ways.append(((features - {Feature.LEFTPAD}) | {Feature.PAGED, Feature.SEQLENS}, page_size))
             for way, size in ways:
                 lengths = _NEXT_TOKENS if p.seqlen_q <= 1 else _PROMPTS
-                made += [dataclasses.replace(base, seqlen_q=n, features=way, page_size=size) for n in lengths]
+                made += [
+                    dataclasses.replace(base, seqlen_q=n, features=way, page_size=size, batch=batch)
+                    for n in lengths for batch in ((1, _MANY) if n in _NEXT_TOKENS else (1,))
+                ]  # fmt: skip
     return list(dict.fromkeys(made))
 
 

@@ -139,6 +139,12 @@ def test_a_window_does_not_fill_short_prompts() -> None:
     assert _names(command.of_model(small, HOPPER, "bfloat16")) == {"decode-16--0", "hopper-128-True-", "hopper-128-False-"}
 
 
+def test_a_large_batch_has_tiles_of_its_own() -> None:
+    problems = command.of_model([_model(seqlen_q=1, head_dim=128, v_head_dim=128)], HOPPER, "bfloat16", page_size=16)
+    decoding = {v for kernel, v in map(kernel_for, problems) if kernel == "decode"}
+    assert {(v.warps, v.paging) for v in decoding if isinstance(v, DecodeVariant)} == {(8, 0), (8, 1), (4, 1)}
+
+
 def test_what_is_not_served_is_told_once_with_its_reasons() -> None:
     small = [_model(Feature.BIAS), _model(Feature.CAUSAL_BOTTOM_RIGHT, head_dim=20, v_head_dim=20), _model()]
     served, refused = command.sort(command.of_model(small, HOPPER, "bfloat16"))
