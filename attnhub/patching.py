@@ -114,6 +114,8 @@ def patch(model: Any, *, strict: bool = False, only: Optional[Callable[[str, Any
     Returns the report: every attention module found, patched or skipped with the reason; it keeps counting calls. A model
     that no integration knows is an error, since a silent no-op would look like success.
     """
+    if isinstance(model, type):
+        raise TypeError(f"patch(model): {model.__name__} is a class: a model is needed; patch what it makes")
     integrations = [i for i in _integrations() if i.matches(model)]
     report = PatchReport()
     if only is not None and not callable(only):
@@ -128,8 +130,6 @@ def patch(model: Any, *, strict: bool = False, only: Optional[Callable[[str, Any
         options["only"] = only
     for integration in integrations:
         report.modules.extend(integration.patch(model, **options))
-    if isinstance(model, type):
-        raise TypeError(f"patch(model): {model.__name__} is a class: a model is needed; patch what it makes")
     if not report.modules:
         raise PatchError(
             f"patch(model): no attention that attnhub knows was found in {type(model).__name__}. It routes HuggingFace models (whole ones: "

@@ -121,7 +121,7 @@ def _call_of(inputs: Inputs, dtype: torch.dtype, rng: Optional[Tensor]) -> Call:
     mask, kwargs = inputs.mask, dict(inputs.kwargs)
     if mask.bias is not None:
         mask = dataclasses.replace(mask, bias=wide(mask.bias))
-    if mask.alibi is not None:
+    if mask.alibi is not None and dtype == torch.float64:  # slopes are fp32 whatever q is
         mask = dataclasses.replace(mask, alibi=wide(mask.alibi))
     cache = kwargs.pop("kv_cache", None)
     descale = Descale(*(wide(kwargs.pop(f"{name}_descale", None)) for name in "qkv"))
