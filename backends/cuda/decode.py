@@ -120,10 +120,10 @@ def cost(problem: Problem) -> float:
 def choose(problem: Problem) -> DecodeVariant:
     """The variant for a problem that it serves."""
     arch, features, page = tuple(problem.device.arch), problem.features, problem.page_size
-    tiles = _tiles(problem)
+    shared = _tiles(problem) >= _MANY_TILES and (page or slot_bytes(problem.head_dim, problem.v_head_dim) <= _NARROW)
     return make(
         f"sm_{arch[0]}{arch[1]}", problem.q_dtype, problem.head_dim, problem.v_head_dim, 0 if not page else 2 if page % KEYS else 1,
-        softcap=Feature.SOFTCAP in features, alibi=Feature.ALIBI in features, alone=arch in _LARGE and not (tiles >= _MANY_TILES and (page or slot_bytes(problem.head_dim, problem.v_head_dim) <= _NARROW)),
+        softcap=Feature.SOFTCAP in features, alibi=Feature.ALIBI in features, alone=arch in _LARGE and not shared,
     )  # fmt: skip
 
 

@@ -186,6 +186,7 @@ SMALL = (
     Sample("portable", "causal-64", 200, mask=Causal(), batch=1),
     Sample("portable", "full-128", 150, 141, head_dim=128, batch=1),
     Sample("portable", "window-200-40", 100, 140, head_dim=200, v_head_dim=40, heads=(2, 1), batch=1, mask=Causal() & Window(40)),
+    Sample("portable", "causal-256", 150, 260, head_dim=256, heads=(2, 1), batch=1, mask=Causal()),
     Sample("portable", "packed-72", 0, head_dim=72, packed=(70, 0, 130, 1), mask=Causal(), sinks=True),
     Sample("portable", "padded-64", 90, 130, padded=True, alibi=True, softcap=5.0),
     Sample("turing", "causal-64", 200, mask=Causal(), batch=1, dtype=_HALF),

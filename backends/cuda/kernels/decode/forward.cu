@@ -29,7 +29,7 @@ constexpr int kAhead = Config::kSlots / 2;
 constexpr int kTableBlocks = kAhead < 3 ? 4 : kAhead < 7 ? 8 : 16;
 static_assert(kTableBlocks > kAhead + 1, "too few");
 constexpr int kEntryBytes = 4 * Cache<Config::kPaging, Config::kAppends>::kEntries, kTableBytes = kTableBlocks * kEntryBytes;
-constexpr int kMergeAt = Config::kWarps * Config::kWarpBytes, kTableAt = kMergeAt + Merge<Config>::kBytes;
+constexpr int kTableAt = Config::kWarps * Config::kWarpBytes + Merge<Config>::kBytes;
 static_assert(kTableAt + Config::kWarps * kTableBytes <= ATTNHUB_SHARED_BYTES, "the launch asks for ATTNHUB_SHARED_BYTES");
 
 static __device__ __forceinline__ void attend(const Params& params, unsigned char* shared) {
