@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import attnhub
-from attnhub import testing
+from attnhub import runtime, testing
 from attnhub.backend import Backend, Call, Gradients, Needs, Plan
 from attnhub.backends.reference import EVERYTHING, FLOATS, ReferencePlan, maths
 from attnhub.capability import Capability, DeviceRange
@@ -344,6 +344,32 @@ def test_nothing_fails_where_nothing_is_broken(register: Any) -> None:
     for check in todo:
         if check.case is not None and check.case.new_tokens:
             check.run()
+
+
+def test_the_decision_of_the_case_before_is_not_taken_for_this_one(register: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(Wrapped())
+    check = next(c for c in testing.checks("broken", level="tiny", kinds=("forward",)))
+    check.run()
+    real = attnhub.api.attention
+
+    def undecided(*args: Any, **kwargs: Any) -> Any:
+        before = runtime._served.chosen
+        result = real(*args, **kwargs)
+        runtime._served.chosen = before
+        return result
+
+    monkeypatch.setattr(attnhub.api, "attention", undecided)
+    with pytest.raises(ConformanceError, match="served by None"):
+        check.run()
+
+
+def test_a_case_without_queries_needs_no_decision(register: Any) -> None:
+    register(Wrapped())
+    empty = [c for c in testing.checks("broken", level="full", kinds=("forward",)) if "varlen0,0;" in str(c)]
+    assert empty
+    for check in empty:
+        runtime._served.chosen = None
+        check.run()
 
 
 def test_fp8_weights_are_within_the_rule(register: Any) -> None:
