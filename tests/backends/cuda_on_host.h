@@ -80,6 +80,20 @@ inline Warp& warp() { return warps[current / 32]; }
 inline void meet_warp() { meet(warp().meeting, 32); }
 inline void meet_pair(int barrier) { meet(pair_meetings[barrier], 64); }
 
+[[noreturn]] inline void fail(const std::string& message) {
+    failure = message;
+    for (;;) swapcontext(&lanes[current]->context, &scheduler);
+}
+
+// All of the block, at one place of the source.
+inline void meet_block(const std::string& place) {
+    static std::string first;
+    if (block_meeting.count == 0) first = place;
+    if (place != first) fail("some threads are at " + first + " and others at " + place);
+    meet(block_meeting, static_cast<int>(lanes.size()));
+}
+inline void meet_anywhere() { meet_block("barrier.sync"); }
+
 // Gives every lane's words to every lane of the warp: f(words of all).
 template <class T, class F> auto exchange(const T& mine, F f) {
     static_assert(sizeof(T) <= sizeof(Warp::slots[0]));
@@ -257,15 +271,15 @@ inline int __reduce_max_sync(unsigned, int x) {
     return host::exchange(x, [&](auto all) { int most = all(0); for (int i = 1; i < 32; ++i) most = max(most, all(i)); return most; });
 }
 inline void __syncwarp() { host::meet_warp(); }
-inline void __syncthreads() { host::meet(host::block_meeting, static_cast<int>(host::lanes.size())); }
-inline int __syncthreads_or(int x) {
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { host::meet_block(file + (":" + std::to_string(line))); }
+inline int __syncthreads_or(int x, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     static int any;
     if (host::current == 0) any = 0;
-    __syncthreads();
+    __syncthreads(file, line);
     any |= x;
-    __syncthreads();
+    __syncthreads(file, line);
     const int found = any;
-    __syncthreads();
+    __syncthreads(file, line);
     return found;
 }
 inline void __threadfence() {}
@@ -274,8 +288,7 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 extern "C" [[noreturn]] inline void __assertfail(const char* message, const char*, unsigned, const char*, size_t) {
-    host::failure = message;
-    for (;;) swapcontext(&host::lanes[host::current]->context, &host::scheduler);
+    host::fail(message);
 }
 template <class T> T __ldcg(const T* x) { return *x; }
 inline float __uint_as_float(unsigned x) { return host::as_float(x); }

@@ -36,6 +36,7 @@ _FUNCTIONS = {
     "fma.rn.f16x2": "taint<host::Half>",
     "ex2.approx": "exp2",
     "bar.sync": "meet_pair",
+    "barrier.sync 0;": "meet_anywhere",
     "rcp.approx": "reciprocal",
     "cvt.f32.f16": "widen",
 }

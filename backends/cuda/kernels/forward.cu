@@ -27,6 +27,16 @@ using VTile = Tile<kKeys, ATTNHUB_V_HEAD_DIM>;
 using OutTile = Tile<kRows, ATTNHUB_V_HEAD_DIM>;
 using Exchange = PairExchange<kRows, kKeys>;
 
+// All of the block have come to one of these. Anywhere: unlike with __syncthreads it may be another one for each warp.
+template <bool Anywhere>
+static __device__ __forceinline__ void meet() {
+    if constexpr (Anywhere) {
+        asm volatile("barrier.sync 0;" ::: "memory");
+    } else {
+        __syncthreads();
+    }
+}
+
 static __device__ __forceinline__ const Element* rows_of(
     const void* tensor, const Strides& strides, long long batch, int head, long long token) {
     return static_cast<const Element*>(tensor) + batch * strides.batch + head * strides.head + token * strides.token;
@@ -52,6 +62,7 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
     if (row_count <= 0) return true;
 
     constexpr bool kPairs = ATTNHUB_PAIRS && !Careful;
+    constexpr bool kSkips = !ATTNHUB_PAIRS && !Careful;  // tiles that none of a warp's rows sees
     constexpr int kRowTiles = kRows / 16 / (kPairs ? ATTNHUB_WARPS / 2 : ATTNHUB_WARPS);  // of 16 rows, per warp
     constexpr int kWarpRows = kRowTiles * 16;
     constexpr int kWarpKeys = kPairs ? kKeys / 2 : kKeys, kWarpColumns = kPairs ? VTile::kColumns / 2 : VTile::kColumns;
@@ -133,7 +144,7 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
         });
     };
     const auto more = [&] { return has_keys && key + kKeys > some.first; };
-    const auto not_mine = [&] { return !Careful && key >= my_last; };
+    const auto not_mine = [&] { return kSkips && key >= my_last; };
     const auto keep_query = [&] {  // Q arrived with the first K
         if constexpr (ATTNHUB_KEPT > 0) {
             __syncthreads();
@@ -151,15 +162,15 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
         }
         for (; more() && not_mine(); key -= kKeys) {
             k_copy.finish(k_tile);
-            __syncthreads();
+            meet<kSkips>();
             load_values(key, v_tile);
             v_copy.finish(v_tile);
-            __syncthreads();
+            meet<kSkips>();
             load_keys(key - kKeys, k_tile);
         }
         for (; more(); key -= kKeys) {
             k_copy.finish(k_tile);
-            __syncthreads();  // K is here, and nobody reads the last V any more
+            meet<kSkips>();  // K is here, and nobody reads the last V any more
             Scores<kRowTiles, kWarpKeys> scores;
             multiply_keys<Type, KTile, kRowTiles, kWarpKeys>(scores, query, k_tile + KTile::offset(my_keys, 0), lane, [&](int step) {
                 if (step == 0) load_values(key, v_tile);
@@ -170,7 +181,7 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
             if constexpr (Careful) {
                 hazard = __syncthreads_or(masked(key) && has_nonfinite<Type, VTile>(v_tile));
             } else {
-                __syncthreads();
+                meet<kSkips>();
             }
             complete(scores, key);
             raise_maxima<Careful, kPairs>(scores, rows, out, scale, exchange);
@@ -197,14 +208,14 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
         uint32 stage = 0;
         for (; more() && not_mine(); key -= kKeys) {
             k_copy.finish(k_tile);
-            __syncthreads();
+            meet<kSkips>();
             stage ^= 1;
             load_keys(key - kKeys, k_tile + stage * KTile::kBytes);
             load_values(key - kKeys, v_tile + stage * VTile::kBytes);
         }
         for (; more(); key -= kKeys) {
             k_copy.finish(k_tile);
-            __syncthreads();  // K and V are here, and nobody reads those before any more
+            meet<kSkips>();  // K and V are here, and nobody reads those before any more
             const uint32 this_k = k_tile + stage * KTile::kBytes, this_v = v_tile + stage * VTile::kBytes;
             stage ^= 1;
             Scores<kRowTiles, kWarpKeys> scores;
