@@ -16,7 +16,6 @@ from attnhub import config
 from attnhub.backends.cuda.nvrtc import Nvrtc
 
 KERNELS = Path(__file__).parent / "kernels"
-MAIN = "forward.cu"
 ENTRY = "attnhub_forward"
 _REPORT = "--ptxas-options=-v"  # changes the log, not the cubin
 

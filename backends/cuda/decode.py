@@ -73,7 +73,6 @@ class DecodeVariant:
     def options(self) -> tuple[str, ...]:
         """NVRTC's options. Denormal fp32 values count as 0 (they lie far below one rounding unit of the result)."""
         defines = {
-            "TURING": 0,
             "TYPE": {"float16": "Half", "bfloat16": "BFloat16"}[self.dtype],
             "HEAD_DIM": self.head_dim,
             "V_HEAD_DIM": self.v_head_dim,

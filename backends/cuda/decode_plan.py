@@ -1,4 +1,4 @@
-"""Launching the decode kernel: one launch, in which the block that comes last merges the parts of a tile of rows."""
+"""Launching the decode kernel: one launch, in which the warp that comes last to a row merges its parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernel's one argument: the layout of ``Params`` in kernels/params.cuh, field by field.
+"""The kernel's one argument: the layout of ``Params`` in kernels/portable/params.cuh, field by field.
 
 One struct and not 40 arguments, because CuPy converts each argument of a launch by itself, in about 1 us.
 """

@@ -44,7 +44,7 @@ class Variant:
     softcap: bool = False
     alibi: bool = False
 
-    main = "forward.cu"
+    main = "portable/forward.cu"
 
     def generated(self) -> dict[str, str]:
         return {}
@@ -107,7 +107,7 @@ def _columns(head_dim: int) -> int:
 
 
 def _pitch(head_dim: int) -> int:
-    """Bytes from one row of a tile to the next: `Tile` in kernels/tile.cuh."""
+    """Bytes from one row of a tile to the next: `Tile` in kernels/portable/tile.cuh."""
     return (_columns(head_dim) + 8) * 2
 
 

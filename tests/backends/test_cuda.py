@@ -124,7 +124,7 @@ def test_the_struct_is_laid_out_as_python_packs_it() -> None:
     asserts = [f"static_assert(sizeof(attnhub::Params) == {params.LAYOUT.size});"]
     asserts += [f"static_assert(__builtin_offsetof(attnhub::Params, {name}) == {at});" for name, at in params.offsets().items()]
     options = ("-arch=sm_80", "-std=c++17", "-default-device")
-    source = '#include "params.cuh"\n' + "\n".join(asserts)
+    source = '#include "portable/params.cuh"\n' + "\n".join(asserts)
     _library().compile(source, "layout.cu", compile.headers(), options)
     with pytest.raises(nvrtc.CompileError, match=r"static_assert|static assertion"):
         _library().compile(
@@ -159,7 +159,7 @@ def _name(v: variant.Variant) -> str:
 
 
 def _compile(v: variant.Variant) -> nvrtc.Compiled:
-    return _library().compile(compile.sources()[compile.MAIN], compile.MAIN, compile.headers(), (*v.options(), "--ptxas-options=-v"))
+    return _library().compile(compile.sources()[v.main], v.main, compile.headers(), (*v.options(), "--ptxas-options=-v"))
 
 
 def _spilled(log: str) -> int:
@@ -262,7 +262,7 @@ def test_a_cubin_is_compiled_once_and_kept(tmp_path: Path) -> None:
 def test_a_changed_source_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake: Any = _Counting()
     compile.cubin(SMALL, fake, tmp_path)
-    changed = {**compile.sources(), "mask.cuh": compile.sources()["mask.cuh"] + "\n"}
+    changed = {**compile.sources(), "portable/mask.cuh": compile.sources()["portable/mask.cuh"] + "\n"}
     monkeypatch.setattr(compile, "sources", lambda: changed)
     compile.cubin(SMALL, fake, tmp_path)
     assert fake.compiled == 2

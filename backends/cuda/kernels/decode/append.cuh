@@ -12,16 +12,9 @@ namespace attnhub {
 // As where torch's indexing meets an index out of range: nothing is read back, so that the host cannot ask before.
 static __device__ __forceinline__ void fail(const char* message) { __assertfail(message, "attnhub", 0, "decode", 1); }
 
-static __device__ __forceinline__ float widen(BFloat16, Element x) { return __uint_as_float(static_cast<uint32>(x) << 16); }
-static __device__ __forceinline__ float widen(Half, Element x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-    return y;
-}
-
 template <class Type>
 static __device__ __forceinline__ float angle(const void* table, long long at, int narrow) {
-    return narrow ? widen(Type{}, static_cast<const Element*>(table)[at]) : static_cast<const float*>(table)[at];
+    return narrow ? Type::widen(static_cast<const Element*>(table)[at]) : static_cast<const float*>(table)[at];
 }
 
 // (a, b) turned by an angle, every operation rounded as torch rounds it.
@@ -44,12 +37,12 @@ static __device__ __forceinline__ void turn_rows(const Params& params, uint32 bl
                                      block + Block<C::kDepth>::offset(row, other / 8) + other % 8 * 2};
         uint32 x[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x[i]) : "r"(addresses[i]) : "memory");
+        for (int i = 0; i < 2; ++i) x[i] = load_word(addresses[i]);
         float a[2][2];  // [word][half]
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            a[i][0] = widen(Type{}, static_cast<Element>(x[i] & 0xffffu));
-            a[i][1] = widen(Type{}, static_cast<Element>(x[i] >> 16));
+            a[i][0] = Type::widen(static_cast<Element>(x[i] & 0xffffu));
+            a[i][1] = Type::widen(static_cast<Element>(x[i] >> 16));
         }
         const long long place = position(row) * params.angle_stride + first_angle;
 #pragma unroll
@@ -62,7 +55,7 @@ static __device__ __forceinline__ void turn_rows(const Params& params, uint32 bl
             }
         }
 #pragma unroll
-        for (int i = 0; i < 2; ++i) asm volatile("st.shared.b32 [%0], %1;" :: "r"(addresses[i]), "r"(Type::pack(a[i][0], a[i][1])) : "memory");
+        for (int i = 0; i < 2; ++i) store_word(addresses[i], Type::pack(a[i][0], a[i][1]));
     }
 }
 

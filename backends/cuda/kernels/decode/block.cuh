@@ -2,6 +2,8 @@
 #pragma once
 
 #include "decode/mask.cuh"
+#include "element.cuh"
+#include "shared.cuh"
 
 namespace attnhub {
 
@@ -29,7 +31,7 @@ struct Block {
         }
     }
 
-    // Elements of a piece that exist. Compared with constants: see tile.cuh of the portable kernel.
+    // Elements of a piece that exist. Compared with constants: see portable/tile.cuh.
     static __device__ __forceinline__ int present(int piece) { return piece < Dim / 8 ? 8 : piece == Dim / 8 ? Dim % 8 : 0; }
 };
 
@@ -45,12 +47,6 @@ static __device__ __forceinline__ void copy_piece(const Element* row_start, cons
 static __device__ __forceinline__ void copy_word(const int* source, uint32 target) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(target), "l"(source) : "memory");
 }
-static __device__ __forceinline__ uint32 load_word(uint32 address) {
-    uint32 x;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
-    return x;
-}
-static __device__ __forceinline__ void store_word(uint32 address, int x) { asm volatile("st.shared.b32 [%0], %1;" :: "r"(address), "r"(x) : "memory"); }
 
 enum Pages { kContiguous, kWholePages, kAnyPages };  // kWholePages: of a multiple of 16 keys, so that a block lies in one page
 
@@ -126,14 +122,5 @@ struct Cache {
 
 static __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int Pending> static __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" :: "n"(Pending) : "memory"); }
-
-static __device__ __forceinline__ uint4 load_shared(uint32 address) {
-    uint4 x;
-    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
-    return x;
-}
-static __device__ __forceinline__ void store_shared(uint32 address, uint4 x) {
-    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" :: "r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
-}
 
 }  // namespace attnhub

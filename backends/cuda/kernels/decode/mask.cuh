@@ -1,16 +1,11 @@
-// Every mask this kernel serves allows a query one span of keys, both ends of which only grow with the query's position. The rows of a tile are
-// the same few queries for several heads: look-ups of the first and the last query tell which keys to load and which blocks need a mask.
+// The rows of a tile are the same few queries for several heads: look-ups of the first and the last query tell which keys to load and which blocks need
+// a mask (span.cuh).
 #pragma once
 
 #include "decode/params.cuh"
+#include "span.cuh"
 
 namespace attnhub {
-
-struct Span {  // keys first <= j < last; empty if last <= first
-    int first, last;
-
-    __device__ __forceinline__ bool holds(int j) const { return j >= first && j < last; }
-};
 
 // The queries of one sequence: where they lie in the tensors.
 struct Queries {
@@ -36,18 +31,7 @@ struct Mask {
     }
 
     __device__ __forceinline__ Span keys(const Params& params, int query) const {
-        const int p = query + offset;
-        Span span{leftpad, len_k};
-        if (params.causal) span.last = min(span.last, max(p + 1, prefix));
-        if (params.window_left >= 0) span.first = max(span.first, p - params.window_left);
-        if (params.window_right >= 0) span.last = min(span.last, p + params.window_right + 1);
-        if (params.chunk > 0) {
-            const int remainder = p % params.chunk;
-            const int start = p - remainder - (remainder < 0 ? params.chunk : 0);  // floor, for p < 0 as well
-            span.first = max(span.first, start);
-            span.last = min(span.last, start + params.chunk);
-        }
-        return span;
+        return span_of(params, query + offset, len_k, leftpad, prefix);
     }
 };
 

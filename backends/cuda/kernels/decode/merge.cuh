@@ -1,5 +1,5 @@
 // Parts of a softmax over disjoint keys become one: of the warps of a block through shared memory, of the splits through device memory, where
-// the block that comes last does it. The order of sums is that of warps and splits, whoever comes last.
+// the warp that comes last to a row does it. The order of sums is that of warps and splits, whoever comes last.
 #pragma once
 
 #include "decode/rows.cuh"
@@ -10,13 +10,6 @@ namespace attnhub {
 struct Part {
     float maximum, sum;
 };
-
-template <class F>
-static __device__ __forceinline__ float across_warp(float x, F combine) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x = combine(x, __shfl_xor_sync(0xffffffffu, x, step));
-    return x;
-}
 
 // What a part's sums are multiplied by. highest: the largest maximum of all parts.
 static __device__ __forceinline__ float part_factor(float maximum, float highest, float scale) {
@@ -49,7 +42,7 @@ static __device__ __forceinline__ void write_row(
     const Params& params, const Queries& queries, const Row& row, int group, const Part& part, const float4& sums, float scale) {
     using Type = typename C::Type;
     float scaled = part.maximum == -kInfinity ? -kInfinity : part.maximum * scale, sum = part.sum, factor = 1.f;
-    if (params.sinks != nullptr) {
+    if (params.sinks != nullptr) {  // add_sink, of which the compiler makes other code here
         const float sink = params.sinks[row.head] * kLog2e;
         const float anchor = fmaxf(scaled, sink);
         if (anchor != -kInfinity) {  // else there is neither a key nor a sink
@@ -72,7 +65,7 @@ static __device__ __forceinline__ void write_row(
     }
     if (params.lse != nullptr && group == 0) {
         params.lse[(static_cast<long long>(queries.batch) * params.q_heads + row.head) * params.seqlen_q + queries.token + row.query] =
-            sum == 0.f ? -kInfinity : (scaled + log2f(sum)) * kLn2;
+            lse_of(scaled, sum);
     }
 }
 

@@ -1,13 +1,9 @@
 // What the host tells the kernel: one struct, passed by value. `decode_params.py` holds the same layout; a test compares them.
 #pragma once
 
-#include "element.cuh"
+#include "tensor.cuh"
 
 namespace attnhub {
-
-struct Strides {  // in elements; the stride inside a token is always 1
-    long long batch, head, token;
-};
 
 // Division by a number that the host knows, of 0 <= n < 2^31 (Granlund and Montgomery, 1994): a division in the device's own way takes as long as 30
 // multiplications, and the first copies wait for all of them.

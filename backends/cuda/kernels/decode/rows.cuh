@@ -3,19 +3,10 @@
 #pragma once
 
 #include "decode/append.cuh"
+#include "row.cuh"
+#include "warp.cuh"
 
 namespace attnhub {
-
-constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kLog2e = 1.4426950408889634f;
-
-// Combines the 4 lanes that share a row.
-template <class F>
-static __device__ __forceinline__ float across_row(float x, F combine) {
-    x = combine(x, __shfl_xor_sync(0xffffffffu, x, 1));
-    return combine(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
 
 // Row r of a K/V head is query r % Sq of its query head r / Sq, for the Sq queries of the sequence.
 struct Row {
@@ -110,14 +101,14 @@ struct Rows {
 private:
     static __device__ __forceinline__ int column(int n, int i, int lane) { return n * 8 + lane % 4 * 2 + i % 2; }
 
-    // Softcap: c * tanh(score / c) in units of log2, as c * (1 - 2 / (exp(2 x) + 1)), since tanh.approx has 11 bits. ALiBi: - slope * |p - j|.
+    // Softcap, and ALiBi: - slope * |p - j|.
     __device__ __forceinline__ void adjust(const Params& params, const Mask& mask, int key, int lane) {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 float& x = s[n][i];
-                if constexpr (C::kSoftcap) x = fmaf(-2.f * params.cap_outer, reciprocal_fast(exp2_fast(x * params.cap_inner) + 1.f), params.cap_outer);
+                if constexpr (C::kSoftcap) x = capped(x, params.cap_inner, params.cap_outer);
                 if constexpr (C::kAlibi) {
                     const int away = own[i / 2].query + mask.offset - (key + column(n, i, lane));
                     x = fmaf(-slope[i / 2], fabsf(static_cast<float>(away)), C::kSoftcap ? x : x * params.scale_log2);
@@ -174,16 +165,14 @@ private:
     __device__ __forceinline__ void keep_nonfinite_apart(int key, uint32 v, int lane) {
         uint32 taint = 0;
         VBlock::for_each_piece(lane, [&](int row, int piece) {
-            const uint4 x = load_shared(v + VBlock::offset(row, piece));
-            taint = Type::taint(Type::taint(Type::taint(Type::taint(taint, x.x), x.y), x.z), x.w);
+            taint = taint_all<Type>(taint, load_shared(v + VBlock::offset(row, piece)));
         });
-        if (!__any_sync(0xffffffffu, (taint & 0x7fff7fffu) != 0)) return;
+        if (!__any_sync(0xffffffffu, tainted(taint))) return;
 #pragma unroll 1
         for (int row = 0; row < kBlock; ++row) {
 #pragma unroll
             for (int n = 0; n < VBlock::kColumns / 8; ++n) {
-                uint32 pair;
-                asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(v + VBlock::offset(row, n) + lane % 4 * 4) : "memory");
+                const uint32 pair = load_word(v + VBlock::offset(row, n) + lane % 4 * 4);
                 const float low = Type::nonfinite(pair & 0xffffu), high = Type::nonfinite(pair >> 16);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {

@@ -7,10 +7,6 @@
 
 namespace attnhub {
 
-static __device__ __forceinline__ const Element* rows_of(const Element* tensor, const Strides& strides, long long batch, int head, long long token) {
-    return tensor + batch * strides.batch + head * strides.head + token * strides.token;
-}
-
 // Columns `column` and the next of a row in device memory, 0 behind its end.
 static __device__ __forceinline__ uint32 load_pair(const Element* row, int column, int end) {
     const uint32 low = column < end ? row[column] : 0, high = column + 1 < end ? row[column + 1] : 0;
@@ -56,7 +52,7 @@ static __device__ __forceinline__ void attend_carefully(
 #pragma unroll
             for (int group = 0; group < 2; ++group) {
                 const Element* keys = k + min(key + group * 8 + lane / 4, end - 1) * params.k_strides.token;
-                Type::multiply(products[group], a, load_pair(keys, at, params.head_dim), load_pair(keys, at + 8, params.head_dim));
+                Type::mma(products[group], a, load_pair(keys, at, params.head_dim), load_pair(keys, at + 8, params.head_dim));
             }
         }
         float scores[8] = {products[0][0], products[0][1], products[0][2], products[0][3],
@@ -96,11 +92,10 @@ static __device__ __forceinline__ void attend_carefully(
 // Whether a row that exists holds a value that is not finite in this lane; words as of `to_words`.
 template <class Type, int N>
 static __device__ __forceinline__ bool any_nonfinite(const uint32 (&words)[N], int row, int len_q) {
-    uint32 taint[4] = {};  // 0 * x is 0, of either sign, as long as x is finite; sums of their own do not wait for each other
+    uint32 taint[4] = {};  // sums of their own do not wait for each other
 #pragma unroll
-    for (int i = 0; i < N; ++i) taint[i & 3] = Type::add_nothing(words[i], taint[i & 3]);
-    const uint32 first = (taint[0] | taint[2]) & 0x7fff7fffu, second = (taint[1] | taint[3]) & 0x7fff7fffu;
-    return (first != 0 && row < len_q) || (second != 0 && row + 8 < len_q);
+    for (int i = 0; i < N; ++i) taint[i & 3] = Type::taint(taint[i & 3], words[i]);
+    return (tainted(taint[0] | taint[2]) && row < len_q) || (tainted(taint[1] | taint[3]) && row + 8 < len_q);
 }
 
 }  // namespace attnhub

@@ -15,20 +15,12 @@ static __device__ __forceinline__ void finish_rows(
         float sum = across_row(rows.sum[half], [](float a, float b) { return a + b; });
         float scaled = rows.maximum[half] == -kInfinity ? -kInfinity : rows.maximum[half] * scale;
         float factor = 1.f;
-        if (params.sinks != nullptr) {
-            const float sink = params.sinks[work.head] * kLog2e;
-            const float anchor = fmaxf(scaled, sink);
-            if (anchor != -kInfinity) {  // else there is neither a key nor a sink
-                factor = exp2f(scaled - anchor);
-                sum = sum * factor + exp2f(sink - anchor);
-                scaled = anchor;
-            }
-        }
+        if (params.sinks != nullptr) add_sink(scaled, sum, factor, params.sinks[work.head]);
         // A sum is 0 or at least the weight of its maximum: far from where the fast reciprocal, which is within one unit in the last place, underflows.
         factors[half] = sum == 0.f ? 0.f : factor * reciprocal_fast(sum);
         if (params.lse != nullptr && lane % 4 == 0 && row + 8 * half < work.len_q) {
             float* lse = params.lse + (static_cast<long long>(work.batch) * params.q_heads + work.head) * params.seqlen_q + work.q_token + row + 8 * half;
-            *lse = sum == 0.f ? -kInfinity : (scaled + log2f(sum)) * kLn2;
+            *lse = lse_of(scaled, sum);
         }
     }
 }

@@ -5,7 +5,7 @@
 // product of the last weights with V run together, and the softmax runs under the latter; scores, weights and out never leave the
 // registers. Keys are walked from the last tile to the first, so that a causal tile meets its masked tiles at the start.
 //
-// Compiled once per variant (hopper_variant.py), which defines ATTNHUB_*: see Config.
+// Compiled once per variant (hopper.py), which defines ATTNHUB_*: see Config.
 
 #include "hopper/epilogue.cuh"
 

@@ -4,6 +4,7 @@
 
 #include "hopper/pipeline.cuh"
 #include "hopper/schedule.cuh"
+#include "warp.cuh"
 
 namespace attnhub {
 

@@ -1,15 +1,10 @@
-// Every mask this kernel serves (lengths, left padding, causal, window, chunk, prefix) allows a query one span of keys, and both ends of
-// the span only grow with the query's position. So a tile of queries needs two look-ups: what some of its queries see (tiles outside are
-// skipped) and what all of them see (tiles inside need no mask).
+// The spans of keys (span.cuh) that a sequence's queries see, and tiles of keys.
 #pragma once
 
 #include "hopper/params.cuh"
+#include "span.cuh"
 
 namespace attnhub {
-
-struct Span {  // keys first <= j < last; empty if last <= first
-    int first, last;
-};
 
 // What positions allow the rows of one sequence. Left, Right: whether a mask may cut there, beside the keys' end.
 template <bool Left, bool Right>
@@ -18,6 +13,7 @@ struct Mask {
     int offset;  // position of query row 0 on the key axis
     int leftpad, prefix;
 
+    // Not span_of: half of it is left out in most variants, and the order is this kernel's own.
     __device__ __forceinline__ Span keys(const Params& params, int row) const {
         Span span{0, len_k};
         const int p = row + offset;

@@ -1,18 +1,12 @@
 // What the host tells the kernel: one struct, passed by value. `hopper_params.py` holds the same layout; a test compares them.
 #pragma once
 
-namespace attnhub {
+#include "tensor.cuh"
 
-using uint32 = unsigned int;
-using uint64 = unsigned long long;
-using Element = unsigned short;  // storage of one fp16 or bf16 number
+namespace attnhub {
 
 struct alignas(64) TensorMap {  // what the driver encodes and the copy engine reads: [B, H, S, D] as (D, S, H, B)
     unsigned char bytes[128];
-};
-
-struct Strides {  // in elements; the stride inside a token is always 1
-    long long batch, head, token;
 };
 
 struct Params {

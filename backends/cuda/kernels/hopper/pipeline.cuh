@@ -2,13 +2,9 @@
 // among the latter, and cursors that walk through a ring of stages.
 #pragma once
 
-#include "hopper/params.cuh"
+#include "shared.cuh"
 
 namespace attnhub {
-
-static __device__ __forceinline__ uint32 shared_address(const void* pointer) {
-    return static_cast<uint32>(__cvta_generic_to_shared(pointer));
-}
 
 // The 8 bytes of an mbarrier. A phase ends when `arrivals` threads arrived and all expected bytes did.
 struct Barrier {
@@ -92,11 +88,6 @@ template <int Count> static __device__ __forceinline__ void fewer_registers() {
 }
 template <int Count> static __device__ __forceinline__ void more_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(Count));
-}
-
-// A value that is the same in the whole warp, in a form that the compiler knows to be so: it then takes a uniform register.
-static __device__ __forceinline__ int uniform(int x) {
-    return __reduce_max_sync(0xffffffffu, x);
 }
 
 }  // namespace attnhub

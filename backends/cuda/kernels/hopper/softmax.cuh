@@ -1,8 +1,10 @@
 // Scores to weights: softcap, ALiBi, mask and the online softmax (arXiv 2205.14135, 2307.08691) in base 2.
 #pragma once
 
-#include "hopper/element.cuh"
+#include "element.cuh"
 #include "hopper/mask.cuh"
+#include "row.cuh"
+#include "warp.cuh"
 
 namespace attnhub {
 
@@ -12,14 +14,13 @@ struct RowState {
     float extreme;  // largest magnitude of a product of maximum and scale
 };
 
-constexpr float kExtreme = 1 << 14;
+constexpr float kExtreme = 1 << 14;  // see softmax_step
 constexpr float kMostGrowth = 8.f;
 
-// c * tanh(score / c) in units of log2, as c * (1 - 2 / (exp(2 x) + 1)): tanh.approx has 11 bits, too few for c = 50.
 template <int N>
 static __device__ __forceinline__ void cap_scores(float (&scores)[N], float inner, float outer) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) scores[i] = fmaf(-2.f * outer, reciprocal_fast(exp2_fast(scores[i] * inner) + 1.f), outer);
+    for (int i = 0; i < N; ++i) scores[i] = capped(scores[i], inner, outer);
 }
 
 // score * scale - slope * |p - j|; slope is in units of log2. distance: p - j of this lane's first row and column.

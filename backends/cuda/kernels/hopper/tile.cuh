@@ -5,6 +5,7 @@
 // columns. What lies outside of the tensor arrives as zeros and is not written.
 #pragma once
 
+#include "hopper/params.cuh"
 #include "hopper/pipeline.cuh"
 
 namespace attnhub {
@@ -49,11 +50,7 @@ static __device__ __forceinline__ void wait_stores() { asm volatile("cp.async.bu
 // What this thread wrote to shared memory becomes visible to the engine and to products.
 static __device__ __forceinline__ void publish_to_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Four 8 x 8 blocks; lane l gives the address of row l % 8 of block l / 8.
-static __device__ __forceinline__ void load_blocks(uint32& a, uint32& b, uint32& c, uint32& d, uint32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(address) : "memory");
-}
+// As load_blocks.
 static __device__ __forceinline__ void store_blocks(uint32 address, uint32 a, uint32 b, uint32 c, uint32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
                  :: "r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");

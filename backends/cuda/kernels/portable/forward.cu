@@ -9,8 +9,8 @@
 // Compiled once per variant (variant.py), which defines: ATTNHUB_TURING, ATTNHUB_TYPE, ATTNHUB_HEAD_DIM, ATTNHUB_V_HEAD_DIM, ATTNHUB_WARPS,
 // ATTNHUB_PAIRS, ATTNHUB_ROW_TILES, ATTNHUB_KEYS, ATTNHUB_STAGES, ATTNHUB_KEPT, ATTNHUB_SOFTCAP, ATTNHUB_ALIBI.
 
-#include "epilogue.cuh"
-#include "schedule.cuh"
+#include "portable/epilogue.cuh"
+#include "portable/schedule.cuh"
 
 namespace attnhub {
 
@@ -35,11 +35,6 @@ static __device__ __forceinline__ void meet() {
     } else {
         __syncthreads();
     }
-}
-
-static __device__ __forceinline__ const Element* rows_of(
-    const void* tensor, const Strides& strides, long long batch, int head, long long token) {
-    return static_cast<const Element*>(tensor) + batch * strides.batch + head * strides.head + token * strides.token;
 }
 
 // Tokens behind the last packed sequence belong to none: out 0, lse -inf.
@@ -112,7 +107,7 @@ static __device__ __forceinline__ bool attend(const Params& params, const Work& 
     const auto negate_q = [&] {
         if (params.negate_q) transform<QTile>(q_tile, [](uint32 x) { return x ^ 0x80008000u; });
     };
-    // A warp begins with the last tile that its own rows see: those behind are of other warps, it only copies its part of them.
+    // A warp that skips begins with the last tile that its own rows see: those behind are of other warps, it only copies its part of them.
     const int my_last = warp_row < row_count ? uniform(mask.keys(min(first_row + kWarpRows, block_row + row_count) - 1).last) : some.first;
     int key = last_key;
     Weights<kRowTiles, kKeys> weights;

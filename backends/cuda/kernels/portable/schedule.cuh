@@ -1,14 +1,14 @@
-#pragma once
-
-#include "params.cuh"
-
-namespace attnhub {
-
-// Which tile of which head this block computes.
+// Which tile of which head a block computes.
 //
 // Blocks start in the order of their index. Without a causal mask the tiles of one head are neighbours, so that its K and
 // V stay in L2. With one, tiles differ in length, and the longest go first, so that no long tile is left for the end; the
 // heads of a section, few enough for L2, take turns.
+#pragma once
+
+#include "portable/params.cuh"
+
+namespace attnhub {
+
 struct Work {
     int sequence, head, q_tile;
 

@@ -1,17 +1,10 @@
-// Every mask this kernel serves (lengths, left padding, causal, window, chunk, prefix) allows a query one span of keys,
-// and both ends of the span only grow with the query's position. So a tile of queries needs two look-ups: what some of
-// its queries see (tiles outside are skipped) and what all of them see (tiles inside need no mask).
+// Sequences, and the spans of keys (span.cuh) that their queries see.
 #pragma once
 
-#include "params.cuh"
+#include "portable/params.cuh"
+#include "span.cuh"
 
 namespace attnhub {
-
-struct Span {  // keys first <= j < last; empty if last <= first
-    int first, last;
-
-    __device__ __forceinline__ bool holds(int j) const { return j >= first && j < last; }
-};
 
 struct Mask {
     int len_k;
@@ -20,20 +13,7 @@ struct Mask {
     int prefix;
     int causal, window_left, window_right, chunk;
 
-    __device__ __forceinline__ Span keys(int row) const {
-        const int p = row + offset;
-        Span span{leftpad, len_k};
-        if (causal) span.last = min(span.last, max(p + 1, prefix));
-        if (window_left >= 0) span.first = max(span.first, p - window_left);
-        if (window_right >= 0) span.last = min(span.last, p + window_right + 1);
-        if (chunk > 0) {
-            const int remainder = p % chunk;
-            const int start = p - remainder - (remainder < 0 ? chunk : 0);  // floor, for p < 0 as well
-            span.first = max(span.first, start);
-            span.last = min(span.last, start + chunk);
-        }
-        return span;
-    }
+    __device__ __forceinline__ Span keys(int row) const { return span_of(*this, row + offset, len_k, leftpad, prefix); }
 };
 
 // One sequence of the batch: where it lies in the tensors, and its mask.

@@ -1,12 +1,9 @@
 // Accumulators to out and lse.
 #pragma once
 
-#include "softmax.cuh"
+#include "portable/softmax.cuh"
 
 namespace attnhub {
-
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kLog2e = 1.4426950408889634f;
 
 // Completes the denominators, sink included, normalises out and writes lse. `lse` points at the block's first row. scale: from rows.maximum to log2.
 template <int RowTiles, int Columns>
@@ -20,15 +17,7 @@ static __device__ __forceinline__ void normalise(
             float sum = across_row(rows.sum[m][half], [](float a, float b) { return a + b; });
             float scaled = sum == 0.f ? -kInfinity : rows.maximum[m][half] * scale;
             float factor = 1.f;
-            if (sink != nullptr) {
-                const float sink_log2 = *sink * kLog2e;
-                const float anchor = fmaxf(scaled, sink_log2);
-                if (anchor != -kInfinity) {  // else there is neither a key nor a sink
-                    factor = exp2f(scaled - anchor);
-                    sum = sum * factor + exp2f(sink_log2 - anchor);
-                    scaled = anchor;
-                }
-            }
+            if (sink != nullptr) add_sink(scaled, sum, factor, *sink);
             const float inverse = sum == 0.f ? 0.f : factor / sum;
 #pragma unroll
             for (int n = 0; n < Columns / 8; ++n) {
@@ -36,9 +25,7 @@ static __device__ __forceinline__ void normalise(
                 out[m][n][half * 2 + 1] *= inverse;
             }
             const int row = first_row + m * 16 + lane / 4 + half * 8;
-            if (lse != nullptr && lane % 4 == 0 && row < row_count) {
-                lse[row] = sum == 0.f ? -kInfinity : (scaled + log2f(sum)) * kLn2;
-            }
+            if (lse != nullptr && lane % 4 == 0 && row < row_count) lse[row] = lse_of(scaled, sum);
         }
     }
 }
@@ -69,8 +56,7 @@ static __device__ __forceinline__ void store_out(
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const uint32 address = tile + OutTile::offset(warp_row + m * 16 + lane / 4 + half * 8, first_column + n * 8 + lane % 4 * 2);
-                const uint32 pair = Type::pack(accumulators[m][n][half * 2], accumulators[m][n][half * 2 + 1]);
-                asm volatile("st.shared.b32 [%0], %1;" :: "r"(address), "r"(pair) : "memory");
+                store_word(address, Type::pack(accumulators[m][n][half * 2], accumulators[m][n][half * 2 + 1]));
             }
         }
     }

@@ -2,7 +2,7 @@
 // same number of accumulators, so that each fragment of K and V feeds twice as many products. What they owe each other goes through shared memory.
 #pragma once
 
-#include "products.cuh"
+#include "portable/products.cuh"
 
 namespace attnhub {
 
@@ -54,7 +54,7 @@ struct PairExchange {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const uint32 address = weights + WeightTile::offset(m * 16 + i % 2 * 8 + lane / 4, key + i / 2 * 8 + lane % 4 * 2);
-            asm volatile("st.shared.b32 [%0], %1;" :: "r"(address), "r"(mine[i]) : "memory");
+            store_word(address, mine[i]);
         }
     }
 
@@ -69,14 +69,12 @@ private:
         const uint32 mine = maxima + side * RowTiles * 64 + lane / 4 * 4, other = maxima + (1 - side) * RowTiles * 64 + lane / 4 * 4;
 #pragma unroll
         for (int i = 0; i < RowTiles * 2; ++i) {
-            asm volatile("st.shared.b32 [%0], %1;" :: "r"(mine + i * 32), "r"(__float_as_uint(values[i / 2][i % 2])) : "memory");
+            store_word(mine + i * 32, __float_as_uint(values[i / 2][i % 2]));
         }
         meet();
 #pragma unroll
         for (int i = 0; i < RowTiles * 2; ++i) {
-            uint32 its;
-            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(its) : "r"(other + i * 32) : "memory");
-            values[i / 2][i % 2] = combine(values[i / 2][i % 2], __uint_as_float(its));
+            values[i / 2][i % 2] = combine(values[i / 2][i % 2], __uint_as_float(load_word(other + i * 32)));
         }
     }
 };

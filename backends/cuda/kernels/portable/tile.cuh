@@ -5,21 +5,12 @@
 #pragma once
 
 #include "element.cuh"
+#include "shared.cuh"
 
 namespace attnhub {
 
 constexpr int kThreads = ATTNHUB_WARPS * 32;
 constexpr int kChunk = 8;  // elements in 16 bytes
-
-static __device__ __forceinline__ uint4 load_shared(uint32 address) {
-    uint4 x;
-    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
-    return x;
-}
-
-static __device__ __forceinline__ void store_shared(uint32 address, uint4 x) {
-    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" :: "r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
-}
 
 template <int Rows, int HeadDim>
 struct Tile {
@@ -125,10 +116,9 @@ static __device__ __forceinline__ bool has_nonfinite(uint32 tile) {
     uint32 taint = 0;
     const uint32 source = Layout::thread_chunk(tile);
     Layout::for_each_chunk([&](int, int, int, int, uint32 offset) {
-        const uint4 x = load_shared(source + offset);
-        taint = Type::taint(Type::taint(Type::taint(Type::taint(taint, x.x), x.y), x.z), x.w);
+        taint = taint_all<Type>(taint, load_shared(source + offset));
     });
-    return (taint & 0x7fff7fffu) != 0;  // 0 and -0 are both clean
+    return tainted(taint);
 }
 
 // Replaces each pair of elements x of this thread's own chunks by f(x).

@@ -1,17 +1,15 @@
 // What the host tells the kernel: one struct, passed by value. `params.py` holds the same layout; a test compares them.
 #pragma once
 
+#include "tensor.cuh"
+
 namespace attnhub {
 
-struct Strides {  // in elements; the stride inside a token is always 1
-    long long batch, head, token;
-};
-
 struct Params {
-    const void* q;
-    const void* k;
-    const void* v;
-    void* out;
+    const Element* q;
+    const Element* k;
+    const Element* v;
+    Element* out;
     float* lse;            // [B, Hq, Sq] natural logarithm, or null
     const int* cu_seqlens_q;  // [batch + 1], or null unless the sequences are packed
     const int* cu_seqlens_k;

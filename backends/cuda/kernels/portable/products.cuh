@@ -4,8 +4,8 @@
 // 2 (l % 4) and the next one. Two neighbouring score blocks are, converted, just the left operand [16 x 16] of P V.
 #pragma once
 
-#include "mask.cuh"
-#include "tile.cuh"
+#include "portable/mask.cuh"
+#include "portable/tile.cuh"
 
 namespace attnhub {
 
@@ -116,8 +116,7 @@ static __device__ __forceinline__ void add_nonfinite_values(
         const uint32 address = v_tile + VTile::offset(key, lane % 4 * 2);
 #pragma unroll
         for (int n = 0; n < VTile::kColumns / 8; ++n) {
-            uint32 pair;
-            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(address + n * 16) : "memory");
+            const uint32 pair = load_word(address + n * 16);
             if (Type::finite(pair) == pair) continue;
             const float low = Type::nonfinite(pair & 0xffffu), high = Type::nonfinite(pair >> 16);
 #pragma unroll

@@ -1,11 +1,11 @@
 // Scores to weights: softcap, ALiBi, mask, and the online softmax (arXiv 2205.14135, 2307.08691) in base 2.
 #pragma once
 
-#include "pairs.cuh"
+#include "portable/pairs.cuh"
+#include "row.cuh"
+#include "warp.cuh"
 
 namespace attnhub {
-
-constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
 
 // What a lane knows of its 2 * RowTiles rows. The maximum is the same in the 4 lanes of a row, of raw scores (Careful) or of scores times the scale;
 // the sum is this lane's part.
@@ -22,14 +22,7 @@ struct RowState {
     }
 };
 
-// Combines the 4 lanes that share a row.
-template <class F>
-static __device__ __forceinline__ float across_row(float x, F combine) {
-    x = combine(x, __shfl_xor_sync(0xffffffffu, x, 1));
-    return combine(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
-// c * tanh(score / c) in units of log2, as c * (1 - 2 / (exp(2 x) + 1)): tanh.approx has 11 bits, too few for c = 50.
+// `capped` (row.cuh) of every score, written so that the compiler fuses multiply and add: the same values, other code.
 template <int RowTiles, int Keys>
 static __device__ __forceinline__ void cap_scores(Scores<RowTiles, Keys>& scores, float inner, float outer) {
 #pragma unroll
@@ -81,8 +74,8 @@ static __device__ __forceinline__ void hide_scores(
     }
 }
 
-constexpr float kExtreme = 1 << 14;
-constexpr float kSlack = 8.f;
+constexpr float kExtreme = 1 << 14;  // see raise_maxima
+constexpr float kMostGrowth = 8.f;
 
 // What rows.maximum holds before the first key. Careful: nothing is below it. Else a number, so that a row without a key needs no care: its exponents
 // are -inf minus that.
@@ -94,7 +87,7 @@ static __device__ __forceinline__ float anchor_of(float maximum) { return maximu
 
 // Each row's maximum over this tile of keys and those before, and what was accumulated under an older one rescaled.
 //
-// A maximum stays while the weights grow by no more than 2^kSlack: the sums stay far from overflow, and out / sum is the same whatever both are
+// A maximum stays while the weights grow by no more than 2^kMostGrowth: the sums stay far from overflow, and out / sum is the same whatever both are
 // relative to. So most tiles rescale nothing, which the warp decides together: there it waits for the maxima anyway, while a branch
 // further down kept the exponentials and P V apart, whose instructions the compiler mixes (2 to 9% on an H200).
 //
@@ -121,7 +114,7 @@ static __device__ __forceinline__ void raise_maxima(
     if constexpr (Pairs) exchange.raise(maxima);
 #pragma unroll
     for (int m = 0; m < RowTiles; ++m) {
-        grown = grown || maxima[m][0] > rows.maximum[m][0] + kSlack || maxima[m][1] > rows.maximum[m][1] + kSlack;
+        grown = grown || maxima[m][0] > rows.maximum[m][0] + kMostGrowth || maxima[m][1] > rows.maximum[m][1] + kMostGrowth;
     }
     if (!__any_sync(0xffffffffu, grown)) return;
 #pragma unroll
