@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from attnhub.backends.cuda.options import ELEMENTS, options
 from attnhub.problem import Feature, Problem
 
 #: Rows of a tile and keys of a block: one product of the matrix unit.
@@ -19,15 +20,16 @@ _WARPS = ((8, 4), (4, 2))
 _SLOTS_BYTES, _SLOTS_BYTES_SMALL = 128 * 1024, 80 * 1024
 #: Compute capabilities whose blocks may have more than 99 KiB.
 _LARGE = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
-#: Tiles of rows from which on two blocks share a multiprocessor, of which there are 132, where keys are in pages or slots are no larger than this.
-_MANY_TILES, _NARROW = 4 * 132, 2048
+#: Tiles of rows from which on two blocks share a multiprocessor, of which H100 (SXM) and H200 have so many, where keys are in pages or slots are no larger than this.
+_MULTIPROCESSORS = 132
+_MANY_TILES, _NARROW = 4 * _MULTIPROCESSORS, 2048
 #: Time relative to cuDNN's of one query over contiguous keys: as fast where the memory is the bound, faster for small batches and wide heads, and in host
 #: time; behind with more rows for a K/V head than a tile has, and with several queries before few keys, which may be a training step, whose backward
 #: pass is another's then: for so few it is all host time.
 _COST, _COST_BEHIND = 0.95, 1.05
 #: Of several queries before many keys, for which cuDNN takes several times as long: while tiles are few, and where each of many reads the keys again.
 _COST_FEW, _COST_FEW_MANY_TILES = 0.7, 0.9
-_MANY_KEYS, _MULTIPROCESSORS = 1024, 132
+_MANY_KEYS = 1024
 #: Parts of a row that the kernel's merge asks for at once.
 _BATCH = 16
 #: What waiting for them takes, and what a block takes before and after its keys, in times of a warp's step over 16 keys; from runs on an H200.
@@ -71,21 +73,21 @@ class DecodeVariant:
         return {}
 
     def options(self) -> tuple[str, ...]:
-        """NVRTC's options. Denormal fp32 values count as 0 (they lie far below one rounding unit of the result)."""
+        """NVRTC's options."""
         defines = {
-            "TYPE": {"float16": "Half", "bfloat16": "BFloat16"}[self.dtype],
+            "TYPE": ELEMENTS[self.dtype],
             "HEAD_DIM": self.head_dim,
             "V_HEAD_DIM": self.v_head_dim,
             "WARPS": self.warps,
             "SLOTS": self.slots,
             "PAGING": self.paging,
             "MOST_SPLITS": MOST_SPLITS,
-            "SOFTCAP": int(self.softcap),
-            "ALIBI": int(self.alibi),
+            "SOFTCAP": self.softcap,
+            "ALIBI": self.alibi,
             "APPEND": self.append,
             "SHARED_BYTES": self.shared_bytes,
         }
-        return (f"-arch={self.arch}", "-std=c++17", "-default-device", "-ftz=true", *(f"-DATTNHUB_{name}={value}" for name, value in defines.items()))
+        return options(self.arch, defines)
 
     def describe(self) -> dict[str, Any]:
         return {"arch": self.arch, "product": "m16n8k16", "tile": [ROWS, KEYS * self.warps], "slots": self.slots, "shared_bytes": self.shared_bytes}

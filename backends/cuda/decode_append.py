@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnhub.backend import Append, Call
+from attnhub.backends.cuda import fields
 from attnhub.runtime import alignment
 
 #: New tokens of a sequence; every block that attends to them rotates them once more.
@@ -72,12 +73,12 @@ def pointers(append: Append | None) -> tuple[int, int, int, int]:
     return k.data_ptr(), v.data_ptr(), rotary.cos.data_ptr(), rotary.sin.data_ptr()
 
 
-def strides(append: Append | None, of: Callable[[Tensor], tuple[int, ...]]) -> tuple[int, ...]:
-    """new_k_strides, new_v_strides, angle_stride. of: strides of a tensor as the kernel takes them."""
+def strides(append: Append | None) -> tuple[int, ...]:
+    """new_k_strides, new_v_strides, angle_stride."""
     if append is None:
         return (0,) * 7
     rotary = append.rotary
-    return (*of(append.k), *of(append.v), 0 if rotary is None else rotary.cos.stride(0))
+    return (*fields.strides(append.k), *fields.strides(append.v), 0 if rotary is None else rotary.cos.stride(0))
 
 
 def numbers(call: Call) -> tuple[int, ...]:

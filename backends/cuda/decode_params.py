@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from attnhub.backends.cuda.params import offsets_of
+from attnhub.backends.cuda import fields
 
 #: (name, format) in order. Q: pointer, q: 64-bit integer, i and I: 32-bit integer, f: fp32.
 FIELDS: tuple[tuple[str, str], ...] = (
@@ -33,7 +33,7 @@ SIZE = POINTERS.size + REST.size
 
 def offsets() -> dict[str, int]:
     """Field -> its offset in bytes."""
-    return offsets_of(FIELDS)
+    return fields.offsets(FIELDS)
 
 
 def divisor(number: int) -> tuple[int, int, int]:

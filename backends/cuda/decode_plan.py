@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import threading
 from collections.abc import Callable
 from functools import lru_cache
@@ -16,26 +15,24 @@ from torch import Tensor
 from attnhub.backend import Append, Call, PrepareError, Repeat
 from attnhub.backends.cuda import decode, decode_append, decode_params
 from attnhub.backends.cuda.decode import DecodeVariant
+from attnhub.backends.cuda.fields import alibi_batch_stride, limits, scales, strides
 from attnhub.backends.cuda.loading import (
     Argument,
     CubinPlan,
     Kernel,
+    LaunchOfThread,
     current_device,
     empty_strided,
     is_capturing,
     lasting,
     pointer,
     raw_stream,
+    remember,
 )
 from attnhub.layouts import empty_out
 
 log = logging.getLogger("attnhub")
 
-_LOG2E = math.log2(math.e)
-#: Windows and chunks are cut here, so that the kernel's positions cannot overflow; sequences are shorter (`TOO_LARGE`).
-_FAR = (1 << 30) - 1
-#: Instead of a softmax_scale of 0, which would turn the -inf of a masked score into NaN.
-_TINY_SCALE = 2.0**-100
 #: Launches by shape that are remembered, in each thread.
 _LIMIT = 256
 #: Tickets for launches in graphs, and the fewest of a stream, see `_Scratch`.
@@ -87,9 +84,7 @@ class _Scratch:
             made = _Pair(lasting(lambda: _floats(partial, index), index), lasting(lambda: _zeros(tickets, index), index))
             # Those that are given up may still be in use: torch gives their memory away when the stream has come to this point.
             with self._lock:
-                while len(self._by_stream) >= _STREAMS:
-                    del self._by_stream[next(iter(self._by_stream))]
-                found = self._by_stream[index, stream] = made
+                found = remember(self._by_stream, (index, stream), made, _STREAMS)
         return found
 
     def _captured(self, count: int, index: int) -> Tensor:
@@ -152,17 +147,14 @@ class Launch:
         self.out = tuple(out.shape), out.stride(), out.dtype
         self.lse = (batch, q_heads, seqlen_q), (q_heads * seqlen_q, seqlen_q, 1), torch.float32
 
-        scale, softcap = call.softmax_scale, call.softcap
-        size = abs(scale) or _TINY_SCALE
         whole = v.shape[3] % 4 == 0 and not any(stride % 4 for n, stride in zip(out.shape[:3], out.stride()[:3]) if n > 1)
         self.argument = Argument(decode_params.SIZE)
         decode_params.REST.pack_into(
-            self.argument.buffer, decode_params.POINTERS.size, *_strides(q), *_strides(k), *_strides(v), *_strides(out), *decode_append.strides(call.append, _strides),
+            self.argument.buffer, decode_params.POINTERS.size, *strides(q), *strides(k), *strides(v), *strides(out), *decode_append.strides(call.append),
             sequences, q_heads, group, seqlen_q, seqlen_k, pages, tile_rows, mask.causal, mask.align == "top_left",
-            min(mask.window[0], _FAR), min(mask.window[1], _FAR), min(mask.chunk, _FAR),
-            q_heads if mask.alibi is not None and mask.alibi.ndim == 2 else 0, scale < 0, whole, *decode_append.numbers(call),
+            *limits(mask), alibi_batch_stride(mask, q_heads), call.softmax_scale < 0, whole, *decode_append.numbers(call),
             *(part for number in (kv_heads, max(1, page_size), row_tiles, splits) for part in decode_params.divisor(number)),
-            size * _LOG2E, 2 * _LOG2E * size / softcap if softcap else 0.0, softcap * _LOG2E,
+            *scales(call.softmax_scale, call.softcap),
         )  # fmt: skip
         self._start, self._parameters = kernel.sized(self.grid, (variant.threads, 1, 1), variant.shared_bytes), self.argument.parameters
 
@@ -172,22 +164,11 @@ class Launch:
         self._start(stream, self._parameters, 0)
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """Of batch or page, head and token; that of a dimension of size 1 is arbitrary."""
-    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3]))
-
-
 class _Launches(threading.local):
     """Of one thread: launches by shape."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[Any, ...], Launch] = {}
-
-
-class _Here(threading.local):
-    """Of one thread: the launch of a `Plan.repeat`."""
-
-    launch: Optional[Launch] = None
 
 
 class DecodePlan(CubinPlan):
@@ -241,10 +222,7 @@ class DecodePlan(CubinPlan):
         launches, key = self._launches.found, self._key(call, index)
         found = launches.get(key)
         if found is None:
-            kernel = self._kernel(index)
-            while len(launches) >= _LIMIT:
-                del launches[next(iter(launches))]
-            found = launches[key] = Launch(self.variant, call, index, kernel)
+            found = remember(launches, key, Launch(self.variant, call, index, self._kernel(index)), _LIMIT)
         return found
 
     def _key(self, call: Call, index: int) -> tuple[Any, ...]:
@@ -276,7 +254,7 @@ class DecodePlan(CubinPlan):
         if any(x is not None and not x.is_contiguous() for x in (mask.seqused_k, table)):
             return None
         index = call.q.get_device()
-        key, here = self._key(call, index), _Here()
+        key, here = self._key(call, index), LaunchOfThread()
         apart = None if call.append is None else decode_append.apart(call)
 
         def again(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnhub.backends.cuda import wgmma
+from attnhub.backends.cuda.options import ELEMENTS, options
 from attnhub.problem import DeviceInfo, Feature, Problem, few_tiles
 
 #: Shared memory that a block may have.
@@ -99,12 +100,12 @@ class HopperVariant:
         return {wgmma.NAME: wgmma.header(widths, self.dtype)}
 
     def options(self) -> tuple[str, ...]:
-        """NVRTC's options. Denormal fp32 values count as 0 (they lie far below one rounding unit of the result)."""
+        """NVRTC's options."""
         tiles = self.tiles
         # 65536 are shared by the computing warpgroups and the one whose threads schedule and copy.
         producer, consumer = (40, 232) if tiles.consumers == 2 else (32, 160)
-        defines: dict[str, Any] = {
-            "TYPE": {"float16": "Half", "bfloat16": "BFloat16"}[self.dtype],
+        defines = {
+            "TYPE": ELEMENTS[self.dtype],
             "HEAD_DIM": self.head_dim,
             "V_HEAD_DIM": self.v_head_dim,
             "CONSUMERS": tiles.consumers,
@@ -122,10 +123,7 @@ class HopperVariant:
             "PRODUCER_REGISTERS": producer,
             "CONSUMER_REGISTERS": consumer,
         }
-        return (
-            "-arch=sm_90a", "-std=c++17", "-default-device", "-ftz=true",
-            *(f"-DATTNHUB_{name}={int(value) if isinstance(value, bool) else value}" for name, value in defines.items()),
-        )  # fmt: skip
+        return options("sm_90a", defines)
 
     def describe(self) -> dict[str, Any]:
         return {

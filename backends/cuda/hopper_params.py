@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from attnhub.backends.cuda.params import offsets_of
+from attnhub.backends.cuda import fields
 
 #: (name, format) in order. 128s: a tensor map, Q: pointer, q: 64-bit integer, i: 32-bit integer, f: fp32.
 FIELDS: tuple[tuple[str, str], ...] = (
@@ -29,7 +29,7 @@ LAYOUT = struct.Struct(f"{_FORMAT}{-struct.calcsize(_FORMAT) % _ALIGNMENT}x")
 
 def offsets() -> dict[str, int]:
     """Field -> its offset in bytes."""
-    return offsets_of(FIELDS)
+    return fields.offsets(FIELDS)
 
 
 _AT = offsets()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
 from functools import lru_cache
@@ -13,32 +12,30 @@ from torch import Tensor
 
 from attnhub.backend import Call, Plan, Repeat
 from attnhub.backends.cuda import tensor_map
+from attnhub.backends.cuda.fields import alibi_batch_stride, limits, scales, strides
 from attnhub.backends.cuda.hopper import HopperVariant
 from attnhub.backends.cuda.hopper_params import LAYOUT, MAPS_AT, POINTERS, POINTERS_AT
 from attnhub.backends.cuda.loading import (
     Argument,
     CubinPlan,
     Kernel,
+    LaunchOfThread,
     current_device,
     empty_strided,
     is_capturing,
     lasting,
     pointer,
     raw_stream,
+    remember,
 )
 from attnhub.layouts import empty_out
 
-_LOG2E = math.log2(math.e)
-#: Windows and chunks are cut here, so that the kernel's positions cannot overflow; sequences are shorter (`TOO_LARGE`).
-_FAR = (1 << 30) - 1
 #: K and V of the heads that take turns should stay in L2 (50 MB), beside what is read ahead where memory is the bound: see kernels/hopper/schedule.cuh.
 _SECTION_BYTES, _SHORT_SECTION_BYTES = 24 << 20, 12 << 20
 #: Queries from which tiles go in phases, of which there are at most so many.
 _LONG, _PHASES = 2048, 31
 #: The kernel's tanh is exact to a few 1e-7, and its error is multiplied by the softcap.
 _LARGEST_SOFTCAP = 1000.0
-#: Smaller ones are 0 in fp32, and would turn the -inf of a masked score into NaN.
-_SMALLEST_SCALE = 2.0**-120
 _ROWS = 64  # of a warpgroup: boxes of Q and of out
 #: Launches by shape that are remembered, in each thread, and maps of one of their tensors.
 _LIMIT, _MAPS = 256, 64
@@ -87,17 +84,15 @@ class Launch:
 
         short = seqlen_q < _LONG
         section_bytes = _SHORT_SECTION_BYTES if short else _SECTION_BYTES
-        scale, softcap = max(call.softmax_scale, _SMALLEST_SCALE), call.softcap
         self.argument = Argument(LAYOUT.size)
         LAYOUT.pack_into(
             self.argument.buffer, 0, b"", b"", b"", b"", *(0 for _ in range(POINTERS.size // 8)),
-            *_strides(q), *_strides(k), *_strides(v), *out.stride()[:3],
+            *strides(q), *strides(k), *strides(v), *out.stride()[:3],
             sequences, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k, head_dim, v_head_dim, q_tiles, tiles,
             max(1, section_bytes // head_bytes), by_position * (1 if short else _PHASES), mask.align == "top_left", mask.causal,
-            min(mask.window[0], _FAR), min(mask.window[1], _FAR), min(mask.chunk, _FAR),
-            q_heads if mask.alibi is not None and mask.alibi.ndim == 2 else 0, tensor_map.addressable(out),
+            *limits(mask), alibi_batch_stride(mask, q_heads), tensor_map.addressable(out),
             tensor_map.steps(q), tensor_map.steps(k), tensor_map.steps(v),
-            scale * _LOG2E, 2 * _LOG2E * scale / softcap if softcap else 0.0, softcap * _LOG2E,
+            *scales(call.softmax_scale, call.softcap),
         )  # fmt: skip
         tensors, rows_of_boxes = [q, k, v], (_ROWS, variant.tiles.keys, variant.tiles.keys, _ROWS)
         if tensor_map.addressable(out):
@@ -133,11 +128,6 @@ class Launch:
                 moved[n] = address
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """Of batch, head and token; that of a dimension of size 1 is arbitrary."""
-    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3]))
-
-
 class _Memory(threading.local):
     """Of one thread: its launches by shape, and the counters of its streams."""
 
@@ -147,12 +137,6 @@ class _Memory(threading.local):
 
 
 _memory = _Memory()
-
-
-class _Here(threading.local):
-    """Of one thread: the launch of a `Plan.repeat`."""
-
-    launch: Optional[Launch] = None
 
 
 class HopperPlan(CubinPlan):
@@ -174,9 +158,7 @@ class HopperPlan(CubinPlan):
         launch = _memory.launches.get(key)
         if launch is None:
             kernel = self._kernel(index)  # makes the context current in a new thread, without which the driver makes no tensor map
-            while len(_memory.launches) >= _LIMIT:
-                del _memory.launches[next(iter(_memory.launches))]
-            launch = _memory.launches[key] = Launch(self.variant, call, index, processors(index), kernel)
+            launch = remember(_memory.launches, key, Launch(self.variant, call, index, processors(index), kernel), _LIMIT)
         kept: list[Tensor] = []
         data = (
             0 if varlen is None else pointer(varlen.cu_seqlens_q, kept), 0 if varlen is None else pointer(varlen.cu_seqlens_k, kept),
@@ -209,7 +191,7 @@ class HopperPlan(CubinPlan):
         index, need_lse = call.q.get_device(), call.need_lse
         if not serves(self.variant, call) or (call.mask.seqused_k is not None and not call.mask.seqused_k.is_contiguous()):
             return None
-        key, here = self._key(call, index), _Here()
+        key, here = self._key(call, index), LaunchOfThread()
 
         def again(q: Tensor, k: Tensor, v: Tensor, seqused_k: Optional[Tensor] = None) -> Optional[tuple[Tensor, Optional[Tensor]]]:
             launch = here.launch

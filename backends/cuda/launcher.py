@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from typing import Any, Optional
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from attnhub import config
 from attnhub.backend import Call, PrepareError
 from attnhub.backends.cuda import compile, decode, hopper, nvrtc
+from attnhub.backends.cuda.fields import FAR, LOG2E, SMALLEST_SCALE
 from attnhub.backends.cuda.loading import Argument, CubinPlan, pointer, raw_stream
 from attnhub.backends.cuda.params import LAYOUT
 from attnhub.backends.cuda.variant import Variant, choose
@@ -19,13 +19,8 @@ from attnhub.layouts import empty_out
 from attnhub.problem import Problem
 from attnhub.reasons import Code, Reason
 
-_LOG2E = math.log2(math.e)
 #: K and V of the heads that walk through their tiles together should stay in L2 (40 MB on an A100, 50 MB on an H100).
 _SECTION_BYTES = 24 << 20
-#: Windows and chunks are cut here, so that the kernel's positions cannot overflow; sequences are shorter (`TOO_LARGE`).
-MAX_LENGTH = 1 << 30
-#: Instead of a softmax_scale of 0, which would turn the -inf of a masked score into NaN.
-_TINY_SCALE = 2.0**-100
 
 
 class _Here(threading.local):
@@ -72,7 +67,9 @@ class CudaPlan(CubinPlan):
             heads_per_section = max(1, min(blocks_of_heads, _SECTION_BYTES // head_bytes))
 
         scale, softcap, alibi = call.softmax_scale, call.softcap, mask.alibi
-        size = abs(scale) or _TINY_SCALE
+        size = abs(scale)
+        size = size if size > SMALLEST_SCALE else SMALLEST_SCALE
+        # Written out, unlike the other plans' (fields.py): this is done at every call.
         q_strides, k_strides, v_strides, out_strides = q.stride(), k.stride(), v.stride(), out.stride()
         out_pointer = out.data_ptr()
         argument = self._here.argument
@@ -87,11 +84,11 @@ class CudaPlan(CubinPlan):
             out_strides[0], out_strides[1], out_strides[2],
             batch, q_heads, group, seqlen_q, seqlen_k, q_tiles, heads_per_section,
             mask.causal, mask.causal, mask.align == "top_left",
-            min(mask.window[0], MAX_LENGTH), min(mask.window[1], MAX_LENGTH), min(mask.chunk, MAX_LENGTH),
+            min(mask.window[0], FAR), min(mask.window[1], FAR), min(mask.chunk, FAR),
             q_heads if alibi is not None and alibi.ndim == 2 else 0,
             scale < 0,
             not (out_strides[0] | out_strides[1] | out_strides[2]) & 7 and not out_pointer & 15,
-            size * _LOG2E, 2 * _LOG2E * size / softcap if softcap else 0.0, softcap * _LOG2E,
+            size * LOG2E, 2 * LOG2E * size / softcap if softcap else 0.0, softcap * LOG2E,
             0,
         )  # fmt: skip
         kernel.sized((q_tiles * blocks_of_heads, 1, 1), self._block, self._shared_bytes)(raw_stream(index), argument.parameters, 0)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 import numpy as np
 import torch
@@ -83,6 +83,24 @@ def pointer(tensor: Optional[Tensor], kept: list[Tensor]) -> int:
         tensor = tensor.contiguous()
         kept.append(tensor)
     return tensor.data_ptr()
+
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+def remember(found: dict[_Key, _Value], key: _Key, value: _Value, most: int) -> _Value:
+    """Puts the value into a dict of at most so many, whose oldest ones go."""
+    while len(found) >= most:
+        del found[next(iter(found))]
+    found[key] = value
+    return value
+
+
+class LaunchOfThread(threading.local):
+    """The launch of a `Plan.repeat`, which each thread has for itself."""
+
+    launch: Any = None
 
 
 def lasting(make: Callable[[], Tensor], index: int) -> Tensor:

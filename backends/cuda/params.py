@@ -1,4 +1,4 @@
-"""The kernel's one argument: the layout of ``Params`` in kernels/portable/params.cuh, field by field.
+"""The portable kernel's one argument: the layout of ``Params`` in kernels/portable/params.cuh, field by field.
 
 One struct and not 40 arguments, because CuPy converts each argument of a launch by itself, in about 1 us.
 """
@@ -6,6 +6,8 @@ One struct and not 40 arguments, because CuPy converts each argument of a launch
 from __future__ import annotations
 
 import struct
+
+from attnhub.backends.cuda import fields
 
 #: (name, format) in order. Q: pointer, q: 64-bit integer, i: 32-bit integer, f: fp32.
 FIELDS: tuple[tuple[str, str], ...] = (
@@ -25,15 +27,6 @@ FIELDS: tuple[tuple[str, str], ...] = (
 LAYOUT = struct.Struct("=" + "".join(code for _, code in FIELDS))
 
 
-def offsets_of(fields: tuple[tuple[str, str], ...]) -> dict[str, int]:
-    """Field -> its offset in bytes, in a struct without padding between them."""
-    found, position = {}, 0
-    for name, code in fields:
-        found[name] = position
-        position += struct.calcsize("=" + code)
-    return found
-
-
 def offsets() -> dict[str, int]:
     """Field -> its offset in bytes."""
-    return offsets_of(FIELDS)
+    return fields.offsets(FIELDS)

@@ -1,10 +1,11 @@
-"""Variants of the kernel: what is fixed at compile time, and the tile sizes that fit the hardware."""
+"""Variants of the portable kernel (kernels/portable): what is fixed at compile time, and the tile sizes that fit the hardware."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
 
+from attnhub.backends.cuda.options import ELEMENTS, options
 from attnhub.problem import Feature, Problem
 
 _KIB = 1024
@@ -70,10 +71,10 @@ class Variant:
         return held
 
     def options(self) -> tuple[str, ...]:
-        """NVRTC's options. Denormal fp32 values count as 0 (they lie far below one rounding unit of the result)."""
+        """NVRTC's options."""
         defines = {
             "TURING": self.turing,
-            "TYPE": {"float16": "Half", "bfloat16": "BFloat16"}[self.dtype],
+            "TYPE": ELEMENTS[self.dtype],
             "HEAD_DIM": self.head_dim,
             "V_HEAD_DIM": self.v_head_dim,
             "WARPS": self.warps,
@@ -85,10 +86,7 @@ class Variant:
             "SOFTCAP": self.softcap,
             "ALIBI": self.alibi,
         }
-        return (
-            f"-arch={self.arch}", "-std=c++17", "-default-device", "-ftz=true",
-            *(f"-DATTNHUB_{name}={int(value) if isinstance(value, bool) else value}" for name, value in defines.items()),
-        )  # fmt: skip
+        return options(self.arch, defines)
 
     def describe(self) -> dict[str, Any]:
         return {
