@@ -13,6 +13,7 @@ import torch
 from attnhub import runtime
 
 if TYPE_CHECKING:
+    from cuda_launch import Driver
     from triton_gpu import Gpu
 
 #: For modules that several files here share.
@@ -43,6 +44,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     from triton_gpu import installed
 
     yield from installed(monkeypatch)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """A stand-in for what CUDA's driver does about tensor maps."""
+    from cuda_launch import Driver
+
+    from attnhub.backends.cuda import tensor_map
+
+    fake = Driver()
+    monkeypatch.setattr(tensor_map, "_driver", lambda: fake)
+    return fake
 
 
 @pytest.fixture

@@ -1,85 +1,34 @@
 """The cuda backend's kernel for a few queries over a long cache. Without a GPU its source runs on the host, lane by lane (cuda_on_host.py), and passes
-the shared conformance cases there; every variant compiles. With one: the cases again, splits, pages, graphs, streams; new tokens are
+the shared conformance cases there. With one: the cases again, splits, pages, graphs, streams; new tokens are
 in test_cuda_decode_append_device.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
+import cuda_on_host
 import pytest
 import torch
+from cuda_decode_on_host import HOPPER, HostBackend
 from cuda_device import beside_graphs, in_pages
 from torch import Tensor
 
 import attnhub
 from attnhub import runtime, testing
-from attnhub.backend import Backend, Call, Plan
-from attnhub.backends.cuda import backend, compile, decode, decode_params, decode_plan, launcher, nvrtc, variant
-from attnhub.backends.cuda.decode import DecodeVariant
+from attnhub.backend import Call
+from attnhub.backends.cuda import backend, decode, decode_plan, launcher, variant
 from attnhub.backends.cuda.decode_plan import DecodePlan
-from attnhub.capability import Capability, DeviceRange
-from attnhub.layouts import Varlen, empty_out
+from attnhub.layouts import Varlen
 from attnhub.mask import FULL, ALiBi, Causal, Mask, SeqLens, Window
 from attnhub.problem import DeviceInfo, Feature, Problem
 from attnhub.reasons import Code
 from attnhub.registry import registry
 
-_spec = importlib.util.spec_from_file_location("cuda_on_host", Path(__file__).with_name("cuda_on_host.py"))
-assert _spec is not None and _spec.loader is not None
-cuda_on_host: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cuda_on_host)
-
-needs_nvrtc = pytest.mark.skipif(nvrtc.find() is None, reason="NVRTC is not installed")
-HOPPER = DeviceInfo("cuda", "nvidia", (9, 0), "H100")
 # ---------------------------------------------------------------------------------------------- on the host
-
-
-class HostPlan(Plan):
-    """Runs the kernel's source by its own launch's numbers."""
-
-    def __init__(self, variant: DecodeVariant, library: Any, launched: list[int]) -> None:
-        self.variant, self.library, self.launched = variant, library, launched
-
-    def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
-        launch = decode_plan.Launch(self.variant, call, 0, cuda_on_host.kernel(self.library.run))
-        out = empty_out(call.q, call.v.shape[3]).fill_(float("nan"))
-        lse = torch.full(call.q.shape[:3], float("nan"))
-        assert launch.out == (out.shape, out.stride(), out.dtype) and launch.lse == (lse.shape, lse.stride(), lse.dtype)
-        partial, tickets = torch.full((launch.partial or 1,), float("nan")), torch.zeros(max(1, launch.rows), dtype=torch.int32)
-        mask = call.mask
-        starts = None if call.varlen is None else call.varlen.cu_seqlens_q
-        pointers = (call.q, call.k, call.v, out, lse, starts, mask.seqused_k, mask.leftpad, mask.prefix, call.block_table, call.sinks, mask.alibi, partial, tickets, None, None, None, None)
-        kept = [None if x is None else x if i < 4 else x.contiguous() for i, x in enumerate(pointers)]
-        launch.start(0, *(0 if x is None else x.data_ptr() for x in kept))
-        assert not tickets.any()
-        self.launched.append(launch.grid[0] // launch.tiles)
-        return out, lse if call.need_lse else None
-
-
-class HostBackend(Backend):
-    name = "decode_on_host"
-    automatic = False
-    capability = Capability(
-        (DeviceRange("cpu", dtypes=frozenset({"float16", "bfloat16"})),), backend.capability.features, (1, 256, 1), align_bytes=16,
-    )  # fmt: skip
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.plans: dict[DecodeVariant, Plan] = {}
-        self.launched: list[int] = []
-
-    def prepare(self, problem: Problem) -> Plan:
-        variant = decode.choose(dataclasses.replace(problem, device=HOPPER))
-        if variant not in self.plans:
-            self.plans[variant] = HostPlan(variant, cuda_on_host.build(self.folder / str(len(self.plans)), variant), self.launched)
-        return self.plans[variant]
 
 
 @pytest.fixture(scope="module")
@@ -194,64 +143,6 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------- without running
-
-
-@needs_nvrtc
-def test_the_struct_is_laid_out_as_python_packs_it() -> None:
-    """static_assert in the compiler's own words; a shifted field is a compile error."""
-    library = nvrtc.find()
-    assert library is not None
-    asserts = [f"static_assert(sizeof(attnhub::Params) == {decode_params.SIZE});"]
-    asserts += [f"static_assert(__builtin_offsetof(attnhub::Params, {name}) == {at});" for name, at in decode_params.offsets().items()]
-    options = ("-arch=sm_80", "-std=c++17", "-default-device")
-    source = '#include "decode/params.cuh"\n' + "\n".join(asserts)
-    library.compile(source, "layout.cu", compile.headers(), options)
-    with pytest.raises(nvrtc.CompileError, match=r"static_assert|static assertion"):
-        library.compile(source.replace(f"== {decode_params.SIZE}", f"== {decode_params.SIZE + 8}"), "layout.cu", compile.headers(), options)
-
-
-def _variants() -> list[DecodeVariant]:
-    dims = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (40, 72), (7, 9), (256, 16), (16, 256))
-    found = [decode.make("sm_90", "bfloat16", *dim, paging) for dim in dims for paging in range(3)]
-    found += [decode.make("sm_90", "bfloat16", dim, dim, 1, softcap, alibi) for dim in (64, 128, 256) for softcap, alibi in ((True, False), (False, True), (True, True))]
-    found += [decode.make("sm_90", "bfloat16", *dim, paging, append=append) for dim in dims for paging in range(3) for append in (1, 2)]
-    found += [decode.make("sm_90", "bfloat16", 128, 128, 1, True, True, append=2)]
-    found += [decode.make("sm_90", "bfloat16", dim, dim, paging, append=append, alone=False) for dim in (64, 128, 256) for paging in (1, 2) for append in range(3)]
-    return found + [decode.make(arch, "float16", dim, dim, 1, append=append, alone=arch == "sm_80") for arch in ("sm_80", "sm_86", "sm_89") for dim in (64, 128, 256) for append in range(3)]
-
-
-def _name(v: DecodeVariant) -> str:
-    return "-".join((v.arch, v.dtype, f"D{v.head_dim}x{v.v_head_dim}", f"paging{v.paging}", "softcap" * v.softcap, "alibi" * v.alibi, f"append{v.append}" if v.append else "", f"warps{v.warps}")).strip("-")
-
-
-def _spilled(v: DecodeVariant) -> int:
-    library = nvrtc.find()
-    assert library is not None
-    log = library.compile(compile.sources()[v.main], v.main, compile.headers(), (*v.options(), "--ptxas-options=-v")).log
-    assert "warning" not in log.lower(), log
-    return max(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log)))
-
-
-_QUICK = [
-    decode.make("sm_90", "bfloat16", 128, 128, 1), decode.make("sm_80", "float16", 64, 64, 0), decode.make("sm_90", "bfloat16", 128, 128, 2, append=2),
-    *(decode.make(arch, "float16", 64, 64, 1, append=2, alone=arch == "sm_80") for arch in ("sm_80", "sm_86", "sm_89")),
-]  # fmt: skip
-
-
-@needs_nvrtc
-@pytest.mark.parametrize("v", [*_QUICK, *(pytest.param(v, marks=pytest.mark.long) for v in _variants() if v not in _QUICK)], ids=_name)
-def test_variants_compile_without_spills(v: DecodeVariant) -> None:
-    # At 192 columns and more out and q take the registers: a few numbers of the whole call wait in memory there, of new tokens too.
-    most = 0 if v.head_dim + v.v_head_dim < 384 else 32
-    assert _spilled(v) <= (most if not v.append or v.head_dim + v.v_head_dim <= 256 else 48)
-    alone = v.warps * (1 if max(v.head_dim, v.v_head_dim) <= 128 else 2) == 8
-    assert v.shared_bytes <= (163 if alone else 99) * 1024 and v.slots >= 3
-
-
-@needs_nvrtc
-def test_the_compiler_says_when_registers_spill() -> None:
-    """The check above can fail."""
-    assert _spilled(decode.make("sm_80", "bfloat16", 320, 320)) > 16
 
 
 @pytest.mark.parametrize(

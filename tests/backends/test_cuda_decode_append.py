@@ -5,12 +5,12 @@ against torch operations followed by attention. What only a device can show is i
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
+import cuda_on_host
 import numpy as np
 import pytest
 import torch
@@ -29,11 +29,6 @@ from attnhub.mask import FULL, ALiBi, Causal, LeftPad, Mask, Window
 from attnhub.problem import DeviceInfo, Problem
 from attnhub.reasons import Code, Reason
 from attnhub.registry import registry
-
-_spec = importlib.util.spec_from_file_location("cuda_on_host", Path(__file__).with_name("cuda_on_host.py"))
-assert _spec is not None and _spec.loader is not None
-cuda_on_host: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cuda_on_host)
 
 NAME = "append_on_host"
 

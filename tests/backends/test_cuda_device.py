@@ -10,13 +10,13 @@ import contextlib
 import dataclasses
 import importlib.util
 import random
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
+import cuda_samples as samples
 import pytest
 import torch
 from filelock import FileLock
@@ -31,11 +31,6 @@ from attnhub.layouts import Varlen
 from attnhub.mask import FULL, Causal, Mask, SeqLens, Window
 
 _FILE = Path(__file__).with_name("cuda_samples.py")
-_spec = importlib.util.spec_from_file_location("cuda_samples", _FILE)
-assert _spec is not None and _spec.loader is not None
-samples: Any = importlib.util.module_from_spec(_spec)
-sys.modules["cuda_samples"] = samples  # where its dataclasses look for themselves
-_spec.loader.exec_module(samples)
 
 REPEATS = 300
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
+import cuda_on_host
+import cuda_samples as samples
 import pytest
 import torch
+from cuda_decode_on_host import HostBackend
 from torch import Tensor
 
 import attnhub
@@ -21,17 +21,6 @@ from attnhub.backends.cuda import decode_plan, launcher, variant
 from attnhub.dense import allowed_pairs
 from attnhub.mask import FULL, Causal, Mask
 
-
-def _load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where its dataclasses look for themselves
-    spec.loader.exec_module(module)
-    return module
-
-
-samples, tests_of_decode = _load("cuda_samples"), _load("test_cuda_decode")
 SPREADS = ("std1", "std4", "std10", "std30", "sink20", "sink60", "rising", "falling", "extreme")
 
 
@@ -103,11 +92,11 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Call], T
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("hard")
-    few = tests_of_decode.HostBackend(folder)
+    few = HostBackend(folder)
     chosen = variant.make(arch="sm_80", turing=False, dtype="bfloat16", head_dim=64, v_head_dim=64)
-    library = tests_of_decode.cuda_on_host.build(folder / "portable", chosen)
+    library = cuda_on_host.build(folder / "portable", chosen)
     portable = launcher.CudaPlan(chosen, "")
-    portable._kernel = lambda index: tests_of_decode.cuda_on_host.kernel(library.run)  # type: ignore[method-assign]
+    portable._kernel = lambda index: cuda_on_host.kernel(library.run)  # type: ignore[method-assign]
 
     def run(kernel: str, call: Call) -> Tensor:
         with pytest.MonkeyPatch.context() as patch:

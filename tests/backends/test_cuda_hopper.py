@@ -1,5 +1,5 @@
 """The cuda backend's kernel for compute capability 9.0 on such a GPU: every part of a mask at lengths of several tiles, hard scores, values that are
-not finite, strides, streams and graphs. What needs no GPU is in test_cuda_hopper_host.py.
+not finite, strides, streams and graphs. What needs no GPU is in test_cuda_hopper_launch.py, test_cuda_hopper_schedule.py and test_cuda_hopper_careful.py.
 """
 
 from __future__ import annotations

@@ -3,23 +3,17 @@ finite behind a mask."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import shutil
-from pathlib import Path
 from typing import Any
 
+import cuda_on_host
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from attnhub.backends.cuda import compile, hopper_params
-
-_spec = importlib.util.spec_from_file_location("cuda_on_host", Path(__file__).with_name("cuda_on_host.py"))
-assert _spec is not None and _spec.loader is not None
-cuda_on_host: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cuda_on_host)
 
 _ROWS = 128
 # One warp for 16 rows of head 1, as the kernel calls it after the fast way has gone wrong.

@@ -6,36 +6,19 @@ import dataclasses
 import itertools
 import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
+from cuda_compiled import check_layout, compiled, disassembled, library, needs_nvrtc
 
-from attnhub.backends.cuda import compile, hopper, hopper_params, nvrtc
+from attnhub.backends.cuda import compile, hopper, hopper_params
 from attnhub.backends.cuda.hopper import HopperVariant
-from attnhub.problem import DeviceInfo, Feature
-
-needs_nvrtc = pytest.mark.skipif(nvrtc.find() is None, reason="NVRTC is not installed")
-HOPPER = DeviceInfo("cuda", "nvidia", (9, 0), "H100")
-
-
-def _library() -> nvrtc.Nvrtc:
-    library = nvrtc.find()
-    assert library is not None
-    return library
+from attnhub.problem import Feature
 
 
 @needs_nvrtc
 def test_the_struct_is_laid_out_as_python_packs_it() -> None:
-    """static_assert in the compiler's own words; a shifted field is a compile error."""
-    asserts = [f"static_assert(sizeof(attnhub::Params) == {hopper_params.LAYOUT.size});"]
-    asserts += [f"static_assert(__builtin_offsetof(attnhub::Params, {name}) == {at});" for name, at in hopper_params.offsets().items()]
-    options = ("-arch=sm_90a", "-std=c++17", "-default-device")
-    source = '#include "hopper/params.cuh"\n' + "\n".join(asserts)
-    _library().compile(source, "layout.cu", compile.headers(), options)
-    with pytest.raises(nvrtc.CompileError, match=r"static_assert|static assertion"):
-        wrong = source.replace(f"== {hopper_params.LAYOUT.size}", f"== {hopper_params.LAYOUT.size + 64}")
-        _library().compile(wrong, "layout.cu", compile.headers(), options)
+    check_layout("hopper/params.cuh", hopper_params.LAYOUT.size, hopper_params.offsets())
 
 
 _DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
@@ -58,26 +41,9 @@ def _name(v: HopperVariant) -> str:
     return "-".join((v.dtype, f"D{v.head_dim}x{v.v_head_dim}", f"{v.rows}x{v.tiles.keys}", *flags))
 
 
-def _compile(v: HopperVariant) -> nvrtc.Compiled:
-    included = {**compile.headers(), **v.generated()}
-    return _library().compile(compile.sources()[v.main], v.main, included, (*v.options(), "--ptxas-options=-v"))
-
-
 def _loops(cubin: bytes, folder: Path) -> list[list[str]]:
-    """The instructions of the innermost loops with products, by the disassembler that Triton brings."""
-    triton = pytest.importorskip("triton", reason="brings nvdisasm")
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    if not tool.exists():
-        pytest.skip("no nvdisasm")
-    (folder / "kernel.cubin").write_bytes(cubin)
-    text = subprocess.run([tool, "-c", folder / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
-    code: list[str] = []
-    labels: dict[str, int] = {}
-    for line in text.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            code.append(found[1])
+    """The instructions of the innermost loops with products."""
+    code, labels = disassembled(cubin, folder)
     ends = [(labels.get(m[1], 1 << 30), i) for i, line in enumerate(code) if (m := re.search(r"@!?P\d BRA.*\((\.L_x_\d+)\)", line))]
     # A tile is a loop too: the shortest that do not overlap count.
     spans: list[tuple[int, int]] = []
@@ -92,16 +58,16 @@ def _loops(cubin: bytes, folder: Path) -> list[list[str]]:
 
 
 def _check(v: HopperVariant, folder: Path) -> None:
-    compiled = _compile(v)
-    assert not re.search(r"C75\d\d|warning", compiled.log), compiled.log
+    cubin, log = compiled(v)
+    assert not re.search(r"C75\d\d|warning", log), log
     assert v.shared_bytes <= hopper.MOST_SHARED
-    found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.log)
-    assert len(found) == 2, compiled.log  # the kernel, and its slow way for what is not finite
+    found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert len(found) == 2, log  # the kernel, and its slow way for what is not finite
     most = max(int(n) for function in found for n in function)
     # A few registers of what is computed once for a tile; never in a loop over keys.
-    assert most <= 64, compiled.log
+    assert most <= 64, log
     if most:
-        loops = _loops(compiled.cubin, folder)
+        loops = _loops(cubin, folder)
         assert loops and not [line for loop in loops for line in loop if re.search(r"\b(LDL|STL)\b", line)]
 
 
@@ -122,10 +88,10 @@ def test_every_variant_compiles_without_spills(v: HopperVariant, tmp_path: Path)
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("v", "products", "moves"), zip(_QUICK, (12, 16, 20), (1, 1, 1)), ids=("D64", "D128", "D256"))
+@pytest.mark.parametrize(("v", "products", "moves"), list(zip(_QUICK, (12, 16, 20), (1, 1, 1))), ids=("D64", "D128", "D256"))
 def test_descriptors_stay_in_uniform_registers(v: HopperVariant, products: int, moves: int, tmp_path: Path) -> None:
     """In the hot loops nothing, or little, is moved to where the matrix unit reads its descriptors; a branch too many moves all of them."""
-    loops = _loops(_compile(v).cubin, tmp_path)
+    loops = _loops(compiled(v).cubin, tmp_path)
     assert len(loops) == 2  # masked tiles and full ones
     for loop in loops:
         assert sum("HGMMA" in line for line in loop) == products and sum("R2UR" in line for line in loop) <= moves
@@ -149,16 +115,16 @@ def test_tiles_fit_every_pair_of_head_dims() -> None:
 @needs_nvrtc
 def test_what_is_kept_can_be_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     v = hopper.make("bfloat16", 64, 64)
-    path = compile.cubin(v, _library(), tmp_path / "cache")
+    path = compile.cubin(v, library(), tmp_path / "cache")
     monkeypatch.setenv("ATTNHUB_CUDA_KEEP", str(tmp_path / "kept"))
-    assert compile.cubin(v, _library(), tmp_path / "cache") == path
+    assert compile.cubin(v, library(), tmp_path / "cache") == path
     (folder,) = (tmp_path / "kept").iterdir()
     assert (folder / "kernel.cubin").read_bytes() == path.read_bytes()
     assert "registers" in (folder / "report.txt").read_text()
     options = (folder / "options.txt").read_text().splitlines()
     assert options[0].startswith("NVRTC ") and tuple(options[1:]) == v.options()
     included = {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*.cuh")}
-    _library().compile((folder / v.main).read_text(), v.main, included, tuple(options[1:]))
+    library().compile((folder / v.main).read_text(), v.main, included, tuple(options[1:]))
     before = os.stat(folder / "kernel.cubin").st_mtime_ns
-    compile.cubin(v, _library(), tmp_path / "cache")
+    compile.cubin(v, library(), tmp_path / "cache")
     assert os.stat(folder / "kernel.cubin").st_mtime_ns == before

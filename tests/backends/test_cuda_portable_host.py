@@ -3,13 +3,12 @@ again in the end: Inf and NaN that a mask hides, scores that are extreme."""
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cuda_on_host
 import pytest
 import torch
 from torch import Tensor
@@ -20,12 +19,6 @@ from attnhub.backends.cuda.variant import Variant
 from attnhub.dense import allowed_pairs
 from attnhub.layouts import Varlen
 from attnhub.mask import FULL, ALiBi, Causal, Chunk, LeftPad, Mask, SeqLens, Window
-
-_spec = importlib.util.spec_from_file_location("cuda_on_host", Path(__file__).with_name("cuda_on_host.py"))
-assert _spec is not None and _spec.loader is not None
-cuda_on_host: Any = importlib.util.module_from_spec(_spec)
-sys.modules["cuda_on_host"] = cuda_on_host
-_spec.loader.exec_module(cuda_on_host)
 
 Run = Callable[..., tuple[Tensor, Tensor]]
 

@@ -13,19 +13,15 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
+import cuda_samples as samples
 import pytest
 import torch
 
 import attnhub
 
 _FILE = Path(__file__).with_name("cuda_samples.py")
-_spec = importlib.util.spec_from_file_location("cuda_samples", _FILE)
-assert _spec is not None and _spec.loader is not None
-samples: Any = importlib.util.module_from_spec(_spec)
-sys.modules["cuda_samples"] = samples  # where its dataclasses look for themselves
-_spec.loader.exec_module(samples)
 
 ROOT = Path(attnhub.__file__).resolve().parents[1]
 
