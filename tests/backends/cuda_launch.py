@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import struct
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,6 +79,6 @@ def packed(call: Call, rows: int, keys: int, data: tuple[int, ...] = (0,) * 7) -
     return found, v, launch
 
 
-def field(argument: bytes, name: str) -> Any:
-    code = dict(hopper_params.FIELDS)[name]
-    return hopper_params.struct.unpack_from("=" + code, argument, hopper_params.offsets()[name])[0]
+def field(argument: bytes, name: str, layout: Any = hopper_params) -> Any:
+    """A field of a kernel's argument. layout: the module that declares it."""
+    return struct.unpack_from("=" + dict(layout.FIELDS)[name], argument, layout.offsets()[name])[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import struct
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_launch import PROBLEM, Driver, tensors
+from cuda_launch import PROBLEM, Driver, field, tensors
 
 from attnhub.backend import Call, PrepareError
-from attnhub.backends.cuda import backend, decode, decode_plan, hopper, hopper_plan, launcher, loading
+from attnhub.backends.cuda import backend, decode, decode_params, decode_plan, hopper, hopper_params, hopper_plan, launcher, loading, params
 from attnhub.backends.cuda.variant import make as make_portable
-from attnhub.mask import FULL
+from attnhub.mask import FULL, Window
 from attnhub.reasons import Code
 
 
@@ -107,6 +108,18 @@ def test_each_thread_has_an_argument_of_its_own(started: Any) -> None:
     assert len(own) == len(theirs) == 1 and own != theirs
     (where,) = theirs
     assert all(numbers[0] == 5 and numbers[-3:] == (9, where, 0) for numbers in calls)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-45])
+def test_numbers_at_the_ends_of_their_ranges(scale: float, started: Any) -> None:
+    """A position plus a window is an int, and the scale is no 0 in fp32, of which the -inf of a hidden score would make NaN."""
+    plan, call, calls = started
+    layout = {hopper_plan.HopperPlan: hopper_params, decode_plan.DecodePlan: decode_params, launcher.CudaPlan: params}[type(plan)]
+    plan.forward(Call(call.q, call.k, call.v, Window((1 << 31) - 2, (1 << 31) - 2), scale))
+    argument = ctypes.string_at(ctypes.c_void_p.from_address(calls[-1][-2]).value, sum(struct.calcsize("=" + code) for _, code in layout.FIELDS))
+    longest = 1 << 30  # `CudaBackend.check`
+    assert all(field(argument, f"window_{side}", layout) + longest < 1 << 31 for side in ("left", "right"))
+    assert field(argument, "scale_log2", layout) >= torch.finfo(torch.float32).tiny
 
 
 def test_an_error_of_a_launch_is_the_driver_s(started: Any) -> None:
