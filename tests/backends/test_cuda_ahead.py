@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_compiled import needs_nvrtc
 
 from attnhub import cli
 from attnhub.backend import Append, Call
@@ -26,7 +27,6 @@ from attnhub.mask import FULL
 from attnhub.problem import DeviceInfo, Feature, Problem, seqlen_class
 from attnhub.rotary import Rotary
 
-needs_nvrtc = pytest.mark.skipif(nvrtc.find() is None, reason="NVRTC is not installed")
 HOPPER = DeviceInfo("cuda", "nvidia", (9, 0), "H100")
 _BASE = Problem(HOPPER, "bfloat16", "bfloat16", 64, 64, 8, 2, 1, 1, 1024)
 
