@@ -96,7 +96,7 @@ def repeated(
             _note(rest, seen, grad, (q, k, v))
     chosen, scale, shorter = seen.chosen, seen.scale, seen.repeat
     _served.chosen = chosen
-    if shorter is not None and not grad:
+    if shorter is not None and (not grad or (chosen.differentiable and not return_lse)):
         again = shorter(q, k, v)
         if again is not None:
             return again if return_lse else again[0]  # type: ignore[return-value]
