@@ -12,6 +12,7 @@ from torch import Tensor
 from attnhub import runtime
 from attnhub.api import attention
 from attnhub.decision import Decision
+from attnhub.device import named
 from attnhub.kv_cache import KVCache
 from attnhub.layouts import Varlen
 from attnhub.mask import Mask
@@ -59,7 +60,7 @@ def warmup(
     everything that is done once) and ``next_call_seconds``. Raises what `attention` raises: ValueError for shapes that do not fit,
     `NoBackendError` if no backend serves them.
     """
-    where = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = named("cuda" if device is None and torch.cuda.is_available() else "cpu" if device is None else device)
     for name, value in (("q_heads", q_heads), ("head_dim", head_dim), ("seqlen_q", seqlen_q), ("batch", batch)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: a whole number above 0 is needed")
