@@ -175,8 +175,9 @@ class _AttentionBackward(_SingleLevelFunction):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
-            "attnhub.attention is once differentiable: its backward has no derivative. For second derivatives use torch's math attention "
-            "(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))."
+            "attnhub.attention is once differentiable: its backward has no derivative. For second derivatives call it, eagerly and without a transform, under "
+            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) with backend='sdpa' and without return_lse, softcap, sinks, dropout_p, varlen or "
+            "kv_cache: torch's math attention differentiates twice"
         )
 
 
