@@ -36,5 +36,5 @@ def freed(t: Tensor, what: str) -> ValueError:
 def need_memory(named: Iterable[tuple[str, Optional[Tensor]]]) -> None:
     """Raises ValueError for a tensor whose storage was freed; others whose values are nowhere are for the operator layer to make real."""
     for name, t in named:
-        if type(t) in (Tensor, Parameter) and (t.is_cpu or t.is_cuda or t.is_xpu) and not has_memory(t) and not only_described(t):
+        if t is not None and type(t) in (Tensor, Parameter) and (t.is_cpu or t.is_cuda or t.is_xpu) and not has_memory(t) and not only_described(t):
             raise freed(t, name)

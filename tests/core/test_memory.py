@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -42,7 +42,15 @@ class Looks(Backend):
             return backward(call, grad_out, grad_lse, *rest)
 
         plan.forward, plan.backward = checked_forward, checked_backward  # type: ignore[method-assign]
-        plan.repeat = lambda call: lambda q, k, v: checked_forward(Call(q, k, v, call.mask, call.softmax_scale, need_lse=call.need_lse))  # type: ignore[method-assign]
+
+        def repeat(call: Call) -> Any:
+            def again(q: Tensor, k: Tensor, v: Tensor, lengths: Optional[Tensor] = None) -> Any:
+                mask = call.mask if lengths is None else attnhub.SeqLens(lengths)
+                return checked_forward(Call(q, k, v, mask, call.softmax_scale, need_lse=call.need_lse))
+
+            return again
+
+        plan.repeat = repeat  # type: ignore[method-assign]
         return plan
 
 
@@ -152,6 +160,17 @@ def test_a_freed_mask_or_cache_is_an_error() -> None:
             attnhub.attention(q, *new, kv_cache=cache, backend="cpu")
     with pytest.raises(ValueError, match=r"v_cache of shape .* has no memory"):
         attnhub.append_kv(cache, k, v)
+
+
+@pytest.mark.parametrize("name", ("k_cache", "cache_seqlens"))
+def test_a_cache_freed_after_it_was_read(name: str) -> None:
+    q, cache = torch.randn(SHAPE), KVCache.empty(2, 3, 16, 16)
+    cache.cache_seqlens.fill_(9)
+    for _ in range(3):
+        attnhub.attention(q, kv_cache=cache, backend="looks")
+    getattr(cache, name).untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="has no memory"):
+        attnhub.attention(q, kv_cache=cache, backend="looks")
 
 
 def test_new_tokens_without_memory() -> None:
