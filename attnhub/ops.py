@@ -59,7 +59,7 @@ def _forward(
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         # `attention` has checked the shapes; a rank's part of unevenly sharded heads has not been.
         raise ValueError(f"attnhub::forward: q has {q.shape[1]} heads and k {k.shape[1]}; the heads of q must be a multiple of those of k")
-    call = flat.decode(q, k, v, bias, sinks, data, spec, sizes, softmax_scale, need_lse or need_backward)
+    call = flat.decode(q, k, v, bias, sinks, data or (), spec, sizes or (), softmax_scale, need_lse or need_backward)
     out, lse = runtime.forward(call, backend, need_backward)
     like = empty_out(q, v.shape[3])
     if out.stride() != like.stride():
@@ -78,11 +78,28 @@ def _fake_forward(
 # -- backward ----------------------------------------------------------------------------------------------------------
 
 
+def _saved(tensors: Sequence[Optional[Tensor]]) -> list[Any]:
+    """(q, k, v, bias, sinks, out, lse, *data) as kernels may read them: saved_tensors_hooks bring tensors back in any memory, of any dtype and shape."""
+    q, k, v, _, _, out, lse = tensors[:7]
+    assert q is not None and k is not None and v is not None and out is not None and lse is not None
+    if not (q.dtype is k.dtype is v.dtype is out.dtype and lse.dtype is lse_dtype(q.dtype) and q.shape[:3] == out.shape[:3] and k.shape[:3] == v.shape[:3]):
+        found = ", ".join(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in (("q", q), ("k", k), ("v", v), ("out", out), ("lse", lse)))
+        raise RuntimeError(f"attnhub.attention: saved_tensors_hooks brought other dtypes or shapes back than were saved ({found}): unpack has to undo what pack did")
+    return [None if t is None else t if t.is_contiguous() and not t.is_neg() else _readable(t) for t in tensors]
+
+
+def _readable(t: Tensor) -> Tensor:
+    t = t.resolve_neg()
+    # Kernels know the strides of all but the last dimension.
+    return t if t.ndim == 4 and (t.stride(3) == 1 or t.shape[3] == 1) else t.contiguous()
+
+
 def _backward(
     grad_out: Tensor, grad_lse: Optional[Tensor], q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], sinks: Optional[Tensor],
     out: Tensor, lse: Tensor, data: Sequence[Tensor], spec: str, sizes: Sequence[int], softmax_scale: float, needs: Sequence[bool], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    call = flat.decode(q, k, v, bias, sinks, data, spec, sizes, softmax_scale, True)
+    q, k, v, bias, sinks, out, lse, *data = _saved((q, k, v, bias, sinks, out, lse, *(data or ())))
+    call = flat.decode(q, k, v, bias, sinks, data, spec, sizes or (), softmax_scale, True)
     found = runtime.backward(call, backend, grad_out, grad_lse, out, lse, Needs(*needs))
     grads = []
     for need, tensor, grad in zip(needs, (q, k, v, bias, sinks), found):
@@ -121,7 +138,22 @@ def _below_autograd(op: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
-class _Attention(_SingleLevelFunction):
+def _with_lists(args: tuple[Any, ...], data: int) -> tuple[Any, ...]:
+    """The arguments with [] for data and sizes that are None: packages of AOTInductor pass empty lists so. data: where data stands."""
+    if args[data] is None or args[data + 2] is None:
+        return (*args[:data], args[data] or [], args[data + 1], args[data + 2] or [], *args[data + 3 :])
+    return args
+
+
+class _Function(_SingleLevelFunction):
+    """What compiled autograd asks of a function beside `_SingleLevelFunction`."""
+
+    @staticmethod
+    def _compiled_autograd_key(ctx: Any) -> tuple[Any, ...]:
+        return (ctx._autograd_function_id,)
+
+
+class _Attention(_Function):
     """The derivative of ``attnhub::forward``. One per autograd level: see `_apply`."""
 
     @staticmethod
@@ -131,31 +163,30 @@ class _Attention(_SingleLevelFunction):
     ) -> Any:  # fmt: skip
         out, lse = _below_autograd(forward_op, keyset, (q, k, v, bias, sinks, list(data), *static))
         ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *data)
-        spec, sizes, softmax_scale, _, _, backend = static
-        ctx.static = (spec, list(sizes), softmax_scale, backend or _names_in_force())
+        spec, sizes, softmax_scale, need_lse, need_backward, backend = static
+        ctx.static = (spec, list(sizes), softmax_scale, backend or _names_in_force(), need_lse or need_backward)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Optional[Tensor], grad_lse: Optional[Tensor]) -> Any:
         q, k, v, bias, sinks, out, lse, *data = ctx.saved_tensors
-        spec, sizes, softmax_scale, backend = ctx.static
+        spec, sizes, softmax_scale, backend, has_lse = ctx.static
         if grad_out is None and grad_lse is None:
             return (None,) * (7 + len(data))
-        if lse.numel() == 0 and q.numel() != 0:
+        if not has_lse:
             # Traced without need_backward (under no_grad, say) and trained nevertheless: make lse now.
             with torch.no_grad():
                 out, lse = forward_op(q, k, v, bias, sinks, data, spec, sizes, softmax_scale, True, True, backend)
+            grad_lse = None
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        if grad_lse is not None and grad_lse.numel() == 0:
-            grad_lse = None
         needs = list(ctx.needs_input_grad[2:7])
         grads = backward_op(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, data, spec, sizes, softmax_scale, needs, backend)
         return (None, None, *(grad if need else None for need, grad in zip(needs, grads)), *(None for _ in data))
 
 
-class _AttentionBackward(_SingleLevelFunction):
+class _AttentionBackward(_Function):
     """``attnhub::backward`` has no derivative: asking for one is an error that says so."""
 
     @staticmethod
@@ -211,6 +242,7 @@ def _apply(function: Any, *args: Any) -> Any:
 
 def _autograd_forward(keyset: Any, *args: Any) -> Any:
     _count_flops()
+    args = _with_lists(args, 5)
     dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     if dtensor is not None and isinstance(args[0], dtensor):
         from attnhub import distributed
@@ -226,6 +258,7 @@ def _autograd_forward(keyset: Any, *args: Any) -> Any:
 
 
 def _autograd_backward(keyset: Any, *args: Any) -> Any:
+    args = _with_lists(args, 9)
     tensors, data, static = args[:9], args[9], args[10:]
     if forward_ad._current_level >= 0 and any(map(has_tangent, tensors)):
         raise no_forward_mode()
@@ -340,6 +373,7 @@ def _register_autocast(device_type: str) -> None:
 
     def cast_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
+        rest = _with_lists(rest, 2)
         with torch._C._ExcludeDispatchKeyGuard(keys):
             # fp8 stands for other numbers, by factors that a cast would lose.
             return forward_op(*(t if t.dtype in (dtype, torch.float64, torch.float8_e4m3fn) else t.to(dtype) for t in (q, k, v)), *rest)
@@ -372,7 +406,7 @@ def _has_memory(t: Tensor) -> bool:
 # -- eager, without the operator -----------------------------------------------------------------------------------------
 
 
-class EagerAttention(_SingleLevelFunction):
+class EagerAttention(_Function):
     """What an eager, differentiated call uses instead of the operator: the same plan, at a fifth of the operator's host time."""
 
     #: No transform is active here, so that `torch.autograd.Function.apply` would look for them in vain, for more than a microsecond.
@@ -406,12 +440,16 @@ class EagerAttention(_SingleLevelFunction):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         needs = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or not (_has_memory(grad_out) and (grad_lse is None or _has_memory(grad_lse))):
-            # create_graph=True, or tangents: the operator's backward tells whoever differentiates again that it has no derivative.
+        if (
+            torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0
+            or not (_has_memory(grad_out) and (grad_lse is None or _has_memory(grad_lse)))
+        ):  # fmt: skip
+            # Compiled autograd traces the operator. create_graph=True, or tangents: the operator's backward tells whoever differentiates again that it has no derivative.
             if mask is not None:
                 spec, sizes, data = flat.encode(mask, softcap, 0.0, None, None, None, None, False)
             grads = backward_op(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, data, spec, sizes, softmax_scale, list(needs), chosen.backend)
             return (*(grad if need else None for need, grad in zip(needs, grads)), None, None, None, None)
+        q, k, v, bias, sinks, out, lse, *data = _saved((q, k, v, bias, sinks, out, lse, *data))
         if mask is None:
             call = flat.decode(q, k, v, bias, sinks, data, spec, sizes, softmax_scale, True)
         else:
