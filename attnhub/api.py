@@ -121,6 +121,10 @@ def scaled_dot_product_attention(
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor):
             raise TypeError(f"scaled_dot_product_attention({name}): a torch.Tensor is needed, got {type(t).__name__}")
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.is_nested:
+            # They have no shape to look at, and raise torch's "Internal error".
+            raise TypeError(f"scaled_dot_product_attention({name}): a nested tensor; use attnhub.attention with varlen=, or torch's own function")
     if query.ndim < 2 or key.ndim < 2 or value.ndim < 2:
         raise ValueError(f"scaled_dot_product_attention: q, k, v need at least 2 dimensions, got {query.ndim}, {key.ndim}, {value.ndim}")
     mask = _TOP_LEFT if is_causal else FULL

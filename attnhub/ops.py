@@ -59,6 +59,11 @@ def _forward(
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         # `attention` has checked the shapes; a rank's part of unevenly sharded heads has not been.
         raise ValueError(f"attnhub::forward: q has {q.shape[1]} heads and k {k.shape[1]}; the heads of q must be a multiple of those of k")
+    if in_context_parallel():
+        raise RuntimeError(
+            "attnhub.attention inside torch's context_parallel: q, k and v are this rank's part of the sequence, and attnhub would attend to that part "
+            "alone. Use F.scaled_dot_product_attention there (attnhub.unpatch the model, no replace_sdpa), or attend outside of the block"
+        )
     call = flat.decode(q, k, v, bias, sinks, data or (), spec, sizes or (), softmax_scale, need_lse or need_backward)
     out, lse = runtime.forward(call, backend, need_backward)
     like = empty_out(q, v.shape[3])
@@ -199,6 +204,18 @@ class _AttentionBackward(_Function):
             "attnhub.attention is once differentiable: its backward has no derivative. For second derivatives use torch's math attention "
             "(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))."
         )
+
+
+_CONTEXT_PARALLEL = "torch.distributed.tensor.experimental._context_parallel._attention"
+
+
+def in_context_parallel() -> bool:
+    """Whether torch's `context_parallel` is at work, in which tensors silently are parts of sequences. Only F.scaled_dot_product_attention knows of it."""
+    if _CONTEXT_PARALLEL not in sys.modules:
+        return False
+    from attnhub import distributed
+
+    return distributed.in_context_parallel(sys.modules[_CONTEXT_PARALLEL])
 
 
 _flops_counted = False
