@@ -15,7 +15,9 @@ from typing import Any, ClassVar, Optional
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch._functorch.vmap import unwrap_batched
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
@@ -343,6 +345,17 @@ def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
     return _loop(backward_op, info, in_dims, args)
 
 
+def _vmap_append_kv(*args: Any) -> None:
+    """One call a slice. (`register_vmap` has no place for operators that return nothing.)"""
+    interpreter = retrieve_current_functorch_interpreter()
+    unwrapped, in_dims = unwrap_batched(args, interpreter.level())
+    if in_dims[0] is None or in_dims[1] is None:
+        raise ValueError("append_kv under vmap: the new tokens or their positions are batched and the cache is not; give vmap a cache for each of them (in_dims)")
+    with interpreter.lower():
+        for i in range(unwrapped[0].shape[in_dims[0]]):
+            append_kv(*(a if d is None else a.select(d, i) for a, d in zip(unwrapped, in_dims)))
+
+
 def _loop(op: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
     """Batching rule. Plain problems fold the new dimension into the batch; those with data fall back to one call a slice."""
 
@@ -407,6 +420,7 @@ lib.impl("backward", _autograd_backward, "Autograd", with_keyset=True)
 lib.impl("backward", _batched_backward, "Batched")
 torch.library.register_vmap("attnhub::forward", _vmap_forward, lib=lib)
 torch.library.register_vmap("attnhub::backward", _vmap_backward, lib=lib)
+lib.impl("append_kv", _vmap_append_kv, "FuncTorchBatched")
 _count_flops()
 for _device_type in ("cpu", "cuda", "xpu", "mps"):
     if torch._C._is_autocast_available(_device_type):
