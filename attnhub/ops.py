@@ -87,7 +87,7 @@ def _saved(tensors: Sequence[Optional[Tensor]]) -> list[Any]:
     """(q, k, v, bias, sinks, out, lse, *data) as kernels may read them: saved_tensors_hooks bring tensors back in any memory, of any dtype and shape."""
     q, k, v, _, _, out, lse = tensors[:7]
     assert q is not None and k is not None and v is not None and out is not None and lse is not None
-    if not (q.dtype is k.dtype is v.dtype is out.dtype and lse.dtype is lse_dtype(q.dtype) and q.shape[:3] == out.shape[:3] and k.shape[:3] == v.shape[:3]):
+    if not (q.dtype is k.dtype is v.dtype is out.dtype and lse.dtype is lse_dtype(q.dtype) and q.shape[:3] == out.shape[:3] == lse.shape and k.shape[:3] == v.shape[:3]):
         found = ", ".join(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in (("q", q), ("k", k), ("v", v), ("out", out), ("lse", lse)))
         raise RuntimeError(f"attnhub.attention: saved_tensors_hooks brought other dtypes or shapes back than were saved ({found}): unpack has to undo what pack did")
     return [None if t is None else t if t.is_contiguous() and not t.is_neg() else _readable(t) for t in tensors]

@@ -295,6 +295,41 @@ def tensor_parallel(rank: int, ranks: int) -> None:
         torch.testing.assert_close(full(w.grad), right.grad, rtol=1e-4, atol=1e-4)
 
 
+def context_parallel(rank: int, ranks: int) -> None:
+    """Inside torch's block plain tensors are parts of sequences: refused on every way to a kernel, and served behind it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import experimental
+
+    mesh = init_device_mesh("cpu", (ranks,))
+    compiled = torch.compile(attnhub.attention, backend="aot_eager", fullgraph=True)
+    for grad in (False, True):
+        x = torch.randn(2, 4, 8, 16, requires_grad=grad)
+        whole = attnhub.attention(x, x, x)
+        part = x.detach().chunk(ranks, 2)[rank]
+        ways: list[Callable[..., Any]] = [
+            lambda: attnhub.attention(part.requires_grad_(grad), part, part),
+            lambda: compiled(part, part, part),
+            lambda: attnhub.attention(part, part, part, attnhub.SeqLens(torch.tensor([1, 2]))),
+            lambda: attnhub.attention(part.detach(), part.detach(), part.detach(), kv_cache=attnhub.KVCache.empty(2, 4, 8, 16)),
+            lambda: replaced(part),
+        ]
+        for way in ways:
+            way()
+            with experimental.context_parallel(mesh, buffers=[torch.zeros(2, 4, 8, 16)], buffer_seq_dims=[2]):
+                try:
+                    way()
+                except RuntimeError as error:
+                    assert "context_parallel" in str(error), error
+                else:
+                    raise AssertionError("a part of a sequence was taken for the whole")
+        assert torch.equal(attnhub.attention(x, x, x), whole)
+
+
+def replaced(x: Tensor) -> Tensor:
+    with attnhub.replace_sdpa():
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
 def replicate() -> Any:
     from torch.distributed.tensor import Replicate
 
