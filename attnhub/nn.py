@@ -214,9 +214,10 @@ class CachedAttention(nn.Module):
         if before.k_cache.is_meta and device.type != "meta":
             # `to_empty`: a table and positions that nobody has written yet. The cache is empty, and the angles can be made again.
             keys, paged = before.heads_first()[0], before.block_table is not None
-            place = {"dtype": keys.dtype, "device": device}
-            page_size = keys.shape[2] if paged else 0
-            self.use_cache(KVCache.empty(self.position.shape[0], self.kv_heads, before.capacity(), self.head_dim, page_size=page_size, **place))
+            batch, page_size = self.position.shape[0], keys.shape[2] if paged else 0
+            self.use_cache(KVCache.empty(
+                batch, self.kv_heads, before.capacity(), self.head_dim, page_size=page_size, dtype=self.cache.k_cache.dtype, device=device
+            ))  # fmt: skip
             if self._angles is not None:
                 base, positions = self._angles
                 self.rotary = _angles(base, self.head_dim, positions)

@@ -57,7 +57,7 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "v float": (lambda: attention(Q, K, 3.0), ("v", "float", "Tensor")),
     "q of functorch.dim": (lambda: attention(first_class(), K, V), ("q", "functorch.dim", "torch.Tensor")),
     "q of torch.fx": (lambda: torch.fx.symbolic_trace(lambda q: attention(q, K, V)), ("q", "torch.fx", "Proxy", "torch.Tensor")),
-    "nested": (lambda: attnhub.scaled_dot_product_attention(NESTED, NESTED, NESTED), ("query", "nested", "varlen")),
+    "nested for sdpa": (lambda: attnhub.scaled_dot_product_attention(NESTED, NESTED, NESTED), ("query", "nested", "varlen")),
     "k missing": (lambda: attention(Q), ("k and v", "kv_cache")),
     "v missing": (lambda: attention(Q, K), ("v", "needed")),
     "3 dimensions": (lambda: attention(Q[0], K[0], V[0]), ("4 dimensions", "(4, 5, 8)", "varlen")),
