@@ -113,7 +113,7 @@ gpu-bench: ## time the GPU backends beside torch's kernels and FlexAttention, fr
 		PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench gpu --preset $$preset --output $(RESULTS)/ $(GPU_OPTIONS) || exit 1; done
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m attnhub bench overhead --device cuda --output $(RESULTS)/
 
-CUDA_PRESETS ?= cuda-grid cuda-sustained cuda-features cuda-decode cuda-few cuda-portable
+CUDA_PRESETS ?= cuda-grid cuda-sustained cuda-features cuda-decode cuda-few cuda-short cuda-portable
 
 # `make cuda-bench CUDA_PRESETS=cuda-decode` is one of them; each is estimated below 150 s on 16 processors.
 cuda-bench: ## time the cuda backend alone beside its peers, and hold it against its targets

@@ -81,7 +81,7 @@ def attention(
         varlen is None and sinks is None and dropout_p == 0 and layout == "bhsd" and q_descale is None and k_descale is None
         and v_descale is None and not deterministic and (rotary is None or kv_cache is not None) and not is_compiling()
     )  # fmt: skip
-    if plain and (mask is None or is_usual_mask(mask)) and no_modes():
+    if plain and no_modes() and (mask is None or is_usual_mask(mask)):
         usual = FULL if mask is None else mask
         if kv_cache is None:
             again = repeated(q, k, v, usual, softmax_scale, softcap, return_lse, backend or "")

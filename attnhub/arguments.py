@@ -16,7 +16,7 @@ from attnhub.mask import FULL, Mask, SeqLens, check_fields
 from attnhub.rotary import Rotary
 
 _FP8 = torch.float8_e4m3fn
-_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, _FP8}
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, _FP8}
 _NO_DESCALE = Descale()
 _WRAP = "wrap a bool tensor in attnhub.BoolMask(...), an additive one in attnhub.Bias(...)"
 #: Scores are fp32: a factor beyond its range is no number there.
@@ -192,7 +192,7 @@ def _check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(found + "float8_e4m3fn is served with q, k, v and the kv_cache all in it, and autocast leaves it alone")
         if not torch._C._is_any_autocast_enabled():
             raise ValueError(found + "cast them, or run under torch.autocast")
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         other = "; float8_e4m3fn is the only 8-bit format" if dtype.is_floating_point and dtype.itemsize == 1 else ""
         raise ValueError(f"q is {dtype}: float16, bfloat16, float32, float64 or float8_e4m3fn is needed{other}")
 

@@ -153,7 +153,7 @@ class Plan:
         ``block_table``) and those of ``append``: a shorter way to the same for others, or None.
 
         It is taken where they agree in shapes, strides, dtypes and device with the call's, all addresses are multiples of 16, and all
-        else is as it was.
+        else is as it was; of a plan that is `differentiable` in training too.
         """
         return None
 

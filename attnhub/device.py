@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from typing import Any
 
 import torch
 
@@ -25,6 +26,23 @@ def describe(device: torch.device) -> DeviceInfo:
     if device.type == "xpu":
         return DeviceInfo("xpu", "intel", (), torch.xpu.get_device_name(device))
     return DeviceInfo(device.type)
+
+
+def named(value: Any, argument: str = "device=") -> torch.device:
+    """The torch device of a name. ValueError, by the name of the argument, for what is none or is not in this machine."""
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{argument}{value!r}: a device of torch is needed: cpu, cuda, cuda:1, xpu or mps") from None
+    if device.type == "cpu":
+        return device
+    backend: Any = torch.backends.mps if device.type == "mps" else getattr(torch, device.type, None)
+    if not hasattr(backend, "is_available") or not backend.is_available():
+        raise ValueError(f"{argument}{str(device)!r}: torch {torch.__version__} finds no {device.type} device here; `attnhub doctor` lists what there is")
+    count = backend.device_count() if hasattr(backend, "device_count") else 1
+    if (device.index or 0) >= count:
+        raise ValueError(f"{argument}{str(device)!r}: torch finds {count} {device.type} device{'s' * (count != 1)} here, counted from {device.type}:0")
+    return device
 
 
 def _gfx(name: str) -> tuple[int, ...]:

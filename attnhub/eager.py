@@ -12,6 +12,7 @@ from attnhub import ops, runtime, spec
 from attnhub.backend import Call, PrepareError
 from attnhub.kv_cache import KVCache
 from attnhub.mask import Mask
+from attnhub.memory import LOWEST, has_memory, need_memory
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 _strided = torch.strided
@@ -48,23 +49,43 @@ def _run_with_grad(call: Call, backend: str, return_lse: bool) -> tuple[Tensor, 
 
 def append_in_launch(call: Call, cache: KVCache, backend: str) -> Optional[tuple[Tensor, Optional[Tensor]]]:
     """A call with new tokens by a plan that appends them itself, or None."""
+    if torch.compiler.is_compiling() or not is_eager(call):
+        return None
     # What the call holds is a copy of a cache whose rows have gaps.
-    own = all(t.stride(3) == 1 for t in cache.heads_first())
-    return runtime.append_in_launch(call, backend) if own and not torch.compiler.is_compiling() and is_eager(call) else None
+    return runtime.append_in_launch(call, backend) if all(t.stride(3) == 1 for t in cache.heads_first()) else None
 
 
 def is_eager(call: Call) -> bool:
-    """Whether the operator layer can be left out: plain tensors with memory, and no mode, transform, trace, autocast or dual number."""
-    append = call.append
-    added = () if append is None else (append.k, append.v) if append.rotary is None else (append.k, append.v, append.rotary.cos, append.rotary.sin)
-    tensors = [t for t in (call.q, call.k, call.v, *call.mask.tensors(), call.sinks, call.rng, *(call.descale or ()), *added) if t is not None]
-    if any(type(t) not in _PLAIN or t.is_neg() for t in tensors) or call.q.is_meta:
+    """Whether the operator layer can be left out: plain tensors with memory, and no mode, transform, trace, autocast or dual number.
+
+    Raises ValueError where neither can serve: a storage was freed.
+    """
+    tensors = _tensors(call)
+    if not no_modes():
+        if forward_ad._current_level >= 0 and all(type(t) in _PLAIN and not t.is_neg() for t in tensors) and any(map(ops.has_tangent, tensors)):
+            raise ops.no_forward_mode()
         return False
-    if forward_ad._current_level < 0:
-        return no_modes()
-    if any(map(ops.has_tangent, tensors)):
-        raise ops.no_forward_mode()
-    return False
+    for t in tensors:
+        if type(t) not in _PLAIN or t.is_neg():
+            return False
+        if t.data_ptr() < LOWEST and not has_memory(t):
+            need_memory(_named(call))
+            return False
+    return True
+
+
+def _tensors(call: Call) -> list[Tensor]:
+    append, varlen = call.append, call.varlen
+    added = () if append is None else (append.k, append.v) if append.rotary is None else (append.k, append.v, append.rotary.cos, append.rotary.sin)
+    packed = () if varlen is None else (varlen.cu_seqlens_q, varlen.cu_seqlens_k)
+    several = (*call.mask.held, call.sinks, call.rng, *(call.descale or ()), *packed, call.block_table, *added)
+    return [call.q, call.k, call.v, *(t for t in several if t is not None)]
+
+
+def _named(call: Call) -> list[tuple[str, Tensor]]:
+    names = {id(t): name for name, t in (("q", call.q), ("k", call.k), ("v", call.v), ("sinks", call.sinks), ("block_table", call.block_table))}
+    names.update((id(t), "mask: a tensor") for t in call.mask.tensors())
+    return [(names.get(id(t), "a tensor of the call"), t) for t in _tensors(call)]
 
 
 def is_usual_tensor(t: Any) -> bool:
@@ -73,13 +94,13 @@ def is_usual_tensor(t: Any) -> bool:
 
 
 def is_usual_mask(mask: Any) -> bool:
-    """Whether all tensors of a mask are usual ones that need no gradient."""
+    """Whether all tensors of a mask are usual ones that need no gradient. Where `no_modes`."""
     if type(mask) is not Mask:
         return False
     if not mask.held:
         return True
     learnt = (mask.bias is not None and mask.bias.requires_grad) or (mask.alibi is not None and mask.alibi.requires_grad)
-    return not learnt and all(type(t) in _PLAIN and not t.is_neg() for t in mask.held)
+    return not learnt and all(type(t) in _PLAIN and not t.is_neg() and (t.data_ptr() >= LOWEST or has_memory(t)) for t in mask.held)
 
 
 # Looked up once: each attribute of a module takes as long as what is called.

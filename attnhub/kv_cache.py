@@ -157,10 +157,16 @@ def append_kv(
     """Write the new tokens k [B, Hk, S, D], v [B, Hk, S, Dv] behind cache_seqlens, in place.
 
     rotary: (cos, sin), each [max_positions, R]: k is rotated at its positions first (`attnhub.rotary.apply_rotary`).
-    cache_seqlens stays as it is (see `KVCache.advance`). New tokens are cast to the cache's dtype, but neither to nor from fp8. Raises ValueError where shapes disagree and, on CPU, where the
-    tokens do not fit; on other devices the indices are asserted by the device.
+    cache_seqlens stays as it is (see `KVCache.advance`). New tokens are cast to the cache's dtype, but neither to nor from fp8. There is no gradient: call it under
+    torch.no_grad(), as generation is run, or detach() what requires one.
+
+    Raises ValueError where shapes disagree, for tensors that require a gradient while gradients are recorded and, on CPU, where the tokens do not fit; on
+    other devices the indices are asserted by the device.
     """
     check_new(cache, k, v, rotary is not None)
+    for name, table in zip(("cos", "sin"), rotary or ()):
+        if isinstance(table, Tensor) and table.requires_grad and torch.is_grad_enabled():
+            raise _no_gradient(f"rotary: {name}")
     keys, values = cache.heads_first()
     cos, sin = rotary if rotary is not None else (None, None)
     from attnhub import ops
@@ -168,8 +174,14 @@ def append_kv(
     ops.append_kv(keys, values, k, v, cache.cache_seqlens, cache.table(), cos, sin, interleaved)
 
 
+def _no_gradient(what: str) -> ValueError:
+    return ValueError(
+        f"append_kv({what}): it requires a gradient, and a K/V cache, which is written in place, has none: call under torch.no_grad(), or detach() it"
+    )
+
+
 def check_new(cache: KVCache, k: Tensor, v: Tensor, rotated: bool) -> None:
-    """Raises ValueError unless the cache takes new tokens of these shapes, dtypes and devices."""
+    """Raises ValueError unless the cache takes new tokens of these shapes, dtypes and devices, whose gradients nobody wants."""
     keys, values = cache.heads_first()
     batch = cache.cache_seqlens.shape[0]
     for name, new, old in (("k", k, keys), ("v", v, values)):
@@ -181,6 +193,10 @@ def check_new(cache: KVCache, k: Tensor, v: Tensor, rotated: bool) -> None:
             raise ValueError(f"append_kv({name}): got {tuple(new.shape)}; the cache needs [{batch}, {old.shape[1]}, S, {old.shape[3]}]")
         if new.device != old.device:
             raise ValueError(f"append_kv({name}): it is on {new.device} and the cache on {old.device}: they must be on one device")
+    if torch.is_grad_enabled():
+        for name, t in (("k", k), ("v", v), ("k_cache", cache.k_cache), ("v_cache", cache.v_cache)):
+            if t.requires_grad:
+                raise _no_gradient(name)
     if k.shape[2] != v.shape[2]:
         raise ValueError(f"append_kv: k has {k.shape[2]} new tokens and v {v.shape[2]}")
     for name, new, old in (("k", k, keys), ("v", v, values)):

@@ -65,7 +65,7 @@ def check_cumulative(side: str, cu: Tensor, longest: int, tokens: int) -> None:
     """Raises ValueError unless the numbers of cu_seqlens are what `Varlen` says. Nothing is asked where a look would wait for a device."""
     if not readable(cu):
         return
-    ends = cu.tolist()
+    ends = (cu.clone() if cu._is_zerotensor() else cu).tolist()
     if ends[0] != 0:
         raise ValueError(f"varlen: cu_seqlens_{side}[0] is {ends[0]}: cumulative lengths start with 0")
     lengths = [end - start for start, end in pairwise(ends)]

@@ -296,7 +296,7 @@ def SeqLens(seqused_k: Tensor) -> Mask:  # noqa: N802
 
 
 def LeftPad(leftpad: Tensor) -> Mask:  # noqa: N802
-    """The first leftpad[b] keys of sequence b are padding. They are never read into a result."""
+    """The first leftpad[b] keys of sequence b are padding. They are never read into a result. Below 0 is none, beyond the keys all of them."""
     return Mask(leftpad=_check_ints("LeftPad(leftpad)", leftpad, 1))
 
 

@@ -23,6 +23,7 @@ from attnhub import batching, runtime
 from attnhub import spec as flat
 from attnhub.backend import Call, Needs, Repeat
 from attnhub.layouts import empty_out, lse_dtype
+from attnhub.memory import has_memory, need_memory
 from attnhub.rotary import apply_rotary
 
 _SCHEMA_TAIL = "Tensor[] data, str spec, SymInt[] sizes, float softmax_scale"
@@ -64,12 +65,19 @@ def _forward(
             "attnhub.attention inside torch's context_parallel: q, k and v are this rank's part of the sequence, and attnhub would attend to that part "
             "alone. Use F.scaled_dot_product_attention there (attnhub.unpatch the model, no replace_sdpa), or attend outside of the block"
         )
+    need_memory((("q", q), ("k", k), ("v", v), ("bias", bias), ("sinks", sinks), *(("a tensor of the call", t) for t in data or ())))
+    q, k, v = map(_rows, (q, k, v))
     call = flat.decode(q, k, v, bias, sinks, data or (), spec, sizes or (), softmax_scale, need_lse or need_backward)
     out, lse = runtime.forward(call, backend, need_backward)
     like = empty_out(q, v.shape[3])
     if out.stride() != like.stride():
         out = like.copy_(out)
     return out, q.new_empty(0, dtype=lse_dtype(q.dtype)) if lse is None else lse.contiguous()
+
+
+def _rows(t: Tensor) -> Tensor:
+    """With rows of head_dim in memory, as `attention` makes them: what torch makes of zeros without memory is one zero, expanded."""
+    return t if t.stride(3) == 1 else t.contiguous()
 
 
 def _fake_forward(
@@ -103,7 +111,9 @@ def _backward(
     grad_out: Tensor, grad_lse: Optional[Tensor], q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], sinks: Optional[Tensor],
     out: Tensor, lse: Tensor, data: Sequence[Tensor], spec: str, sizes: Sequence[int], softmax_scale: float, needs: Sequence[bool], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    need_memory((("grad_out", grad_out), ("q", q), ("k", k), ("v", v), ("out", out), ("lse", lse)))
     q, k, v, bias, sinks, out, lse, *data = _saved((q, k, v, bias, sinks, out, lse, *(data or ())))
+    q, k, v, out = map(_rows, (q, k, v, out))
     call = flat.decode(q, k, v, bias, sinks, data, spec, sizes or (), softmax_scale, True)
     found = runtime.backward(call, backend, grad_out, grad_lse, out, lse, Needs(*needs))
     grads = []
@@ -201,8 +211,9 @@ class _AttentionBackward(_Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
-            "attnhub.attention is once differentiable: its backward has no derivative. For second derivatives use torch's math attention "
-            "(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))."
+            "attnhub.attention is once differentiable: its backward has no derivative. For second derivatives call it, eagerly and without a transform, under "
+            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) with backend='sdpa' and without return_lse, softcap, sinks, dropout_p, varlen or "
+            "kv_cache: torch's math attention differentiates twice"
         )
 
 
@@ -296,6 +307,7 @@ def _append_kv(
     batch, _, new, _ = k.shape
     if new == 0 or batch == 0:
         return
+    need_memory((("append_kv: k_cache", k_cache), ("append_kv: v_cache", v_cache), ("append_kv: k", k), ("append_kv: v", v)))
     positions = cache_seqlens.long()[:, None] + torch.arange(new, device=k.device)
     length = k_cache.shape[2]
     capacity = length if block_table is None else block_table.shape[1] * length
@@ -369,7 +381,7 @@ def _has_memory(t: Tensor) -> bool:
     """Whether a kernel may read what a plain tensor's pointer leads to: no negative bit, no batch (is_grads_batched, vmap), no mode at work."""
     return not (
         t.is_neg() or torch._C._functorch.is_legacy_batchedtensor(t) or _in_functorch() or torch._C._len_torch_dispatch_stack() or type(t) is not Tensor
-    )  # fmt: skip
+    ) and has_memory(t)  # fmt: skip
 
 
 # -- eager, without the operator -----------------------------------------------------------------------------------------
@@ -409,6 +421,8 @@ class EagerAttention(_Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         needs = ctx.needs_input_grad[:5]
+        if not (has_memory(q) and has_memory(k) and has_memory(v)):
+            need_memory((("q", q), ("k", k), ("v", v)))
         if (
             torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0
             or not (_has_memory(grad_out) and (grad_lse is None or _has_memory(grad_lse)))

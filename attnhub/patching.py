@@ -143,5 +143,5 @@ def patch(model: Any, *, strict: bool = False, only: Optional[Callable[[str, Any
 
 
 def unpatch(model: Any) -> int:
-    """Restore a patched model exactly; how many modules were restored (0 if it was not patched)."""
+    """Restore a patched model exactly, but for what was set in its configs since; how many modules were restored (0 if it was not patched)."""
     return sum(integration.unpatch(model) for integration in _integrations() if integration.matches(model))

@@ -13,6 +13,7 @@ from attnhub.backend import Append, Call, PrepareError, Repeat
 from attnhub.eager import append_in_launch, is_eager, is_usual_tensor, no_modes, run
 from attnhub.kv_cache import KVCache
 from attnhub.mask import FULL, Mask
+from attnhub.memory import LOWEST, has_memory
 from attnhub.registry import registry
 from attnhub.rotary import Rotary
 
@@ -64,10 +65,14 @@ def repeated(
         if not isinstance(return_lse, bool):
             raise TypeError(f"return_lse is a {type(return_lse).__name__}: True or False is needed") from None
         recent = None
-    if recent and _any_nested(q, k, v):
+    if recent and (getattr(q, "is_nested", False) or getattr(k, "is_nested", False) or getattr(v, "is_nested", False)):
+        # `_Guards` must not see them: its check ends the process.
         return None
     for entry in recent or ():
-        if entry[0](q, k, v) and not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+        if (
+            entry[0](q, k, v) and not ((a := q.data_ptr()) | (b := k.data_ptr()) | (c := v.data_ptr())) & 15
+            and ((a >= LOWEST <= b and c >= LOWEST) or _have_memory(q, k, v))
+        ):  # fmt: skip
             _, seen, grad = entry
             break
     else:
@@ -75,7 +80,9 @@ def repeated(
             return None
         grad = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         strides = None if q.is_contiguous() and k.is_contiguous() and v.is_contiguous() else (q.stride(), k.stride(), v.stride())
-        unaligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
+        unaligned = ((a := q.data_ptr()) | (b := k.data_ptr()) | (c := v.data_ptr())) & 15
+        if not ((a >= LOWEST <= b and c >= LOWEST) or _have_memory(q, k, v)):
+            return None
         key = (
             q.shape, k.shape, v.shape, strides, q.is_cuda, q.get_device(), k.get_device(), v.get_device(), unaligned, q.dtype, k.dtype, v.dtype,
             None if mask.structural else tuple([(t.shape, t.dtype, t.device) for t in mask.held]), grad, rest,
@@ -96,7 +103,7 @@ def repeated(
             _note(rest, seen, grad, (q, k, v))
     chosen, scale, shorter = seen.chosen, seen.scale, seen.repeat
     _served.chosen = chosen
-    if shorter is not None and not grad:
+    if shorter is not None and (not grad or (chosen.differentiable and not return_lse)):
         again = shorter(q, k, v)
         if again is not None:
             return again if return_lse else again[0]  # type: ignore[return-value]
@@ -144,7 +151,7 @@ def read_again(
         return None
     for alike, seen, _ in recent:
         if alike(*tensors):
-            if seen.repeat is None or _unaligned(tensors):
+            if seen.repeat is None or _unaligned(tensors) or not _have_memory(*tensors):
                 return None
             again = _with_cache(seen.repeat, q, *cache.kept_heads_first(alike), lengths, table, append)
             if again is None:
@@ -154,7 +161,7 @@ def read_again(
     for t in tensors:
         if not is_usual_tensor(t) or (t.requires_grad and torch.is_grad_enabled()):
             return None
-    if _unaligned(tensors):
+    if _unaligned(tensors) or not _have_memory(*tensors):
         return None
     key = (*[(t.shape, t.is_contiguous() or t.stride(), t.get_device(), t.dtype) for t in tensors], rest)
     known = _seen.get(key)
@@ -206,6 +213,10 @@ def _with_cache(
     if append is not None:
         return repeat(q, keys, values, lengths, append=append) if table is None else repeat(q, keys, values, lengths, table, append=append)
     return repeat(q, keys, values, lengths) if table is None else repeat(q, keys, values, lengths, table)
+
+
+def _have_memory(*tensors: Tensor) -> bool:
+    return all(map(has_memory, tensors))
 
 
 def _unaligned(tensors: tuple[Tensor, ...]) -> int:

@@ -11,11 +11,17 @@ from torch import Tensor
 
 from attnhub import runtime
 from attnhub.api import attention
+from attnhub.arguments import FLOATS
 from attnhub.decision import Decision
+from attnhub.device import named
 from attnhub.kv_cache import KVCache
 from attnhub.layouts import Varlen
 from attnhub.mask import Mask
 from attnhub.rotary import Rotary
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def warmup(
@@ -56,16 +62,29 @@ def warmup(
     `CachedAttention` are, and fill it; "rotary" for calls that rotate them too. device: default cuda where there is one, else cpu.
 
     Returns the decision that served the calls. Its ``plan`` holds, besides what the backend tells of its kernels, ``first_call_seconds`` (with
-    everything that is done once) and ``next_call_seconds``. Raises what `attention` raises: ValueError for shapes that do not fit,
-    `NoBackendError` if no backend serves them.
+    everything that is done once) and ``next_call_seconds``. Raises what `attention` raises: ValueError or TypeError, by name, for arguments that do
+    not fit, `NoBackendError` if no backend serves them.
     """
-    where = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = named("cuda" if device is None and torch.cuda.is_available() else "cpu" if device is None else device)
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
+        raise ValueError(f"dtype={dtype!r}: a dtype of torch is needed: {', '.join(sorted(map(str, FLOATS)))}")
     for name, value in (("q_heads", q_heads), ("head_dim", head_dim), ("seqlen_q", seqlen_q), ("batch", batch)):
-        if not isinstance(value, int) or value < 1:
+        if not _is_whole(value) or value < 1:
             raise ValueError(f"{name}={value!r}: a whole number above 0 is needed")
     for name, optional in (("seqlen_k", seqlen_k), ("kv_heads", kv_heads), ("v_head_dim", v_head_dim)):
-        if optional is not None and (not isinstance(optional, int) or optional < 1):
+        if optional is not None and (not _is_whole(optional) or optional < 1):
             raise ValueError(f"{name}={optional!r}: a whole number above 0 is needed, or None for that of q")
+    if kv_heads and q_heads % kv_heads:
+        raise ValueError(f"kv_heads={kv_heads}: q_heads={q_heads} must be a multiple of it (grouped-query attention)")
+    if not _is_whole(page_size) or page_size < 0:
+        raise ValueError(f"page_size={page_size!r}: a whole number above 0 is needed, or 0 for K/V without pages")
+    if layout not in ("bhsd", "bshd"):
+        raise ValueError(f"layout={layout!r}: allowed are 'bhsd' and 'bshd'")
+    if not isinstance(descale, str):
+        raise TypeError(f"descale={descale!r}: letters of 'qkv' are needed, one for each tensor that comes with factors")
+    for name, switch in (("sinks", sinks), ("packed", packed), ("need_backward", need_backward)):
+        if not isinstance(switch, bool):
+            raise TypeError(f"{name} is a {type(switch).__name__}: True or False is needed")
     if page_size and need_backward:
         raise ValueError(f"page_size={page_size}: a paged cache has no backward pass; leave out need_backward")
     if set(descale) - set("qkv"):

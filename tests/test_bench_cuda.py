@@ -19,7 +19,7 @@ from attnhub.reasons import Code, Reason
 from attnhub.registry import registry
 
 CPU = torch.device("cpu")
-NAMES = ("cuda-grid", "cuda-sustained", "cuda-features", "cuda-decode", "cuda-few", "cuda-portable")
+NAMES = ("cuda-grid", "cuda-sustained", "cuda-features", "cuda-decode", "cuda-few", "cuda-short", "cuda-portable")
 ERROR = "max error, of the others' largest"
 
 
@@ -38,7 +38,7 @@ def _row(case: Case, peer: str, seconds: float, **figures: Any) -> dict[str, Any
 
 def _peers(preset: str, case: Case) -> list[str]:
     """Who stands beside the judged peer where nobody is absent."""
-    names = {"flash": "aten flash" if case.window or case.documents else "F.sdpa flash", "cudnn": "aten cuDNN" if case.documents else "F.sdpa cuDNN"}
+    names = {"sdpa": "F.sdpa", "flash": "aten flash" if case.window or case.documents else "F.sdpa flash", "cudnn": "aten cuDNN" if case.documents else "F.sdpa cuDNN"}
     asked = [name for name in PRESETS[preset].gpu_peers or () if name != "portable" and (name == "flex" or not case.softcap)]
     return [names.get(name, "FlexAttention") for name in asked]
 

@@ -146,6 +146,7 @@ GPU: dict[str, tuple[Target, ...]] = {
     "cuda-features": (*_FEATURES, _EXACT),
     "cuda-decode": _decode(False),
     "cuda-few": (Target("few queries over cuDNN and flash, every point", 1.0, 1.0, _over_fastest("F.sdpa cuDNN"), _always, every=True), _EXACT),
+    "cuda-short": (Target("the automatic choice over the fastest of torch, geometric mean", 1.0, 1.2, _over_fastest("F.sdpa"), _always), _EXACT),
     "cuda-portable": (
         Target(_ON_THE_GRID, 1.0, 1.0, _FLASH, _always),
         *(Target(f"D{dim} over flash", 0.0, 1.0, _FLASH, lambda c, dim=dim: c.head_dim == dim) for dim in (64, 128, 256)),  # type: ignore[misc]

@@ -220,6 +220,19 @@ def _cuda_few(device: str) -> list[Case]:
     ]  # fmt: skip
 
 
+def _cuda_short(device: str) -> list[Case]:
+    """Launches count here: a few queries before a few keys, and short sequences, as of windows of an image."""
+    queries = [(1, 16, 16, 1, 128, 64), (256, 16, 16, 1, 128, 64), (256, 32, 8, 1, 128, 128), (1, 16, 16, 4, 128, 64), (256, 16, 16, 4, 128, 64)]
+    queries += [(16, 32, 8, 16, 512, 128), (256, 32, 8, 16, 512, 128)]
+    whole = [(1, 12, 16, 64), (1, 12, 64, 64), (16, 12, 64, 64), (256, 8, 49, 32), (256, 12, 64, 64), (1, 16, 128, 128), (256, 12, 128, 64)]
+    shapes = [*queries, *((batch, heads, heads, length, length, dim) for batch, heads, length, dim in whole)]
+    return [
+        Case(seqlen_q, seqlen_k, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=dim, dtype="bfloat16", causal=causal, graph=device != "cpu")
+        for batch, heads, kv_heads, seqlen_q, seqlen_k, dim in shapes for causal in ((False, True) if seqlen_q == seqlen_k == 64 else (False,))
+        if device != "cpu" or batch == 1
+    ]  # fmt: skip
+
+
 _GPU_BACKENDS = ("auto", "triton")
 PRESETS = {
     "quick": Preset("a minute: one small shape in two dtypes, a decode step, a backward", _quick),
@@ -281,6 +294,10 @@ PRESETS = {
     "cuda-few": Preset(
         "2 to 16 queries of each sequence over a long cache, by CUDA graph", _cuda_few,
         gpu_peers=("cudnn", "flash"), gpu_backends=("cuda", "triton"), turns=(3, 0.03), judged="attnhub cuda", shown=RATIOS,
+    ),
+    "cuda-short": Preset(
+        "a few queries before a few keys, and short sequences, by CUDA graph: the automatic choice beside torch's kernels", _cuda_short,
+        gpu_peers=("sdpa", "flash", "cudnn"), gpu_backends=("auto", "cuda", "triton"), turns=(3, 0.03), judged="attnhub", shown=RATIOS,
     ),
     "cuda-portable": Preset(
         "the cuda backend's mma.sync kernel for older GPUs, compiled for this one, beside flash", _forward(1024, 4096, 16384),

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from attnhub import config
-from attnhub.cli import CommandError, console, progress
+from attnhub.cli import CommandError, console, devices, progress
 from attnhub.cli.devices import CLASSES
 from attnhub.problem import DeviceInfo, Feature, Problem, seqlen_class, size_bucket
 from attnhub.reasons import Reason
@@ -102,7 +102,7 @@ def target(args: argparse.Namespace) -> DeviceInfo:
 
         if not torch.cuda.is_available():
             raise CommandError("torch finds no CUDA device here; name the architecture that the kernels are for: --arch sm_90a")
-        info = describe(torch.device(args.device or "cuda"))
+        info = describe(devices.asked(args.device or "cuda", "--arch sm_90a needs none"))
     if info.vendor != "nvidia":
         raise CommandError(f"{info.name or name} is no NVIDIA GPU; the cuda backend compiles for {', '.join(_nvidia())}")
     return info

@@ -65,8 +65,12 @@ def asked(name: str, instead: str) -> Any:
     """torch's device of a name; of ``cuda`` the current one. instead: what can be done where torch finds none."""
     import torch
 
-    if name.split(":", maxsplit=1)[0] != "cuda":
-        return torch.device(name)
-    if not torch.cuda.is_available():
+    from attnhub.device import named
+
+    if name.split(":", maxsplit=1)[0] == "cuda" and not torch.cuda.is_available():
         raise CommandError(f"torch finds no CUDA device here; {instead}")
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+    try:
+        device = named(name, "--device ")
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device

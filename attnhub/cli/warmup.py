@@ -9,7 +9,7 @@ import argparse
 import itertools
 from typing import Any, Optional
 
-from attnhub.cli import CommandError, console, progress
+from attnhub.cli import CommandError, console, devices, progress
 from attnhub.cli.explain import DTYPES
 from attnhub.cli.values import size
 
@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype or "bfloat16")
     shapes = list(itertools.product(args.batch, args.seqlen_q, args.seqlen_k or (0,)))
     decisions = []
+    if args.device:
+        devices.asked(args.device, "--device cpu needs none")
     several = len(shapes) > 1 or args.append or args.page_size
     if several and torch.cuda.is_available() and args.device.partition(":")[0] in ("", "cuda"):
         ahead.compile_chosen(args, torch.device(args.device or "cuda"))

@@ -27,6 +27,9 @@ from attnhub.testing.cases import cases
 _LSE_UNIT = {torch.float8_e4m3fn: 2.0**-12, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-12}
 
 
+KINDS = ("forward", "backward", "repeat", "reject")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A passed check with its figures: the largest error, as a fraction of what the rule allows (1.0 is the limit)."""
@@ -87,13 +90,19 @@ class Check:
         return Outcome(0.0, {})
 
 
-def checks(backend: str, device: str = "cpu", level: str = "quick", kinds: tuple[str, ...] = ("forward", "backward", "repeat", "reject")) -> list[Check]:
+def checks(backend: str, device: str = "cpu", level: str = "quick", kinds: tuple[str, ...] = KINDS) -> list[Check]:
     """Every check of a backend on a device. Backends without a backward are checked with the one that `select` pairs them with.
 
-    A GPU that is there gets the cases of its own architecture, one that is not there those of all.
+    A GPU that is there gets the cases of its own architecture, one that is not there those of all. Raises KeyError for a backend that is not
+    installed, ValueError for a level, a kind or a device that there is not.
     """
+    if isinstance(kinds, str) or (unknown := [kind for kind in kinds if kind not in KINDS]):
+        raise ValueError(f"kinds={kinds!r}: " + ("a tuple is needed, " if isinstance(kinds, str) else f"there is no {unknown[0]!r}; ") + f"of {', '.join(KINDS)}")
     capability = registry.get(backend).capability
-    device_type = torch.device(device).type
+    try:
+        device_type = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"device={device!r}: a device of torch is needed: cpu, cuda, cuda:1, xpu or mps") from None
     if device_type == "cuda" and torch.cuda.is_available():
         here = devices.describe(torch.device(device))
         ranges = tuple(r for r in capability.devices if r.type != device_type or (r.matches_kind(here) and r.matches_arch(here)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -55,19 +56,49 @@ def _rows(todo: list[Check], jobs: int) -> Iterator[dict[str, Any]]:
                 future.cancel()
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of at least 0 is needed")
+    return value
+
+
+def _processes(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number above 0 is needed")
+    return int(text)
+
+
 def main(argv: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m attnhub.testing", description=__doc__)
     parser.add_argument("--backend", required=True, help="names, joined by commas")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--level", default="quick", choices=("tiny", "quick", "full"))
+    parser.add_argument("--level", default="quick", choices=("tiny", "quick", "full"), help="cases; default: quick")
     parser.add_argument("--output", help="result file (JSON), written atomically")
-    parser.add_argument("--seconds", type=float, default=0.0, help="stop after so many seconds a backend and say how many checks were left; 0 is no limit")
-    parser.add_argument("--jobs", type=int, default=1, help="processes; kernels that compile at their first call want many")
+    parser.add_argument("--seconds", type=_seconds, default=0.0, help="stop after so many seconds a backend and say how many checks were left; 0 is no limit")
+    parser.add_argument("--jobs", type=_processes, default=1, help="processes; kernels that compile at their first call want many")
     args = parser.parse_args(argv)
+    backends = [name.strip() for name in args.backend.split(",") if name.strip()]
+    unknown = [name for name in backends if name not in registry.names()]
+    if unknown or not backends:
+        parser.error(f"argument --backend: {(unknown or [args.backend])[0]!r}: names of installed backends are needed: {', '.join(registry.names())}")
+    try:
+        device = devices.named(args.device, "argument --device: ")
+    except ValueError as error:
+        parser.error(str(error))
+    if args.output:
+        folder = os.path.dirname(os.path.abspath(args.output))
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            parser.error(f"argument --output: {args.output!r}: {folder} cannot be made: {error.strerror}; a file in a directory is needed")
     rows: list[dict[str, Any]] = []
     left_out: dict[str, int] = {}
-    for name in args.backend.split(","):
-        probe = registry.candidates()[name].probe if name in registry.names() else ("unknown",)
+    for name in backends:
+        probe = registry.candidates()[name].probe
         if probe:
             rows.append({"backend": name, "check": "probe", "passed": False, "error": "; ".join(map(str, probe)), "seconds": 0.0})
             print(f"{name}: not available: {rows[-1]['error']}")
@@ -97,13 +128,12 @@ def main(argv: Optional[list[str]] = None) -> int:
             flush=True,
         )
     if args.output:
-        info = devices.describe(torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device))
+        info = devices.describe(torch.device("cuda", 0) if args.device == "cuda" else device)
         result = {
             "suite": "conformance", "level": args.level, "device": info.to_json(), "commit": _commit(),
             "environment": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
             "passed": sum(r["passed"] for r in rows), "failed": sum(not r["passed"] for r in rows), "not_run": left_out, "rows": rows,
         }  # fmt: skip
-        os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
         temporary = f"{args.output}.{os.getpid()}.tmp"
         with open(temporary, "w") as file:
             json.dump(result, file, indent=1)

@@ -22,12 +22,13 @@ _LARGE = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
 #: Tiles of rows from which on two blocks share a multiprocessor, of which there are 132, where keys are in pages or slots are no larger than this.
 _MANY_TILES, _NARROW = 4 * 132, 2048
 #: Time relative to cuDNN's of one query over contiguous keys: as fast where the memory is the bound, faster for small batches and wide heads, and in host
-#: time; behind with more rows for a K/V head than a tile has, and with several queries before few keys, which may be a training step, whose backward
-#: pass is another's then: for so few it is all host time.
+#: time; behind with more rows for a K/V head than a tile has, with so many tiles before so few keys that blocks hardly begin, and with several queries
+#: before few keys, which may be a training step, whose backward pass is another's then: for so few it is all host time.
 _COST, _COST_BEHIND = 0.95, 1.05
 #: Of several queries before many keys, for which cuDNN takes several times as long: while tiles are few, and where each of many reads the keys again.
 _COST_FEW, _COST_FEW_MANY_TILES = 0.7, 0.9
 _MANY_KEYS, _MULTIPROCESSORS = 1024, 132
+_CROWD, _CROWDS_KEYS = 8 * 132, 512
 #: Parts of a row that the kernel's merge asks for at once.
 _BATCH = 16
 #: What waiting for them takes, and what a block takes before and after its keys, in times of a warp's step over 16 keys; from runs on an H200.
@@ -114,7 +115,8 @@ def cost(problem: Problem) -> float:
     one_tile = problem.q_heads // problem.kv_heads * problem.seqlen_q <= ROWS
     if problem.seqlen_q > 1 and problem.seqlen_k >= _MANY_KEYS:
         return _COST_FEW if one_tile or _tiles(problem) <= _MULTIPROCESSORS else _COST_FEW_MANY_TILES
-    return _COST if one_tile and problem.seqlen_q == 1 else _COST_BEHIND
+    crowded = _tiles(problem) > _CROWD and problem.seqlen_k < _CROWDS_KEYS
+    return _COST if one_tile and problem.seqlen_q == 1 and not crowded else _COST_BEHIND
 
 
 def choose(problem: Problem) -> DecodeVariant:

@@ -9,6 +9,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from attnhub import dense
 from attnhub.backend import Call, Plan
 from attnhub.backends.onnx.library import register
 from attnhub.backends.onnx.model import one_node
@@ -26,12 +27,16 @@ class OnnxPlan(Plan):
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
         mask = call.mask
         inputs = {"Q": call.q, "K": call.k, "V": call.v}
-        dense = _dense_mask(call)
-        if dense is not None:
-            inputs["attn_mask"] = dense
-        for name, lengths in (("nonpad_kv_seqlen", mask.seqused_k), ("leftpad", mask.leftpad)):
-            if lengths is not None:
-                inputs[name] = lengths.long()
+        written = _dense_mask(call)
+        if written is not None:
+            inputs["attn_mask"] = written
+        keys = call.k.shape[2]
+        dense.check_lengths(mask, keys)
+        if mask.seqused_k is not None:
+            inputs["nonpad_kv_seqlen"] = mask.seqused_k.long()
+        if mask.leftpad is not None:
+            # The node is strict about a number that `LeftPad` gives a meaning.
+            inputs["leftpad"] = mask.leftpad.long().clamp(0, keys)
         if call.sinks is not None:
             inputs["sinks"] = call.sinks.float()
         if mask.alibi is not None:
@@ -44,7 +49,7 @@ class OnnxPlan(Plan):
             window_left=mask.window[0],
             window_right=mask.window[1],
             chunk=mask.chunk,
-            mask="" if dense is None else "bool" if dense.dtype == torch.bool else "float",
+            mask="" if written is None else "bool" if written.dtype == torch.bool else "float",
             nonpad_kv_seqlen=mask.seqused_k is not None,
             sinks=call.sinks is not None,
             leftpad=mask.leftpad is not None,
@@ -54,7 +59,7 @@ class OnnxPlan(Plan):
         session = _session(
             form,
             onnx_type(call.q.dtype),
-            onnx_type(dense.dtype) if form.mask == "float" and dense is not None else 0,
+            onnx_type(written.dtype) if form.mask == "float" and written is not None else 0,
             mask.alibi.ndim if mask.alibi is not None else 1,
             self._native,
             torch.get_num_threads(),

@@ -58,6 +58,10 @@ def plan(problem: Problem) -> Plan:
     return TorchPlan(problem)
 
 
+def _contiguous(call: Call) -> bool:
+    return call.q.is_contiguous() and call.k.is_contiguous() and call.v.is_contiguous()
+
+
 def _repeatable(problem: Problem) -> bool:
     """Whether repeatable results were asked for where torch's kernels do not give them anyway."""
     return Feature.DETERMINISTIC in problem.features and problem.device.type != "cpu"
@@ -96,15 +100,10 @@ class TorchPlan(TiledPlan):
         self._gqa = Feature.GQA in problem.features
         self._dv_differs = Feature.DV_DIFFERS in problem.features
         self._top_left = Feature.CAUSAL_TOP_LEFT in problem.features
-        if problem.features <= {Feature.DETERMINISTIC} and type(self) is TorchPlan:
-            self.forward = self._plain  # type: ignore[method-assign]
+        self._as_they_are = not self._gqa and not self._dv_differs
         # On CPU torch's kernel keeps the contract's memory order where it gets the tensors as they are.
-        self._in_order = problem.device.type == "cpu" and not self._gqa and not self._dv_differs
-
-    @staticmethod
-    def _plain(call: Call) -> tuple[Tensor, Optional[Tensor]]:
-        out = torch_sdpa(call.q, call.k, call.v, scale=call.softmax_scale)
-        return out if call.q.is_cpu else in_order(out, call.q), None
+        self._in_order = problem.device.type == "cpu" and self._as_they_are
+        self._heads_as_batch = False
 
     def forward(self, call: Call) -> tuple[Tensor, Optional[Tensor]]:
         q, k, v, mask = call.q, call.k, call.v, call.mask
@@ -115,23 +114,31 @@ class TorchPlan(TiledPlan):
             if not causal or self._top_left or q.shape[2] == k.shape[2]:
                 if self._in_order:
                     return torch_sdpa(q, k, v, None, 0.0, causal, scale=call.softmax_scale), None
-                return in_order(self._torch(q, k, v, None, causal, call.softmax_scale), q), None
+                if self._heads_as_batch and _contiguous(call):
+                    return self._by_heads(q, k, v, causal, call.softmax_scale), None
+                out = self._torch(q, k, v, None, causal, call.softmax_scale)
+                if out.stride() == out_strides(q, v.shape[3]):
+                    return out, None
+                self._heads_as_batch = self._as_they_are
+                return in_order(out, q), None
         return in_order(self._masked(call), q), None
 
     def repeat(self, call: Call) -> Optional[Repeat]:
         """Where forward is one call of torch's function with the call's own tensors."""
         causal, seqlen_q = call.mask.causal, call.q.shape[2]
-        if type(self) is not TorchPlan or not self._maskless or self._fold_heads or self._dv_differs:
+        if not self._maskless or self._fold_heads or self._dv_differs:
             return None
         if causal and not self._top_left:
             if seqlen_q not in (1, call.k.shape[2]):
                 return None
             causal = seqlen_q > 1
-        options: dict[str, Any] = {"is_causal": causal, "scale": call.softmax_scale, "enable_gqa": self._gqa}
+        scale, gqa = call.softmax_scale, self._gqa
+        if self._heads_as_batch and _contiguous(call):
+            return lambda q, k, v: (self._by_heads(q, k, v, causal, scale), None)
         strides = out_strides(call.q, call.v.shape[3])
 
         def again(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Optional[Tensor]]:
-            out = torch_sdpa(q, k, v, **options)
+            out = torch_sdpa(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=gqa)
             return out if out.stride() == strides else in_order(out, q), None
 
         return again
@@ -152,6 +159,15 @@ class TorchPlan(TiledPlan):
                 k, v = k[:, :, :1], v[:, :, :1]
             return torch_sdpa(grouped, k, v, attn_mask, scale=scale).reshape(batch, heads, 1, v.shape[3])
         return torch_sdpa(q, k, v, attn_mask, 0.0, causal, scale=scale, enable_gqa=True)
+
+    def _by_heads(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+        """Each head a sequence of its own. torch's flash kernels write the heads of a token side by side, wherever q has them: of one head nothing is left
+        to be copied into q's order.
+        """
+        batch, heads, seqlen_q, dim = q.shape
+        pairs, seqlen_k = batch * heads, k.shape[2]
+        out = torch_sdpa(q.view(pairs, 1, seqlen_q, dim), k.view(pairs, 1, seqlen_k, dim), v.view(pairs, 1, seqlen_k, dim), None, 0.0, causal, scale=scale)
+        return out.reshape(batch, heads, seqlen_q, dim)
 
     def _padded(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Optional[Tensor], causal: bool, scale: float) -> Tensor:
         """torch's flash kernels want one head_dim: zeros in q and k change no score, and zeros in v are cut off again."""

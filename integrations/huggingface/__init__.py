@@ -26,11 +26,12 @@ class HuggingFaceIntegration:
         return any(isinstance(module, modeling.PreTrainedModel) for module in model.modules())
 
     def patch(self, model: Any, *, only: Optional[Callable[[str, Any], bool]] = None, **options: Any) -> list[ModuleReport]:
-        """Route what can be routed. Modules that were patched before keep their report and their counts."""
+        """Route what can be routed. Modules that were patched before keep their report and their counts, and are routed anew where another
+        implementation was set since."""
         from attnhub.integrations.calls import reports
         from attnhub.integrations.huggingface.modules import find_attention
         from attnhub.integrations.huggingface.own import take_over
-        from attnhub.integrations.huggingface.routing import route
+        from attnhub.integrations.huggingface.routing import route, was_switched
 
         reason = register()
         found = find_attention(model)
@@ -48,6 +49,8 @@ class HuggingFaceIntegration:
                         take_over(entry.module, entry.reason if entry.asks else "")
                     else:
                         routed.append(entry.module)
+            elif report.patched and was_switched(entry.module):
+                routed.append(entry.module)
             result.append(report)
         # What computes attention itself reads the masks that its model makes for it.
         chosen = {id(module) for module in routed}
@@ -56,7 +59,7 @@ class HuggingFaceIntegration:
         return result
 
     def unpatch(self, model: Any) -> int:
-        """Put the configs back; how many attention modules were routed."""
+        """Put the configs back, with what was set in them since; how many attention modules were routed."""
         from attnhub.integrations.calls import reports
         from attnhub.integrations.huggingface.own import give_back
         from attnhub.integrations.huggingface.routing import restore

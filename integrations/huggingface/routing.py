@@ -29,8 +29,8 @@ EAGER_ONLY = "_attnhub_eager_only"
 #: Set on every module with a private config: what makes a process that unpickles it register attnhub with transformers.
 REGISTRATION = "_attnhub_registration"
 
-#: module -> attribute -> (config before the patch, the private copy in its place).
-_swapped: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
+#: module -> attribute -> (config before the patch, the private copy in its place, the implementation that the copy was given).
+_swapped: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any, Any]]] = weakref.WeakKeyDictionary()
 
 
 class Registration:
@@ -71,27 +71,44 @@ def route(model: nn.Module, attention: Iterable[nn.Module], routed: Iterable[nn.
             private = plan.switched(config) if id(module) in chosen and attribute == "config" else plan.for_others(config)
             if private is not config:
                 record = _swapped.setdefault(module, {})
-                before = record[attribute][0] if attribute in record else config
-                record[attribute] = (before, private)
+                before = config
+                if attribute in record:
+                    before, earlier, given = record[attribute]
+                    _keep_choice(before, earlier, given)
+                record[attribute] = (before, private, private.__dict__.get(_IMPLEMENTATION))
                 module.__dict__[attribute] = private
                 module.__dict__[REGISTRATION] = Registration()
 
 
 def restore(model: nn.Module) -> None:
-    """Put every config back. What was changed in a private copy meanwhile (a vocabulary resized, say) moves to the original."""
-    pairs: dict[int, tuple[Any, Any]] = {}
+    """Put every config back. What was changed in a private copy meanwhile (a vocabulary resized, another implementation set, say) moves to the original."""
+    pairs: dict[int, tuple[Any, Any, Any]] = {}
     for module in model.modules():
         module.__dict__.pop(FOREIGN_MASKS, None)
         module.__dict__.pop(EAGER_ONLY, None)
         module.__dict__.pop(REGISTRATION, None)
-        for attribute, (before, private) in _swapped.pop(module, {}).items():
-            pairs[id(private)] = (before, private)
+        for attribute, (before, private, given) in _swapped.pop(module, {}).items():
+            pairs[id(private)] = (before, private, given)
             if module.__dict__.get(attribute) is private:
                 module.__dict__[attribute] = before
-    for before, private in pairs.values():
+    for before, private, given in pairs.values():
+        _keep_choice(before, private, given)
         for key, value in private.__dict__.items():
             if key != _IMPLEMENTATION and id(value) not in pairs and before.__dict__.get(key, _swapped) is not value:
                 before.__dict__[key] = value
+
+
+def _keep_choice(before: Any, private: Any, given: Any) -> None:
+    """An implementation that was set since the copy was made is somebody's choice: it moves to the config before the patch."""
+    now = private.__dict__.get(_IMPLEMENTATION)
+    if now != given:
+        before.__dict__[_IMPLEMENTATION] = now
+
+
+def was_switched(module: nn.Module) -> bool:
+    """Whether a routed module asks for something else by now, since another implementation was set after the patch."""
+    record = _swapped.get(module, {}).get("config")
+    return record is not None and module.__dict__.get("config") is record[1] and record[1].__dict__.get(_IMPLEMENTATION) != record[2]
 
 
 @contextlib.contextmanager
@@ -99,7 +116,7 @@ def renamed(model: nn.Module, name: str) -> Iterator[None]:
     """A patched model whose configs name another of attnhub's functions for a while. ValueError where that cannot be done."""
     from attnhub.integrations.huggingface.modules import find_attention
 
-    private = {id(c): c for m in model.modules() for _, c in _swapped.get(m, {}).values()}
+    private = {id(c): c for m in model.modules() for _, c, _ in _swapped.get(m, {}).values()}
     ours = {key: c for key, c in private.items() if c.__dict__.get(_IMPLEMENTATION) == NAME}
     for found in find_attention(model):
         if id(found.module.__dict__.get("config")) not in ours or found.own:

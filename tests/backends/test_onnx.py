@@ -26,6 +26,8 @@ from attnhub.registry import registry
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument  # noqa: E402
+
 from attnhub.backends.onnx import OnnxBackend, backend, library  # noqa: E402
 from attnhub.backends.onnx.body import OPSETS, function_body  # noqa: E402
 from attnhub.backends.onnx.launcher import OnnxPlan  # noqa: E402
@@ -291,6 +293,36 @@ def test_wrong_shapes(form: Form, changes: dict[str, tuple[int, ...]], reason: s
         value.type.tensor_type.ClearField("shape")
     with pytest.raises(Exception, match=reason):
         run_all(session(model, True), inputs)
+
+
+@pytest.mark.parametrize("name", ("leftpad", "nonpad_kv_seqlen"))
+@pytest.mark.parametrize("number", (-1, 8, -(2**31), 2**31, 2**32 + 1, -(2**32), 2**63 - 1, -(2**63)))
+def test_numbers_that_are_no_lengths(name: str, number: int) -> None:
+    """An error of the native kernel, also where the low 32 bits would do; in the body, which cannot fail, what docs/onnx.md says."""
+    form = Form(is_causal=True, alignment="top_left", **{name: True})  # type: ignore[arg-type]
+    inputs = tensors(form)
+    inputs[name] = torch.tensor([3, number])
+    with pytest.raises(InvalidArgument, match=rf"{name}\[1\] is {number}; it must lie between 0 and the number of keys, 7"):
+        session(one_node(form, FLOAT, body=False), True).run(None, {n: t.numpy() for n, t in inputs.items()})
+    found = run_all(session(one_node(form, FLOAT), False), inputs)
+    inputs[name] = torch.tensor([3, min(max(number, 0), 7)])
+    for got, want in zip(found, run_all(session(one_node(form, FLOAT), False), inputs)):
+        assert torch.equal(torch.as_tensor(got), torch.as_tensor(want))
+
+
+@pytest.mark.parametrize("leftpad", (-1, -(2**31), 8, 2**31 - 1))
+@pytest.mark.parametrize("backend", ("onnx", "cpu", "sdpa"))
+def test_leftpad_out_of_range_means_what_it_means_elsewhere(leftpad: int, backend: str) -> None:
+    q, k, v = (torch.randn(2, 2, 7, 16) for _ in range(3))
+    mask = attnhub.Causal() & attnhub.LeftPad(torch.tensor([leftpad, 2], dtype=torch.int32))
+    torch.testing.assert_close(attnhub.attention(q, k, v, mask, backend=backend), attnhub.attention(q, k, v, mask, backend="reference"))
+
+
+@pytest.mark.parametrize("used", (-1, 8, 2**31 - 1))
+def test_lengths_out_of_range_are_an_error_of_the_call(used: int) -> None:
+    q, k, v = (torch.randn(2, 2, 7, 16) for _ in range(3))
+    with pytest.raises(ValueError, match=rf"seqused_k\[0\] is {used} .*0 to 7 is needed"):
+        attnhub.attention(q, k, v, attnhub.SeqLens(torch.tensor([used, 2], dtype=torch.int32)), backend="onnx")
 
 
 def test_wrong_lengths_and_missing_partners() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, Optional
 
@@ -13,8 +14,10 @@ from torch import Tensor
 import attnhub
 from attnhub import runtime, testing
 from attnhub.backend import Call
-from attnhub.layouts import out_strides
+from attnhub.backends.sdpa import launcher
+from attnhub.layouts import in_order, out_strides
 from attnhub.mask import FULL
+from attnhub.problem import DeviceInfo
 
 
 @pytest.mark.parametrize("check", testing.checks("sdpa"), ids=str)
@@ -226,3 +229,54 @@ def test_a_repeated_call_is_the_call(kv_heads: int, v_head_dim: int, align: Any,
     assert (again is not None) == short
     for out in (*(attnhub.attention(q, k, v, mask, backend="sdpa") for _ in range(3)), *([again(q, k, v)[0]] if again else ())):  # type: ignore[index]
         assert isinstance(out, Tensor) and torch.equal(out, first) and out.stride() == out_strides(q, v_head_dim)
+
+
+def _token_major(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, dropout_p: float = 0.0, causal: bool = False, **kwargs: Any) -> Tensor:
+    """As torch's flash kernels for GPUs write: the heads of a token side by side."""
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, **kwargs)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("mask", [FULL, attnhub.Causal()], ids=["full", "causal"])
+def test_an_output_in_torchs_order_is_copied_once(mask: attnhub.Mask, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second call on each head is a sequence of its own, and what torch writes is in q's order."""
+    q, k, v = (torch.randn(2, 3, 20, 8, requires_grad=grad) for _ in range(3))
+    copies, shapes = [], []
+    monkeypatch.setattr(launcher, "in_order", lambda out, like: copies.append(1) or in_order(out, like))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(launcher, "torch_sdpa", lambda q, *args, **kwargs: shapes.append(tuple(q.shape)) or _token_major(q, *args, **kwargs))  # type: ignore[func-returns-value]
+    found = runtime.explain(Call(q, k, v, mask, 0.3), "sdpa", grad, 0).problem
+    plan = launcher.plan(dataclasses.replace(found, device=DeviceInfo("cuda", "nvidia", (8, 0), "A100")))
+    call = Call(q, k, v, mask, 0.3)
+    outs = [plan.forward(call)[0] for _ in range(2)]
+    repeat = plan.repeat(call)
+    assert repeat is not None
+    outs.append(repeat(q, k, v)[0])
+    assert copies == [1] and shapes == [(2, 3, 20, 8), (6, 1, 20, 8), (6, 1, 20, 8)]
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=mask is not FULL, scale=0.3)
+    for out in outs:
+        assert out.stride() == out_strides(q, 8) and torch.equal(out, exact)
+        if grad:
+            torch.testing.assert_close(torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True), torch.autograd.grad(exact.sum(), (q, k, v), retain_graph=True))
+    # Rows of other lengths apart: heads are no batch there.
+    apart = torch.randn(2, 20, 3, 8).transpose(1, 2)
+    out = plan.forward(Call(apart, k, v, mask, 0.3))[0]
+    assert shapes[-1] == (2, 3, 20, 8) and out.stride() == apart.stride()
+
+
+def test_training_calls_are_repeated_by_torchs_function_alone() -> None:
+    runtime.seen.clear()
+    runtime.recent.clear()
+    q, k, v = (torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(3))
+    for _ in range(3):
+        out = attnhub.attention(q, k, v, backend="sdpa")
+    (seen,) = runtime.seen.values()
+    calls = []
+    repeat, seen.repeat = seen.repeat, lambda *args: calls.append(args) or repeat(*args)  # type: ignore[func-returns-value,misc]
+    again = attnhub.attention(q, k, v, backend="sdpa")
+    assert len(calls) == 1 and torch.equal(again, out)
+    grads = torch.autograd.grad(again.sum(), (q, k, v))  # type: ignore[union-attr]
+    torch.testing.assert_close(grads, torch.autograd.grad(F.scaled_dot_product_attention(q, k, v).sum(), (q, k, v)))
+    # With lse the gradient is not torch's.
+    out, lse = attnhub.attention(q, k, v, backend="sdpa", return_lse=True)
+    assert lse.requires_grad and len(calls) == 1

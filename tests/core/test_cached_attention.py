@@ -91,6 +91,18 @@ def test_projections() -> None:
     torch.testing.assert_close(out, want, rtol=2e-5, atol=2e-5)
 
 
+def test_parameters_that_train_are_an_error() -> None:
+    """They would get no gradient; the cache and the position stay as they were."""
+    made = CachedAttention(4, 2, embed_dim=32, batch=BATCH, max_seqlen=16).requires_grad_(True)
+    x = torch.randn(BATCH, 3, 32)
+    with pytest.raises(ValueError, match=r"requires a gradient.*torch\.no_grad"):
+        made(x)
+    assert made.position.tolist() == [0] * BATCH and not made.cache.k_cache.any()
+    with torch.no_grad():
+        made(x)
+    assert made.position.tolist() == [3] * BATCH and made.cache.k_cache.any()
+
+
 def test_the_weights_of_a_llama_layer() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

@@ -415,3 +415,30 @@ def test_packed_queries_that_do_not_fit() -> None:
 def test_bad_values_are_named(make: Any, error: Any, words: str) -> None:
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize("which", ("k", "v", "k_cache", "v_cache", "cos", "sin"))
+def test_appending_what_requires_a_gradient(which: str) -> None:
+    """An error while gradients are recorded, which would be lost; and the cache is as it was."""
+    cache = KVCache.empty(1, 2, 8, 8)
+    tensors = {"k": torch.ones(1, 2, 1, 8), "v": torch.ones(1, 2, 1, 8), "cos": torch.ones(8, 4), "sin": torch.zeros(8, 4)}
+    (cache.__dict__ if "cache" in which else tensors)[which].requires_grad_()
+
+    def append() -> None:
+        attnhub.append_kv(cache, tensors["k"], tensors["v"], rotary=(tensors["cos"], tensors["sin"]))
+
+    with pytest.raises(ValueError, match=rf"append_kv\((rotary: )?{which}\): it requires a gradient.*torch\.no_grad\(\).*detach\(\)"):
+        append()
+    assert not cache.k_cache.any() and not cache.v_cache.any()
+    with torch.no_grad():
+        append()
+    assert cache.k_cache.any() and cache.v_cache.any()
+
+
+def test_a_call_that_appends_to_a_cache_that_requires_a_gradient() -> None:
+    cache = KVCache.empty(1, 2, 8, 8)
+    cache.v_cache.requires_grad_()
+    one = torch.ones(1, 2, 1, 8)
+    with pytest.raises(ValueError, match=r"append_kv\(v_cache\): it requires a gradient"):
+        attnhub.attention(one, one, one, kv_cache=cache)
+    assert not cache.k_cache.any()

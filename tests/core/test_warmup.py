@@ -134,6 +134,52 @@ def test_a_backward_pass_is_warmed_up_too(name: str) -> None:
     assert chosen is not None and (chosen.differentiable or chosen._backward is not None)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"page_size": -1}, "page_size=-1: a whole number above 0"),
+        ({"page_size": 2.0}, r"page_size=2\.0: a whole number"),
+        ({"page_size": True}, "page_size=True: a whole number"),
+        ({"dtype": "float8"}, r"dtype='float8': .*torch\.bfloat16"),
+        ({"dtype": torch.int32}, r"dtype=torch\.int32: .*torch\.bfloat16"),
+        ({"dtype": [torch.float32]}, "dtype=.*bfloat16"),
+        ({"seqlen_q": -1}, "seqlen_q=-1: a whole number above 0"),
+        ({"seqlen_k": -8}, "seqlen_k=-8: a whole number above 0"),
+        ({"batch": True}, "batch=True: a whole number"),
+        ({"kv_heads": 3}, "kv_heads=3: q_heads=4 must be a multiple"),
+        ({"kv_heads": 0}, "kv_heads=0: a whole number above 0"),
+        ({"layout": "hbsd"}, "layout='hbsd': allowed are 'bhsd'"),
+        ({"descale": None}, "descale=None: letters"),
+        ({"sinks": torch.zeros(4)}, "sinks is a Tensor: True or False"),
+        ({"packed": 1}, "packed is a int: True or False"),
+        ({"need_backward": "yes"}, "need_backward is a str: True or False"),
+        ({"device": "foo"}, "device='foo': .*cuda:1"),
+        ({"device": "cuda:99"}, "device='cuda:99': torch"),
+        ({"mask": "causal"}, "mask is a str: an attnhub.Mask"),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_none_are_named(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=said):
+        attnhub.warmup(**{**QUICK, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--page-size", "-1"], "--page-size: -1"), (["--dtype", "float31"], "--dtype: invalid choice: 'float31'"), (["--heads", "0"], "q_heads=0"),
+        (["--seqlen-q", "16,-2"], "--seqlen-q: -2"), (["--heads", "4", "--kv-heads", "3"], "kv_heads=3"), (["--descale", "x"], "descale='x'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arguments_of_the_command(args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code: Any = cli.main(["warmup", "--device", "cpu", *args])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and words in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_an_error() -> None:
     for wrong, said in (
         ({"q_heads": 0}, "q_heads=0"), ({"kv_heads": -1}, "kv_heads=-1"), ({"kv_heads": 3}, "multiple"), ({"page_size": 4, "need_backward": True}, "page_size=4: .*no backward"),

@@ -261,6 +261,45 @@ def test_unpatch_restores_exactly() -> None:
     assert attnhub.unpatch(model) == 0
 
 
+@pytest.mark.parametrize("start", ["eager", "sdpa"])
+@pytest.mark.parametrize("chosen", ["eager", "sdpa"])
+def test_an_implementation_set_after_the_patch_survives_unpatch(start: str, chosen: str) -> None:
+    model = llama(start)
+    configuration = model.config
+    theirs = logits(model)
+    report = attnhub.patch(model)
+    model.set_attn_implementation(chosen)
+    configuration.use_cache = False
+    assert close(logits(model), theirs) and report.calls == 0
+    assert attnhub.unpatch(model) == 2
+    assert model.config is configuration and {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {chosen}
+    assert close(logits(model), theirs) and report.calls == 0
+    attnhub.patch(model)
+    assert attnhub.unpatch(model) == 2 and model.config._attn_implementation == chosen, "nothing was set since"
+
+
+def test_patching_again_routes_what_was_switched_away() -> None:
+    model = llama("sdpa")
+    theirs = logits(model)
+    first = attnhub.patch(model)
+    model.set_attn_implementation("eager")
+    again = attnhub.patch(model)
+    assert close(logits(model), theirs) and first.calls == again.calls == 2
+    assert attnhub.unpatch(model) == 2 and model.config._attn_implementation == "eager"
+
+
+def test_implementations_of_parts_set_after_the_patch() -> None:
+    parts = {"text_config": {**SMALL, "eos_token_id": 2}, "vision_config": {**SMALL, "image_size": 24, "patch_size": 8}}
+    configuration = transformers.CLIPConfig(**parts, projection_dim=16)
+    configuration._attn_implementation = "eager"
+    model = build("CLIPModel", configuration)
+    attnhub.patch(model)
+    model.vision_model.config._attn_implementation = "sdpa"
+    attnhub.unpatch(model)
+    assert model.config is configuration and configuration._attn_implementation == configuration.text_config._attn_implementation == "eager"
+    assert configuration.vision_config._attn_implementation == "sdpa" and model.vision_model.config is configuration.vision_config
+
+
 def test_patching_twice_and_a_part() -> None:
     model = llama()
     theirs = logits(model)

@@ -8,6 +8,7 @@ derivative speaks of unused tensors), an autocast rule that casts q only.
 from __future__ import annotations
 
 import copy
+import pathlib
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -268,6 +269,46 @@ def test_second_derivatives_are_an_error(qkv: Make, through_the_operator: bool, 
             (grad,) = torch.autograd.grad(out.float().square().sum(), inputs[:1], create_graph=True)
             with pytest.raises(RuntimeError, match="once differentiable"):
                 torch.autograd.grad(grad.sum(), inputs)
+
+
+@pytest.mark.parametrize("kv_heads", (1, 2))
+@pytest.mark.parametrize(
+    "mask",
+    (
+        None, attnhub.Causal(), attnhub.Causal("top_left"), attnhub.Window(1, 1), attnhub.Bias(torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)),
+        attnhub.SeqLens(torch.tensor([3], dtype=torch.int32)),
+    ),
+    ids=("full", "causal", "top_left", "window", "bias", "lengths"),
+)  # fmt: skip
+def test_what_the_error_names_differentiates_twice(mask: Any, kv_heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 2, 3, 4), (1, kv_heads, 4, 4), (1, kv_heads, 4, 4))
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def twice(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return attnhub.attention(q, k, v, mask, backend="sdpa")
+
+    for _ in range(2):
+        assert torch.autograd.gradgradcheck(twice, inputs)
+    out = attnhub.attention(*inputs, mask, backend="reference")
+    assert isinstance(out, Tensor)
+    (grad,) = torch.autograd.grad(out.sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"SDPBackend\.MATH\) with backend='sdpa'"):
+        torch.autograd.grad(grad.sum(), inputs)
+
+
+def test_torchs_own_error_is_told_by_the_docs(qkv: Make) -> None:
+    inputs = qkv(grad=True)
+    (grad,) = torch.autograd.grad(causal_sdpa(*inputs).sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="is not implemented") as told:
+        torch.autograd.grad(grad.sum(), inputs)
+    page = pathlib.Path(__file__).parents[2] / "docs" / "troubleshooting.md"
+    assert not page.is_file() or str(told.value) in page.read_text(encoding="utf-8")
+
+
+def causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return attnhub.attention(q, k, v, attnhub.Causal(), backend="sdpa")
 
 
 def test_second_derivatives_of_func_are_an_error(qkv: Make) -> None:
