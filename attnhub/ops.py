@@ -421,7 +421,7 @@ class EagerAttention(_Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         needs = ctx.needs_input_grad[:5]
-        if not (has_memory(q) and has_memory(k) and has_memory(v)):
+        if not torch.compiler.is_compiling() and not (has_memory(q) and has_memory(k) and has_memory(v)):
             need_memory((("q", q), ("k", k), ("v", v)))
         if (
             torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0
