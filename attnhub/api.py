@@ -7,9 +7,10 @@ from typing import Any, Literal, Optional, Union
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 from torch.compiler import is_compiling
 
-from attnhub import arguments, runtime
+from attnhub import arguments, recording, runtime
 from attnhub.decision import Decision
 from attnhub.eager import append_in_launch, grad_bits, is_usual_mask, no_modes, run, wants_grad
 from attnhub.kv_cache import KVCache, append_first
@@ -70,6 +71,12 @@ def attention(
     Raises ValueError or TypeError for arguments that do not fit, `attnhub.NoBackendError` if no admitted backend can serve
     the call, with every reason.
     """
+    if profiler._is_profiler_enabled and not is_compiling() and not recording.inside():
+        return recording.recorded(  # type: ignore[no-any-return]
+            "attnhub::attention", (q, k, v), attention, q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p,
+            varlen=varlen, kv_cache=kv_cache, rotary=rotary, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, deterministic=deterministic,
+            return_lse=return_lse, layout=layout, backend=backend,
+        )  # fmt: skip
     plain = (
         varlen is None and sinks is None and dropout_p == 0 and layout == "bhsd" and q_descale is None and k_descale is None
         and v_descale is None and not deterministic and (rotary is None or kv_cache is not None) and not is_compiling()
@@ -116,11 +123,20 @@ def scaled_dot_product_attention(
     aligned top left. attn_mask: bool (True attends) or floating, broadcastable to [..., Hq, L, S]. Unlike torch in some
     versions, a row without keys always gives 0.
     """
+    if profiler._is_profiler_enabled and not is_compiling() and not recording.inside():
+        return recording.recorded(  # type: ignore[no-any-return]
+            "attnhub::scaled_dot_product_attention", (query, key, value), scaled_dot_product_attention, query, key, value, attn_mask, dropout_p, is_causal, scale,
+            enable_gqa,
+        )  # fmt: skip
     if attn_mask is not None and is_causal:
         raise ValueError("scaled_dot_product_attention: attn_mask must be None when is_causal=True (as in torch); combine them into one mask")
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor):
             raise TypeError(f"scaled_dot_product_attention({name}): a torch.Tensor is needed, got {type(t).__name__}")
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.is_nested:
+            # They have no shape to look at, and raise torch's "Internal error".
+            raise TypeError(f"scaled_dot_product_attention({name}): a nested tensor; use attnhub.attention with varlen=, or torch's own function")
     if query.ndim < 2 or key.ndim < 2 or value.ndim < 2:
         raise ValueError(f"scaled_dot_product_attention: q, k, v need at least 2 dimensions, got {query.ndim}, {key.ndim}, {value.ndim}")
     mask = _TOP_LEFT if is_causal else FULL

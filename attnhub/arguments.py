@@ -30,7 +30,9 @@ def normalise(
 ) -> Call:  # fmt: skip
     for name, value, kind in (("q", q, Tensor), ("k", k, Tensor), ("v", v, Tensor), ("sinks", sinks, Tensor), ("varlen", varlen, Varlen), ("kv_cache", kv_cache, KVCache)):
         if not isinstance(value, kind) and (value is not None or name == "q"):
-            raise TypeError(f"{name} is a {type(value).__name__}: a {kind.__name__} is needed")
+            # Others have a Tensor too (functorch.dim), and torch.fx a Proxy.
+            found = type(value).__name__ if type(value).__module__ in ("builtins", "numpy") else f"{type(value).__module__}.{type(value).__qualname__}"
+            raise TypeError(f"{name} is a {found}: a {'torch.Tensor' if kind is Tensor else kind.__name__} is needed")
     for name, number in (("softcap", softcap), ("dropout_p", dropout_p)):
         if not isinstance(number, (int, float)):
             raise TypeError(f"{name} is a {type(number).__name__}: a number is needed")

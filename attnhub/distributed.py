@@ -48,6 +48,16 @@ def register() -> None:
         propagator.op_to_schema_info[op] = RuntimeSchemaInfo(0, needs_pytree=True)
 
 
+def in_context_parallel(module: Any) -> bool:
+    """Whether a `context_parallel` block is open. module: torch's, whose way of telling is private and changes; unknown is no."""
+    from torch.distributed.tensor import DTensor
+
+    usual = getattr(module, "existing_custom_ops", None)
+    changed = usual is not None and getattr(DTensor._op_dispatcher, "_custom_op_handlers", usual) is not usual
+    # With the other mode the sharded tensors are DTensors and plain ones are whole.
+    return changed and getattr(getattr(module, "_dispatch_mode", None), "name", "") == "MONKEY_PATCH"
+
+
 def prepare(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of the forward operator, whose q is a DTensor, with every plain tensor of the mask as a replicated DTensor.
 

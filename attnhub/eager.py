@@ -109,9 +109,10 @@ _transform, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get
 
 
 def no_modes() -> bool:
-    """Whether no mode, transform, trace, autocast or forward-mode level is active."""
+    """Whether no mode, transform, trace, autocast, forward-mode level or context_parallel is active."""
     return not (
         _function_modes() or _dispatch_modes() or _any_autocast() or _transform() is not None or _tracing() is not None or forward_ad._current_level >= 0
+        or ops.in_context_parallel()
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils import _pytree as pytree
 
 from attnhub import runtime
@@ -70,9 +71,12 @@ class CachedAttention(nn.Module):
             self.o_proj = nn.Linear(num_heads * head_dim, embed_dim, out_bias, **place)
             self.requires_grad_(False)
         self.rotary_interleaved = rotary_interleaved
+        #: The base of the angles and their number, where the tables were made of these.
+        self._angles: Optional[tuple[float, int]] = None
         if isinstance(rotary, (int, float)):
             if isinstance(rotary, bool) or not 0 < rotary < math.inf or head_dim % 2:
                 raise ValueError(f"CachedAttention(rotary={rotary}): the base of the angles is needed, a number above 0 (Llama's is 10000.0), and an even head_dim ({head_dim})")
+            self._angles = float(rotary), max_seqlen
             rotary = _angles(float(rotary), head_dim, max_seqlen)
         #: (cos, sin) in fp32 whatever the layer's dtype: angles of far positions need the digits.
         self.rotary: Optional[tuple[Tensor, Tensor]] = None
@@ -92,7 +96,9 @@ class CachedAttention(nn.Module):
         if keys.shape[1] != self.kv_heads or keys.shape[3] != self.head_dim:
             raise ValueError(f"use_cache: the cache has {keys.shape[1]} heads of {keys.shape[3]}; the layer needs {self.kv_heads} of {self.head_dim}")
         self.cache = cache
-        self._longest = int(cache.cache_seqlens.max()) if cache.cache_seqlens.numel() else 0
+        lengths = cache.cache_seqlens
+        # Without values (a meta device, a FakeTensorMode) there is nothing to read: such a layer is made for its shapes.
+        self._longest = int(lengths.max()) if lengths.numel() and not lengths.is_meta and not is_fake(lengths) else 0
 
     @property
     def position(self) -> Tensor:
@@ -201,9 +207,20 @@ class CachedAttention(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CachedAttention:
         super()._apply(fn, recurse)
+        before = self.cache
         self.cache = pytree.tree_map_only(Tensor, fn, self.cache)
         # Angles, and slopes of ALiBi, keep their dtype: these go to the cache's device only.
         device = self.cache.k_cache.device
+        if before.k_cache.is_meta and device.type != "meta":
+            # `to_empty`: a table and positions that nobody has written yet. The cache is empty, and the angles can be made again.
+            keys, paged = before.heads_first()[0], before.block_table is not None
+            batch, page_size = self.position.shape[0], keys.shape[2] if paged else 0
+            self.use_cache(KVCache.empty(
+                batch, self.kv_heads, before.capacity(), self.head_dim, page_size=page_size, dtype=self.cache.k_cache.dtype, device=device
+            ))  # fmt: skip
+            if self._angles is not None:
+                base, positions = self._angles
+                self.rotary = _angles(base, self.head_dim, positions)
         self.mask, self.rotary = pytree.tree_map_only(Tensor, lambda t: t.to(device), (self.mask, self.rotary))
         return self
 

@@ -10,7 +10,7 @@ differentiable. The flat arguments are those of `attnhub.spec`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -19,7 +19,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from attnhub import runtime
+from attnhub import batching, runtime
 from attnhub import spec as flat
 from attnhub.backend import Call, Needs, Repeat
 from attnhub.layouts import empty_out, lse_dtype
@@ -60,9 +60,14 @@ def _forward(
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         # `attention` has checked the shapes; a rank's part of unevenly sharded heads has not been.
         raise ValueError(f"attnhub::forward: q has {q.shape[1]} heads and k {k.shape[1]}; the heads of q must be a multiple of those of k")
-    need_memory((("q", q), ("k", k), ("v", v), ("bias", bias), ("sinks", sinks), *(("a tensor of the call", t) for t in data)))
+    if in_context_parallel():
+        raise RuntimeError(
+            "attnhub.attention inside torch's context_parallel: q, k and v are this rank's part of the sequence, and attnhub would attend to that part "
+            "alone. Use F.scaled_dot_product_attention there (attnhub.unpatch the model, no replace_sdpa), or attend outside of the block"
+        )
+    need_memory((("q", q), ("k", k), ("v", v), ("bias", bias), ("sinks", sinks), *(("a tensor of the call", t) for t in data or ())))
     q, k, v = map(_rows, (q, k, v))
-    call = flat.decode(q, k, v, bias, sinks, data, spec, sizes, softmax_scale, need_lse or need_backward)
+    call = flat.decode(q, k, v, bias, sinks, data or (), spec, sizes or (), softmax_scale, need_lse or need_backward)
     out, lse = runtime.forward(call, backend, need_backward)
     like = empty_out(q, v.shape[3])
     if out.stride() != like.stride():
@@ -86,13 +91,30 @@ def _fake_forward(
 # -- backward ----------------------------------------------------------------------------------------------------------
 
 
+def _saved(tensors: Sequence[Optional[Tensor]]) -> list[Any]:
+    """(q, k, v, bias, sinks, out, lse, *data) as kernels may read them: saved_tensors_hooks bring tensors back in any memory, of any dtype and shape."""
+    q, k, v, _, _, out, lse = tensors[:7]
+    assert q is not None and k is not None and v is not None and out is not None and lse is not None
+    if not (q.dtype is k.dtype is v.dtype is out.dtype and lse.dtype is lse_dtype(q.dtype) and q.shape[:3] == out.shape[:3] == lse.shape and k.shape[:3] == v.shape[:3]):
+        found = ", ".join(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in (("q", q), ("k", k), ("v", v), ("out", out), ("lse", lse)))
+        raise RuntimeError(f"attnhub.attention: saved_tensors_hooks brought other dtypes or shapes back than were saved ({found}): unpack has to undo what pack did")
+    return [None if t is None else t if t.is_contiguous() and not t.is_neg() else _readable(t) for t in tensors]
+
+
+def _readable(t: Tensor) -> Tensor:
+    t = t.resolve_neg()
+    # Kernels know the strides of all but the last dimension.
+    return t if t.ndim == 4 and (t.stride(3) == 1 or t.shape[3] == 1) else t.contiguous()
+
+
 def _backward(
     grad_out: Tensor, grad_lse: Optional[Tensor], q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], sinks: Optional[Tensor],
     out: Tensor, lse: Tensor, data: Sequence[Tensor], spec: str, sizes: Sequence[int], softmax_scale: float, needs: Sequence[bool], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     need_memory((("grad_out", grad_out), ("q", q), ("k", k), ("v", v), ("out", out), ("lse", lse)))
+    q, k, v, bias, sinks, out, lse, *data = _saved((q, k, v, bias, sinks, out, lse, *(data or ())))
     q, k, v, out = map(_rows, (q, k, v, out))
-    call = flat.decode(q, k, v, bias, sinks, data, spec, sizes, softmax_scale, True)
+    call = flat.decode(q, k, v, bias, sinks, data, spec, sizes or (), softmax_scale, True)
     found = runtime.backward(call, backend, grad_out, grad_lse, out, lse, Needs(*needs))
     grads = []
     for need, tensor, grad in zip(needs, (q, k, v, bias, sinks), found):
@@ -131,7 +153,22 @@ def _below_autograd(op: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
-class _Attention(_SingleLevelFunction):
+def _with_lists(args: tuple[Any, ...], data: int) -> tuple[Any, ...]:
+    """The arguments with [] for data and sizes that are None: packages of AOTInductor pass empty lists so. data: where data stands."""
+    if args[data] is None or args[data + 2] is None:
+        return (*args[:data], args[data] or [], args[data + 1], args[data + 2] or [], *args[data + 3 :])
+    return args
+
+
+class _Function(_SingleLevelFunction):
+    """What compiled autograd asks of a function beside `_SingleLevelFunction`."""
+
+    @staticmethod
+    def _compiled_autograd_key(ctx: Any) -> tuple[Any, ...]:
+        return (ctx._autograd_function_id,)
+
+
+class _Attention(_Function):
     """The derivative of ``attnhub::forward``. One per autograd level: see `_apply`."""
 
     @staticmethod
@@ -141,31 +178,30 @@ class _Attention(_SingleLevelFunction):
     ) -> Any:  # fmt: skip
         out, lse = _below_autograd(forward_op, keyset, (q, k, v, bias, sinks, list(data), *static))
         ctx.save_for_backward(q, k, v, bias, sinks, out, lse, *data)
-        spec, sizes, softmax_scale, _, _, backend = static
-        ctx.static = (spec, list(sizes), softmax_scale, backend or _names_in_force())
+        spec, sizes, softmax_scale, need_lse, need_backward, backend = static
+        ctx.static = (spec, list(sizes), softmax_scale, backend or _names_in_force(), need_lse or need_backward)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Optional[Tensor], grad_lse: Optional[Tensor]) -> Any:
         q, k, v, bias, sinks, out, lse, *data = ctx.saved_tensors
-        spec, sizes, softmax_scale, backend = ctx.static
+        spec, sizes, softmax_scale, backend, has_lse = ctx.static
         if grad_out is None and grad_lse is None:
             return (None,) * (7 + len(data))
-        if lse.numel() == 0 and q.numel() != 0:
+        if not has_lse:
             # Traced without need_backward (under no_grad, say) and trained nevertheless: make lse now.
             with torch.no_grad():
                 out, lse = forward_op(q, k, v, bias, sinks, data, spec, sizes, softmax_scale, True, True, backend)
+            grad_lse = None
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        if grad_lse is not None and grad_lse.numel() == 0:
-            grad_lse = None
         needs = list(ctx.needs_input_grad[2:7])
         grads = backward_op(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, data, spec, sizes, softmax_scale, needs, backend)
         return (None, None, *(grad if need else None for need, grad in zip(needs, grads)), *(None for _ in data))
 
 
-class _AttentionBackward(_SingleLevelFunction):
+class _AttentionBackward(_Function):
     """``attnhub::backward`` has no derivative: asking for one is an error that says so."""
 
     @staticmethod
@@ -179,6 +215,18 @@ class _AttentionBackward(_SingleLevelFunction):
             "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) with backend='sdpa' and without return_lse, softcap, sinks, dropout_p, varlen or "
             "kv_cache: torch's math attention differentiates twice"
         )
+
+
+_CONTEXT_PARALLEL = "torch.distributed.tensor.experimental._context_parallel._attention"
+
+
+def in_context_parallel() -> bool:
+    """Whether torch's `context_parallel` is at work, in which tensors silently are parts of sequences. Only F.scaled_dot_product_attention knows of it."""
+    if _CONTEXT_PARALLEL not in sys.modules:
+        return False
+    from attnhub import distributed
+
+    return distributed.in_context_parallel(sys.modules[_CONTEXT_PARALLEL])
 
 
 _flops_counted = False
@@ -222,6 +270,7 @@ def _apply(function: Any, *args: Any) -> Any:
 
 def _autograd_forward(keyset: Any, *args: Any) -> Any:
     _count_flops()
+    args = _with_lists(args, 5)
     dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     if dtensor is not None and isinstance(args[0], dtensor):
         from attnhub import distributed
@@ -237,6 +286,7 @@ def _autograd_forward(keyset: Any, *args: Any) -> Any:
 
 
 def _autograd_backward(keyset: Any, *args: Any) -> Any:
+    args = _with_lists(args, 9)
     tensors, data, static = args[:9], args[9], args[10:]
     if forward_ad._current_level >= 0 and any(map(has_tangent, tensors)):
         raise no_forward_mode()
@@ -294,56 +344,7 @@ def _fake_append_kv(*args: Any) -> None:
     return None
 
 
-# -- vmap, autocast ----------------------------------------------------------------------------------------------------
-
-
-def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    return _loop(forward_op, info, in_dims, args)
-
-
-def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    return _loop(backward_op, info, in_dims, args)
-
-
-def _loop(op: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
-    """Batching rule. Plain problems fold the new dimension into the batch; those with data fall back to one call a slice."""
-
-    def take(arg: Any, dim: Any, i: int) -> Any:
-        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
-            return [take(a, d, i) for a, d in zip(arg, dim)]
-        return arg.select(dim, i) if isinstance(arg, Tensor) and dim is not None else arg
-
-    batched = [i for i, d in enumerate(in_dims) if isinstance(d, int)]
-    tensors = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
-    plain = all(not (isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)) for a in args)
-    foldable = op is forward_op and plain and args[3] is None and args[4] is None and set(batched) <= set(tensors)
-    if foldable:
-        n = info.batch_size
-        moved = [args[i].movedim(in_dims[i], 0) if i in batched else args[i].expand(n, *args[i].shape) for i in (0, 1, 2)]
-        out, lse = op(*(t.flatten(0, 1) for t in moved), *args[3:])
-        split = [out.unflatten(0, (n, -1)), lse.unflatten(0, (n, -1)) if lse.numel() else lse.new_empty(n, 0)]
-        return tuple(split), (0, 0)
-    slices = [op(*(take(a, d, i) for a, d in zip(args, in_dims))) for i in range(info.batch_size)]
-    return tuple(torch.stack(parts) for parts in zip(*slices)), (0,) * len(slices[0])
-
-
-def _batched_backward(*args: Any) -> tuple[Tensor, ...]:
-    """The same for autograd's own vmap (``is_grads_batched``, gradcheck's batched gradients), one call a slice."""
-    batched = torch._C._functorch.is_legacy_batchedtensor
-    flat = [*args[:9], *args[9]]
-    one = next(t for t in flat if t is not None and batched(t))
-    # A batch of another level stays one.
-    level = next((n for n in range(1, 65) if not batched(torch._remove_batch_dim(one, n, 1, 0))), None)
-    if level is None:
-        raise RuntimeError("attnhub.attention: batched gradients (is_grads_batched) inside one another are not served; use torch.func.vmap")
-    size = torch._remove_batch_dim(one, level, 1, 0).shape[0]
-    physical = [torch._remove_batch_dim(t, level, size, 0) if t is not None and batched(t) else t for t in flat]
-    wide = [new is not old for new, old in zip(physical, flat)]
-    slices = []
-    for i in range(size):
-        each = [t.select(0, i) if is_wide else t for t, is_wide in zip(physical, wide)]
-        slices.append(backward_op(*each[:9], each[9:], *args[10:]))
-    return tuple(torch._add_batch_dim(torch.stack(parts), 0, level) for parts in zip(*slices))
+# -- autocast -----------------------------------------------------------------------------------------------------------
 
 
 def _register_autocast(device_type: str) -> None:
@@ -352,6 +353,7 @@ def _register_autocast(device_type: str) -> None:
 
     def cast_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
+        rest = _with_lists(rest, 2)
         with torch._C._ExcludeDispatchKeyGuard(keys):
             # fp8 stands for other numbers, by factors that a cast would lose.
             return forward_op(*(t if t.dtype in (dtype, torch.float64, torch.float8_e4m3fn) else t.to(dtype) for t in (q, k, v)), *rest)
@@ -365,9 +367,10 @@ for _name, _real, _fake in (("forward", _forward, _fake_forward), ("backward", _
     torch.library.register_fake(f"attnhub::{_name}", _fake, lib=lib)
 lib.impl("forward", _autograd_forward, "Autograd", with_keyset=True)
 lib.impl("backward", _autograd_backward, "Autograd", with_keyset=True)
-lib.impl("backward", _batched_backward, "Batched")
-torch.library.register_vmap("attnhub::forward", _vmap_forward, lib=lib)
-torch.library.register_vmap("attnhub::backward", _vmap_backward, lib=lib)
+lib.impl("backward", batching.batched_backward, "Batched")
+torch.library.register_vmap("attnhub::forward", batching.vmap_forward, lib=lib)
+torch.library.register_vmap("attnhub::backward", batching.vmap_backward, lib=lib)
+lib.impl("append_kv", batching.vmap_append_kv, "FuncTorchBatched")
 _count_flops()
 for _device_type in ("cpu", "cuda", "xpu", "mps"):
     if torch._C._is_autocast_available(_device_type):
@@ -384,7 +387,7 @@ def _has_memory(t: Tensor) -> bool:
 # -- eager, without the operator -----------------------------------------------------------------------------------------
 
 
-class EagerAttention(_SingleLevelFunction):
+class EagerAttention(_Function):
     """What an eager, differentiated call uses instead of the operator: the same plan, at a fifth of the operator's host time."""
 
     #: No transform is active here, so that `torch.autograd.Function.apply` would look for them in vain, for more than a microsecond.
@@ -418,14 +421,18 @@ class EagerAttention(_SingleLevelFunction):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         needs = ctx.needs_input_grad[:5]
-        if not (has_memory(q) and has_memory(k) and has_memory(v)):
+        if not torch.compiler.is_compiling() and not (has_memory(q) and has_memory(k) and has_memory(v)):
             need_memory((("q", q), ("k", k), ("v", v)))
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or not (_has_memory(grad_out) and (grad_lse is None or _has_memory(grad_lse))):
-            # create_graph=True, or tangents: the operator's backward tells whoever differentiates again that it has no derivative.
+        if (
+            torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0
+            or not (_has_memory(grad_out) and (grad_lse is None or _has_memory(grad_lse)))
+        ):  # fmt: skip
+            # Compiled autograd traces the operator. create_graph=True, or tangents: the operator's backward tells whoever differentiates again that it has no derivative.
             if mask is not None:
                 spec, sizes, data = flat.encode(mask, softcap, 0.0, None, None, None, None, False)
             grads = backward_op(grad_out, grad_lse, q, k, v, bias, sinks, out, lse, data, spec, sizes, softmax_scale, list(needs), chosen.backend)
             return (*(grad if need else None for need, grad in zip(needs, grads)), None, None, None, None)
+        q, k, v, bias, sinks, out, lse, *data = _saved((q, k, v, bias, sinks, out, lse, *data))
         if mask is None:
             call = flat.decode(q, k, v, bias, sinks, data, spec, sizes, softmax_scale, True)
         else:

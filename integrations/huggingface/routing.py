@@ -26,8 +26,27 @@ FOREIGN_MASKS = "_attnhub_foreign_masks"
 #: such models say ``is_causal`` of modules that are not (BridgeTower's layers of image tokens).
 EAGER_ONLY = "_attnhub_eager_only"
 
+#: Set on every module with a private config: what makes a process that unpickles it register attnhub with transformers.
+REGISTRATION = "_attnhub_registration"
+
 #: module -> attribute -> (config before the patch, the private copy in its place, the implementation that the copy was given).
 _swapped: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any, Any]]] = weakref.WeakKeyDictionary()
+
+
+class Registration:
+    """Nothing but a way of being pickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _registered, ()
+
+
+def _registered() -> Registration:
+    from attnhub.integrations.huggingface import register
+
+    reason = register()
+    if reason:
+        raise RuntimeError(f"attnhub: a patched model cannot be unpickled here: {reason}")
+    return Registration()
 
 
 def route(model: nn.Module, attention: Iterable[nn.Module], routed: Iterable[nn.Module]) -> None:
@@ -58,6 +77,7 @@ def route(model: nn.Module, attention: Iterable[nn.Module], routed: Iterable[nn.
                     _keep_choice(before, earlier, given)
                 record[attribute] = (before, private, private.__dict__.get(_IMPLEMENTATION))
                 module.__dict__[attribute] = private
+                module.__dict__[REGISTRATION] = Registration()
 
 
 def restore(model: nn.Module) -> None:
@@ -66,6 +86,7 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         module.__dict__.pop(FOREIGN_MASKS, None)
         module.__dict__.pop(EAGER_ONLY, None)
+        module.__dict__.pop(REGISTRATION, None)
         for attribute, (before, private, given) in _swapped.pop(module, {}).items():
             pairs[id(private)] = (before, private, given)
             if module.__dict__.get(attribute) is private:

@@ -28,6 +28,15 @@ CACHE8 = KVCache.empty(2, 2, 16, 8, dtype=FP8)
 
 
 
+NESTED = torch.nested.nested_tensor([Q[0], Q[1]])
+
+
+def first_class() -> Any:
+    from functorch.dim import dims
+
+    return Q[dims(1)]
+
+
 def ends(values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
@@ -46,6 +55,9 @@ BAD: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "q numpy": (lambda: attention(Q.numpy(), K, V), ("q", "ndarray", "Tensor")),
     "k list": (lambda: attention(Q, [1.0], V), ("k", "list", "Tensor")),
     "v float": (lambda: attention(Q, K, 3.0), ("v", "float", "Tensor")),
+    "q of functorch.dim": (lambda: attention(first_class(), K, V), ("q", "functorch.dim", "torch.Tensor")),
+    "q of torch.fx": (lambda: torch.fx.symbolic_trace(lambda q: attention(q, K, V)), ("q", "torch.fx", "Proxy", "torch.Tensor")),
+    "nested for sdpa": (lambda: attnhub.scaled_dot_product_attention(NESTED, NESTED, NESTED), ("query", "nested", "varlen")),
     "k missing": (lambda: attention(Q), ("k and v", "kv_cache")),
     "v missing": (lambda: attention(Q, K), ("v", "needed")),
     "3 dimensions": (lambda: attention(Q[0], K[0], V[0]), ("4 dimensions", "(4, 5, 8)", "varlen")),

@@ -240,3 +240,20 @@ def test_one_graph_for_a_decode_loop() -> None:
         new = tokens(1)
         torch.testing.assert_close(compiled(*new), eager(*new))
     assert counter.frame_count == 1 and made.position.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize("page_size", (0, 4))
+def test_without_memory_and_filled_later(page_size: int) -> None:
+    """The way of large models: made on the meta device, `to_empty`, then the weights. Cache and angles are no weights."""
+    options: Any = {"embed_dim": 32, "batch": BATCH, "max_seqlen": 16, "page_size": page_size, "rotary": 10000.0}
+    usual = CachedAttention(HEADS, KV, **options)
+    with torch.device("meta"):
+        layer = CachedAttention(HEADS, KV, **options)
+        assert layer(torch.randn(BATCH, 3, 32)).shape == (BATCH, 3, 32)
+    layer.to_empty(device="cpu").load_state_dict(usual.state_dict())
+    for _ in range(2):
+        x = torch.randn(BATCH, 3, 32)
+        torch.testing.assert_close(layer(x), usual(x))
+    assert layer.position.tolist() == [6, 6]
+    with torch._subclasses.FakeTensorMode():
+        assert CachedAttention(HEADS, KV, **options)(torch.randn(BATCH, 3, 32)).shape == (BATCH, 3, 32)

@@ -359,6 +359,24 @@ def test_copies_run_their_own_weights() -> None:
     assert report.calls == 2, "copies are not counted as the model"
 
 
+def test_a_pickled_model_runs_where_nothing_was_imported(tmp_path: Path) -> None:
+    models = [build("LlamaModel", config("LlamaConfig", **LLAMA)), build("BloomModel", config("BloomConfig", hidden_size=32, n_layer=2, n_head=4, vocab_size=VOCAB))]
+    ids = torch.arange(1, 13)[None]
+    wanted = [model(ids)[0] for model in models]
+    for model in models:
+        attnhub.patch(model)
+    torch.save((models, ids, wanted), tmp_path / "models.pt")
+    program = f"""
+import torch
+models, ids, wanted = torch.load({str(tmp_path / "models.pt")!r}, weights_only=False)
+for model, right in zip(models, wanted):
+    torch.testing.assert_close(model(ids)[0], right, rtol=1e-5, atol=1e-5)
+import attnhub
+assert attnhub.last_decision() is not None
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
 def test_the_user_may_switch_away() -> None:
     model = llama()
     theirs = logits(model)

@@ -295,6 +295,38 @@ def tensor_parallel(rank: int, ranks: int) -> None:
         torch.testing.assert_close(full(w.grad), right.grad, rtol=1e-4, atol=1e-4)
 
 
+def context_parallel(rank: int, ranks: int) -> None:
+    """Inside torch's block plain tensors are parts of sequences: refused on every way to a kernel, and served behind it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import experimental
+
+    mesh = init_device_mesh("cpu", (ranks,))
+    ways: list[Callable[[Tensor], Any]] = [
+        lambda x: attnhub.attention(x, x, x),
+        torch.compile(lambda x: attnhub.attention(x, x, x), backend="aot_eager", fullgraph=True),
+        lambda x: attnhub.attention(x, x, x, attnhub.SeqLens(torch.tensor([1, 2]))),
+        lambda x: attnhub.attention(x.detach(), x.detach(), x.detach(), kv_cache=attnhub.KVCache.empty(2, 4, 8, 16)),
+        replaced,
+    ]
+    for grad in (False, True):
+        part = torch.randn(2, 4, 8 // ranks, 16, requires_grad=grad)
+        for way in ways:
+            way(part)
+            with experimental.context_parallel(mesh, buffers=[torch.zeros(2, 4, 8, 16)], buffer_seq_dims=[2]):
+                try:
+                    way(part)
+                except RuntimeError as error:
+                    assert "context_parallel" in str(error), error
+                else:
+                    raise AssertionError("a part of a sequence was taken for the whole")
+            way(part)
+
+
+def replaced(x: Tensor) -> Tensor:
+    with attnhub.replace_sdpa():
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
 def replicate() -> Any:
     from torch.distributed.tensor import Replicate
 

@@ -2,7 +2,8 @@
 
 `fullgraph=True` makes a graph break an error, and the counter says how many graphs that hold attention were made.
 Seen to fail: `torch._dynamo.graph_break()` in `attention`, the window printed into the spec (a graph per window), the names of
-`use` put into the operator's arguments while tracing (late binding), dq scaled by 1.5, an append that writes into a copy.
+`use` put into the operator's arguments while tracing (late binding), dq scaled by 1.5, an append that writes into a copy, a
+backward that looks whether a batch of unknown size is empty, functions without a key for compiled autograd.
 """
 
 from __future__ import annotations
@@ -265,3 +266,47 @@ def test_func_grad_inside_a_graph(qkv: Make, same: Any) -> None:
 
     inputs = qkv()
     same(torch.compile(derivative, backend="aot_eager", fullgraph=True)(*inputs), derivative(*inputs))
+
+
+def test_a_batch_of_data_dependent_size_trains(qkv: Make, same: Any, gradients: Any) -> None:
+    def chosen(keep: Tensor, *inputs: Tensor) -> Any:
+        rows = keep.nonzero()[:, 0]
+        return attnhub.attention(*(t[rows] for t in inputs), attnhub.Causal(), return_lse=True)
+
+    compiled = Compiled(chosen)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for count in (3, 5):
+            inputs, keep = qkv(batch=6, grad=True), torch.arange(6) < count
+            out, wanted = compiled(keep, *inputs), chosen(keep, *inputs)
+            same(out, wanted)
+            same(gradients(out, inputs), gradients(wanted, inputs))
+    assert compiled.graphs == 1
+
+
+@pytest.mark.parametrize("backend", ("cpu", "auto"))
+@pytest.mark.parametrize("autocast", (False, True))
+def test_compiled_autograd_of_eager_calls(qkv: Make, same: Any, backend: str, autocast: bool) -> None:
+    """Its graph of the backward is traced whole, for both of our autograd functions."""
+    from torch._dynamo import compiled_autograd
+
+    captures = 0
+
+    def compiler(graph: Any) -> Any:
+        nonlocal captures
+        captures += 1
+        return torch.compile(graph, backend="aot_eager", fullgraph=True)
+
+    for length in (9, 12):
+        inputs = (*qkv(length=length, grad=True), torch.randn(1, 4, 1, length, requires_grad=True), torch.randn(4, requires_grad=True))
+
+        def loss(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                window = attnhub.attention(q, k, v, attnhub.Causal() & attnhub.Window(4), backend=backend)
+                out, lse = attnhub.attention(q, k, v, attnhub.Causal() & attnhub.Bias(bias), sinks=sinks, return_lse=True, backend=backend)
+            return (out.float().square() + window.float()).sum() + lse.sum()
+
+        wanted = torch.autograd.grad(loss(*inputs), inputs)
+        with compiled_autograd._enable(compiler):
+            loss(*inputs).backward()
+        same([t.grad for t in inputs], list(wanted), 2e-2 if autocast else 2e-5)
+    assert captures <= 2  # the second one for any length

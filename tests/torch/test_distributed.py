@@ -1,7 +1,7 @@
 """Two ranks (gloo, CPU) compute what one process computes: DDP, FSDP2, DTensor. Each scenario is in distributed_worker.py.
 
 Seen to fail: the sum over ranks left out of a replicated bias's gradient (dtensor), K/V heads sharded beside whole query heads
-(dtensor), a rule cached without the flags of the call (dtensor), dropout sharded over heads (dtensor_dropout_and_packed).
+(dtensor), a rule cached without the flags of the call (dtensor), dropout sharded over heads (dtensor_dropout_and_packed), context_parallel not looked for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import pytest
 
 WORKER = pathlib.Path(__file__).with_name("distributed_worker.py")
-SCENARIOS = ("ddp", "ddp_patched", "fsdp", "dtensor", "dtensor_fp8", "dtensor_dropout_and_packed", "tensor_parallel", "ranks_that_disagree", "fsdp_checkpointed")
+SCENARIOS = ("ddp", "ddp_patched", "fsdp", "dtensor", "dtensor_fp8", "dtensor_dropout_and_packed", "tensor_parallel", "context_parallel", "ranks_that_disagree", "fsdp_checkpointed")
 RANKS, TIMEOUT_S = 2, 150
 
 

@@ -1,12 +1,15 @@
 """torch.export: dynamic batch and length, masks as inputs, saving, and training what was exported.
 
-Seen to fail: the operator's autograd kernel not registered (no gradients after export), and the recomputation of lse left out of
-its backward (what was exported under no_grad cannot be trained).
+Seen to fail: the operator's autograd kernel not registered (no gradients after export), the recomputation of lse left out of
+its backward (what was exported under no_grad cannot be trained), empty lists that stay None (packages of AOTInductor).
 """
 
 from __future__ import annotations
 
 import io
+import pathlib
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -86,3 +89,44 @@ def test_the_exported_program_obeys_the_policy_of_the_moment() -> None:
             exported(torch.randn(2, 7, WIDTH))
         decision = attnhub.last_decision()
         assert decision is not None and decision.chosen == name
+
+
+class Served(nn.Module):
+    """A call with no tensors of a mask, one with no numbers, and one that appends to a cache."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, used: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, ...]:
+        plain = attnhub.attention(q, k, v, attnhub.Causal() & attnhub.Window(3))
+        padded, lse = attnhub.attention(q, k, v, attnhub.SeqLens(used), return_lse=True)
+        cached = attnhub.attention(q, k, v, attnhub.Causal(), kv_cache=attnhub.KVCache(k_cache, v_cache, used))
+        assert isinstance(plain, Tensor) and isinstance(cached, Tensor)
+        return plain, padded, lse, cached
+
+
+def served_inputs(batch: int, length: int) -> tuple[Tensor, ...]:
+    random_ = torch.Generator().manual_seed(length)
+    q, k, v = (torch.randn(batch, heads, length, 8, generator=random_) for heads in (4, 2, 2))
+    return q, k, v, torch.arange(1, batch + 1, dtype=torch.int32), *(torch.zeros(batch, 2, 64, 8) for _ in range(2))
+
+
+def test_packages_of_aot_inductor(tmp_path: pathlib.Path, same: Callable[..., None]) -> None:
+    batch, length = Dim("batch"), Dim("length", max=32)
+    tokens, rows = {0: batch, 2: length}, {0: batch}
+    with torch.no_grad():
+        program = torch.export.export(Served(), served_inputs(3, 7), dynamic_shapes=(tokens, tokens, tokens, rows, rows, rows))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "served.pt2"))
+    package = torch._inductor.aoti_load_package(path)
+    for inputs in (served_inputs(2, 5), served_inputs(4, 17)):
+        caches = [t.clone() for t in inputs[4:]]
+        wanted = Served()(*inputs[:4], *caches)
+        for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            own = [t.clone() for t in inputs[4:]]
+            with context():
+                same(package(*inputs[:4], *own), wanted)
+            same(own, caches)
+    torch.save((inputs, wanted), tmp_path / "data.pt")
+    program = f"""
+import torch, attnhub.ops
+inputs, wanted = torch.load({str(tmp_path / "data.pt")!r})
+torch.testing.assert_close(torch._inductor.aoti_load_package({path!r})(*inputs), wanted, rtol=2e-5, atol=2e-5)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

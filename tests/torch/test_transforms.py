@@ -114,6 +114,24 @@ def test_vmap_of_a_mask(same: Any) -> None:
     same(got, torch.stack([attnhub.attention(*t[:3], attnhub.Causal() & attnhub.SeqLens(t[3])) for t in zip(q, k, v, used)]))
 
 
+@pytest.mark.parametrize("in_dims", [(0, 0, 0, 0), (0, 1, 1, None), (None, 0, 2, 0)], ids=str)
+def test_vmap_over_caches(in_dims: tuple[Any, ...], same: Any) -> None:
+    """Each slice appends to a cache of its own, in place."""
+
+    def step(q: Tensor, k_cache: Tensor, v_cache: Tensor, used: Tensor) -> Tensor:
+        out = attnhub.attention(q, q[:, :2], q[:, 2:], attnhub.Causal(), kv_cache=attnhub.KVCache(k_cache, v_cache, used))
+        assert isinstance(out, Tensor)
+        return out
+
+    full = [torch.randn(3, 2, 4, 1, 8), torch.randn(3, 2, 2, 16, 8), torch.randn(3, 2, 2, 16, 8), torch.randint(1, 15, (3, 2), dtype=torch.int32)]
+    args, again = ([t[0].clone() if d is None else t.clone().movedim(0, d) for t, d in zip(full, in_dims)] for _ in range(2))
+    same(torch.vmap(step, in_dims)(*args), slices(step, in_dims, again))
+    same(args, again)
+    assert not torch.equal(args[1].movedim(in_dims[1], 0), full[1])
+    with pytest.raises(ValueError, match="the cache is not"):
+        torch.vmap(step, (0, None, None, None))(full[0], *(t[0] for t in full[1:]))
+
+
 def test_vmap_of_calls_that_need_gradients(same: Any, gradients: Any) -> None:
     inputs = tuple(torch.randn(3, 2, 4, 9, 8).requires_grad_() for _ in range(3))
     same(gradients(torch.vmap(causal)(*inputs), inputs), gradients(slices(causal, (0, 0, 0), inputs), inputs))
