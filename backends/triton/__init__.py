@@ -29,22 +29,17 @@ _BOTH_WAYS = frozenset({
 })  # fmt: skip
 
 
-#: What short problems were measured with: docs/results.md, cuda short.
-_SHORT_FEATURES = frozenset({
+#: What steps of a few queries were measured with: docs/results.md, cuda short.
+_STEP_FEATURES = frozenset({
     Feature.GQA, Feature.CAUSAL_BOTTOM_RIGHT, Feature.CAUSAL_TOP_LEFT, Feature.SEQLENS, Feature.LSE, Feature.DETERMINISTIC,
 })  # fmt: skip
-#: Of sequences of up to 64 tokens: head_dims for which it is ahead whatever their number, and for which while heads are no more than these.
-_SHORT, _NARROW, _WIDER, _SHORT_HEADS = 64, 32, 64, 1024
 
 
-def _is_short(problem: Problem) -> bool:
-    """Whether launches of torch's kernels take longer than the maths: a few queries, or short sequences."""
-    if not problem.features <= _SHORT_FEATURES or problem.seqlen_q <= 1:
-        return False
-    if problem.seqlen_q <= 16:
-        return True
-    widest, heads = max(problem.head_dim, problem.v_head_dim), problem.batch * problem.q_heads
-    return max(problem.seqlen_q, problem.seqlen_k) <= _SHORT and (widest <= _NARROW or (widest <= _WIDER and heads <= _SHORT_HEADS))
+def _is_step(problem: Problem) -> bool:
+    """Whether a few queries stand before several times as many keys, as in steps of generation. Short sequences before themselves, at which it is as fast, are
+    trained too: the choice is the same with a gradient, and there torch's backward pass is ahead.
+    """
+    return 1 < problem.seqlen_q <= 16 and problem.seqlen_k >= 4 * problem.seqlen_q and problem.features <= _STEP_FEATURES
 
 
 class TritonBackend(Backend):
@@ -93,7 +88,7 @@ class TritonBackend(Backend):
             # Several queries before many keys, too, for which cuDNN takes several times as long: docs/results.md, cuda few.
             if not problem.need_backward and 1 < problem.seqlen_q <= 16 and problem.seqlen_k >= 1024:
                 return 0.8
-            if not problem.need_backward and _is_short(problem):
+            if not problem.need_backward and _is_step(problem):
                 return 0.8
             return 1.15 if not problem.need_backward else 1.1 if widest <= 128 else 1.4
         return 1.8 if problem.need_backward else 1.4

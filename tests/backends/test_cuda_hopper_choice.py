@@ -31,7 +31,7 @@ def test_which_problems_it_is_for(changes: dict[str, Any], served: bool) -> None
         ({}, "cuda"), ({"features": frozenset({Feature.LSE}), "need_backward": True}, "cuda"), ({"features": frozenset({Feature.CAUSAL_BOTTOM_RIGHT})}, "cuda"),
         ({"kv_heads": 4, "features": frozenset({Feature.GQA})}, "cuda"), ({"q_dtype": "float16", "kv_dtype": "float16"}, "cuda"),
         ({"seqlen_k": 8192}, "sdpa"), ({"batch": 1, "seqlen_q": 128}, "triton"), ({"batch": 1, "seqlen_q": 128, "features": frozenset({Feature.WINDOW})}, "triton"), ({"head_dim": 80, "v_head_dim": 80}, "sdpa"),
-        ({"seqlen_q": 1}, "cuda"), ({"seqlen_q": 16, "seqlen_k": 16}, "triton"), ({"seqlen_q": 16}, "cuda"), ({"seqlen_q": 16, "kv_heads": 4, "features": frozenset({Feature.GQA})}, "cuda"),
+        ({"seqlen_q": 1}, "cuda"), ({"seqlen_q": 16, "seqlen_k": 16}, "sdpa"), ({"seqlen_q": 16}, "cuda"), ({"seqlen_q": 16, "kv_heads": 4, "features": frozenset({Feature.GQA})}, "cuda"),
         ({"seqlen_q": 16, "kv_heads": 4, "batch": 16, "features": frozenset({Feature.GQA})}, "triton"), ({"seqlen_q": 16, "seqlen_k": 128, "kv_heads": 4}, "triton"),
         ({"seqlen_q": 1, "kv_heads": 1, "q_heads": 32, "features": frozenset({Feature.GQA})}, "sdpa"),
         ({"features": frozenset({Feature.SOFTCAP})}, "cuda"), ({"features": frozenset({Feature.VARLEN})}, "cuda"),

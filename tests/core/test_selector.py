@@ -332,12 +332,12 @@ def test_few_tiles_are_the_triton_backends(sizes: tuple[int, ...], few: bool) ->
     [
         ((1, 16, 1, 128), 64, "cuda"), ((64, 16, 1, 128), 64, "cuda"), ((67, 16, 1, 128), 64, "sdpa"), ((67, 16, 1, 512), 64, "cuda"),
         ((1, 16, 2, 128), 64, "triton"), ((256, 32, 16, 512), 128, "triton"), ((1, 16, 2, 1024), 64, "cuda"),
-        ((85, 12, 64, 64), 64, "triton"), ((86, 12, 64, 64), 64, "cuda"), ((1, 12, 128, 128), 64, "cuda"), ((1, 12, 64, 64), 128, "cuda"),
-        ((256, 8, 64, 64), 32, "triton"),
+        ((16, 12, 64, 64), 64, "cuda"), ((1, 12, 128, 128), 64, "cuda"), ((1, 12, 64, 64), 128, "cuda"), ((256, 8, 64, 64), 32, "sdpa"),
+        ((1, 12, 16, 16), 64, "sdpa"), ((1, 12, 16, 32), 64, "sdpa"), ((1, 12, 16, 64), 64, "triton"),
     ],
 )  # fmt: skip
 def test_short_problems_go_to_who_launches_fastest(sizes: tuple[int, ...], head_dim: int, chosen: str) -> None:
-    """Without a gradient; the backward pass of so few tokens is host time, of which torch takes the least."""
+    """Of short sequences before themselves a backward pass may follow, of which torch's is ahead."""
     shape = {**dict(zip(("batch", "q_heads", "seqlen_q", "seqlen_k"), sizes)), "kv_heads": sizes[1], "head_dim": head_dim, "v_head_dim": head_dim}
     problem = _problem(H200, **shape)
 
@@ -346,5 +346,4 @@ def test_short_problems_go_to_who_launches_fastest(sizes: tuple[int, ...], head_
         return min(costs, key=costs.__getitem__)
 
     assert cheapest(problem) == chosen
-    assert cheapest(dataclasses.replace(problem, need_backward=True)) != "triton"
     assert chosen != "triton" or cheapest(dataclasses.replace(problem, features=frozenset({Feature.BIAS}))) != "triton"
