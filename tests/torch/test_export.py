@@ -108,6 +108,7 @@ def served_inputs(batch: int, length: int) -> tuple[Tensor, ...]:
     return q, k, v, torch.arange(1, batch + 1, dtype=torch.int32), *(torch.zeros(batch, 2, 64, 8) for _ in range(2))
 
 
+@pytest.mark.long
 def test_packages_of_aot_inductor(tmp_path: pathlib.Path, same: Callable[..., None]) -> None:
     batch, length = Dim("batch"), Dim("length", max=32)
     tokens, rows = {0: batch, 2: length}, {0: batch}
